@@ -1,0 +1,24 @@
+"""Cooperative disk I/O for gevent: a greenlet waits for the disk, the hub never does.
+
+`greenaio.os` has the familiar calls, `File` is the fast way, `aligned_buffer` gives memory that O_DIRECT
+accepts, `config` has what may be set.
+"""
+
+from __future__ import annotations
+
+from greenaio._config import config
+
+try:
+    from greenaio._file import File
+    from greenaio._memory import aligned_buffer
+except ImportError:
+    # No compiler, or no Linux: everything by threads. greenaio.native tells.
+    from greenaio._fallback import File, aligned_buffer  # type: ignore[assignment]
+
+    native = False
+else:
+    native = True
+
+__version__ = '0.1.0'
+
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'native']

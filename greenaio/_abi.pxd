@@ -1,0 +1,110 @@
+# The kernel's own words for native AIO, verbatim from <linux/aio_abi.h> and fs/aio.c: structures,
+# opcodes, five system calls. Each call answers its result or minus errno; none of them raises, none
+# touches Python.
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <linux/aio_abi.h>
+    #include <sys/eventfd.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    /* fs/aio.c; the kernel maps it into us, and the address of it *is* the aio_context_t. */
+    struct aio_ring {
+        unsigned id, nr;
+        unsigned head;                 /* ours to store, the kernel loads it */
+        unsigned tail;                 /* the kernel's to store, ours to load */
+        unsigned magic, compat_features, incompat_features, header_length;
+        struct io_event io_events[];
+    };
+    #define AIO_RING_MAGIC 0xa10a10a1u
+
+    static inline long abi_result(long r) { return r < 0 ? -(long)errno : r; }
+
+    static inline long abi_io_setup(unsigned nr_events, aio_context_t *ctx)
+    { return abi_result(syscall(SYS_io_setup, nr_events, ctx)); }
+
+    static inline long abi_io_destroy(aio_context_t ctx)
+    { return abi_result(syscall(SYS_io_destroy, ctx)); }
+
+    static inline long abi_io_submit(aio_context_t ctx, long n, struct iocb **iocbs)
+    { return abi_result(syscall(SYS_io_submit, ctx, n, iocbs)); }
+
+    static inline long abi_io_getevents(aio_context_t ctx, long min_nr, long nr,
+                                        struct io_event *events, long timeout_ns)
+    {
+        struct timespec ts = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
+        return abi_result(syscall(SYS_io_getevents, ctx, min_nr, nr, events, &ts));
+    }
+
+    static inline long abi_eventfd(void)
+    { return abi_result(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }
+
+    /* The other side of both is aio_complete() in the kernel, on any processor: it writes an event,
+       then the tail; it loads head to see what room there is. */
+    static inline unsigned abi_load_tail(struct aio_ring *r)
+    { return __atomic_load_n(&r->tail, __ATOMIC_ACQUIRE); }
+    static inline void abi_store_head(struct aio_ring *r, unsigned head)
+    { __atomic_store_n(&r->head, head, __ATOMIC_RELEASE); }
+
+    #if defined(__x86_64__) || defined(__i386__)
+    #define abi_relax() __builtin_ia32_pause()
+    #elif defined(__aarch64__)
+    #define abi_relax() __asm__ __volatile__("yield")
+    #else
+    #define abi_relax() __asm__ __volatile__("" ::: "memory")
+    #endif
+    """
+    ctypedef uint64_t aio_context_t
+
+    struct iocb:
+        uint64_t aio_data
+        uint32_t aio_rw_flags
+        unsigned short aio_lio_opcode
+        short aio_reqprio
+        uint32_t aio_fildes
+        uint64_t aio_buf
+        uint64_t aio_nbytes
+        int64_t aio_offset
+        uint32_t aio_flags
+        uint32_t aio_resfd
+
+    struct io_event:
+        uint64_t data
+        uint64_t obj
+        int64_t res
+        int64_t res2
+
+    struct aio_ring:
+        unsigned int id
+        unsigned int nr
+        unsigned int head
+        unsigned int tail
+        unsigned int magic
+        unsigned int compat_features
+        unsigned int incompat_features
+        unsigned int header_length
+        io_event io_events[1]
+
+    const unsigned int AIO_RING_MAGIC
+    const int IOCB_CMD_PREAD
+    const int IOCB_CMD_PWRITE
+    const int IOCB_CMD_FSYNC
+    const int IOCB_CMD_FDSYNC
+    const int IOCB_CMD_PREADV
+    const int IOCB_CMD_PWRITEV
+    const int IOCB_FLAG_RESFD
+
+    long abi_io_setup(unsigned int nr_events, aio_context_t *ctx) nogil
+    long abi_io_destroy(aio_context_t ctx) nogil
+    long abi_io_submit(aio_context_t ctx, long n, iocb **iocbs) nogil
+    long abi_io_getevents(aio_context_t ctx, long min_nr, long nr, io_event *events,
+                          long timeout_ns) nogil
+    long abi_eventfd() nogil
+    unsigned int abi_load_tail(aio_ring *ring) nogil
+    void abi_store_head(aio_ring *ring, unsigned int head) nogil
+    void abi_relax() nogil

@@ -1,0 +1,45 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from greenaio._abi cimport aio_context_t, aio_ring, io_event, iocb
+
+cdef enum:
+    BATCH_MAX = 32      # requests in one io_submit: QEMU's bound; above it nothing is gained
+    PEEK_MAX = 64       # events copied out at once: one drain pass
+
+cpdef enum Opcode:
+    PREAD = 0
+    PWRITE = 1
+    FSYNC = 2
+    FDSYNC = 3
+    PREADV = 7
+    PWRITEV = 8
+
+cdef uint64_t monotonic_ns() noexcept nogil
+cdef bint forked() noexcept nogil
+
+cdef class Context:
+    cdef aio_context_t _ctx         # 0: not set up, or not ours after a fork
+    cdef aio_ring *_ring            # NULL: not readable from user space, io_getevents instead
+    cdef iocb *_iocbs               # BATCH_MAX of them; the kernel copies each in io_submit
+    cdef iocb **_pointers
+    cdef io_event *_events          # PEEK_MAX, the copies that peek() makes
+    cdef long _getevents_ns         # io_getevents: how long to wait, for the probe alone
+    cdef readonly int eventfd
+    cdef readonly int depth
+    cdef readonly int staged
+
+    cpdef open(self, int depth)
+    cpdef int stage(self, uint64_t token, int opcode, int fd, uint64_t address, uint64_t nbytes,
+                    int64_t offset, unsigned int flags) except -1
+    cpdef long submit(self) except? -4096
+    cpdef int peek(self) except -1
+    cpdef uint64_t token(self, int index) except? 0
+    cpdef int64_t result(self, int index) except? -4096
+    cpdef int commit(self, int count) except -1
+    cpdef int spin(self, uint64_t limit_ns) except -1
+    cpdef int signal(self) except -1
+    cpdef int clear(self) except -1
+    cpdef after_fork_in_child(self)
+    cpdef destroy(self)
+    cdef bint _probe(self)
+    cdef int _unmap_from_children(self) except -1

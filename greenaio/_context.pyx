@@ -1,0 +1,329 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""One native AIO context: its completion ring, its eventfd, no policy.
+
+The only code besides ``_abi`` that knows an AIO structure of the kernel. A request goes in as plain
+words (`Context.stage`, `Context.submit`) and comes out as a token and a result (`Context.peek`,
+`Context.commit`). The kernel copies an iocb while it accepts it, so one array of them, on the heap,
+serves every batch; of a request in flight only its data buffer and its token still matter.
+"""
+
+import os
+
+from libc.errno cimport errno as c_errno
+from libc.stdlib cimport calloc, free
+from libc.time cimport time_t
+from posix.unistd cimport close, read, write
+
+from greenaio._abi cimport (
+    AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_eventfd, abi_io_destroy,
+    abi_io_getevents, abi_io_setup, abi_io_submit, abi_load_tail, abi_relax, abi_store_head,
+)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset)
+    int madvise(void *address, size_t length, int advice)
+    const int PROT_READ
+    const int PROT_WRITE
+    const int MAP_PRIVATE
+    const int MAP_ANONYMOUS
+    const int MADV_DONTFORK
+    const int MADV_WIPEONFORK
+    void *MAP_FAILED
+
+cdef extern from "<unistd.h>" nogil:
+    int dup3(int old, int new, int flags)
+
+cdef extern from "<fcntl.h>" nogil:
+    const int O_CLOEXEC
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        time_t tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *ts)
+    const int CLOCK_MONOTONIC
+
+cdef enum:
+    PAGE = 4096
+    PROBE_NS = 1000000000       # an fsync of an empty memory file: microseconds, unless all is lost
+
+
+cdef uint64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+# One word that the kernel wipes in every forked child, whoever called fork(). It is the check for
+# the forks of which Python's own hooks hear nothing.
+cdef unsigned int *_parent_word = NULL
+
+
+cdef bint forked() noexcept nogil:
+    """Tell whether this process was forked since `acknowledge_fork` was last called."""
+    return _parent_word != NULL and _parent_word[0] == 0
+
+
+def acknowledge_fork():
+    """Make `forked` say no again: what was inherited has been put right."""
+    global _parent_word
+    cdef void *page
+    if _parent_word == NULL:
+        page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if page == MAP_FAILED:
+            raise MemoryError
+        if madvise(page, PAGE, MADV_WIPEONFORK) < 0:
+            return              # before Linux 4.14: Python's hooks must do
+        _parent_word = <unsigned int *>page
+    _parent_word[0] = 1
+
+
+acknowledge_fork()
+
+cdef object _fdsync = None      # what the probe found; a kernel does not change its mind
+
+
+def _os_error(long code, what):
+    return OSError(-code, f'{what}: {os.strerror(-code)}')
+
+
+cdef class Context:
+    """An eventfd and, once `open` was called, an ``io_context_t`` that signals it.
+
+    Not for more than one thread. A test may subclass it in Python and override any method.
+    """
+
+    def __cinit__(self):
+        self.eventfd = -1
+        self._iocbs = <iocb *>calloc(BATCH_MAX, sizeof(iocb))
+        self._pointers = <iocb **>calloc(BATCH_MAX, sizeof(iocb *))
+        self._events = <io_event *>calloc(PEEK_MAX, sizeof(io_event))
+        if self._iocbs == NULL or self._pointers == NULL or self._events == NULL:
+            raise MemoryError
+        cdef int i
+        for i in range(BATCH_MAX):
+            self._pointers[i] = &self._iocbs[i]
+
+    def __init__(self):
+        fd = abi_eventfd()
+        if fd < 0:
+            raise _os_error(fd, 'eventfd')
+        self.eventfd = fd
+
+    def __dealloc__(self):
+        # Only a context that never had a request is still set up here: see destroy().
+        if self._ctx and not forked():
+            abi_io_destroy(self._ctx)
+        if self.eventfd >= 0:
+            close(self.eventfd)
+        free(self._iocbs)
+        free(self._pointers)
+        free(self._events)
+
+    cpdef open(self, int depth):
+        """Set the context up for *depth* requests in flight. Raises OSError as ``io_setup`` does."""
+        cdef long code
+        if self._ctx:
+            raise ValueError('the context is set up already')
+        if depth < 1:
+            raise ValueError(f'depth must be at least 1, not {depth}')
+        code = abi_io_setup(depth, &self._ctx)
+        if code < 0:
+            self._ctx = 0
+            raise _os_error(code, f'io_setup({depth})')
+        self.depth = depth
+        self._ring = <aio_ring *>self._ctx
+        if self._ring.magic != AIO_RING_MAGIC or self._ring.incompat_features != 0:
+            self._ring = NULL       # another layout than we know: never guess, ask io_getevents
+        try:
+            self._unmap_from_children()
+        except OSError:
+            self.destroy()
+            raise
+        global _fdsync
+        if _fdsync is None:
+            _fdsync = self._probe()
+
+    cdef int _unmap_from_children(self) except -1:
+        # A child inherits the ring writable and *shared*: its store to head loses events of ours.
+        if self._ring == NULL:
+            return 0
+        cdef size_t size = self._ring.header_length + self._ring.nr * sizeof(io_event)
+        size = (size + PAGE - 1) & ~<size_t>(PAGE - 1)
+        if madvise(<void *>self._ctx, size, MADV_DONTFORK) < 0:
+            raise OSError(c_errno, os.strerror(c_errno))
+        return 0
+
+    @property
+    def is_open(self):
+        """Whether the kernel holds a context for us."""
+        return self._ctx != 0
+
+    @property
+    def reads_ring(self):
+        """Whether completions are read from the ring in user space, without a system call."""
+        return self._ring != NULL
+
+    def read_by_syscall(self):
+        """Use ``io_getevents`` from now on, as for a ring whose layout is not known."""
+        self._ring = NULL
+
+    def supports(self, int opcode):
+        """Tell whether the kernel knows *opcode*; for FDSYNC by the probe that `open` made once."""
+        if opcode == FDSYNC:
+            return bool(_fdsync)
+        return opcode in (PREAD, PWRITE, FSYNC, PREADV, PWRITEV)
+
+    cdef bint _probe(self):
+        # Nothing else is in flight yet, so the first event is the probe's own, and it is reaped
+        # here. Its token is 0, which peek() drops should it come later than we wait.
+        try:
+            fd = os.memfd_create('greenaio-probe')
+        except OSError:
+            return False
+        try:
+            self.stage(0, FDSYNC, fd, 0, 0, 0, 0)
+            self._iocbs[0].aio_flags = 0        # and it wakes nobody
+            if self.submit() != 1:
+                return False
+            return abi_io_getevents(self._ctx, 1, 1, self._events, PROBE_NS) == 1
+        finally:
+            os.close(fd)
+
+    cpdef int stage(self, uint64_t token, int opcode, int fd, uint64_t address, uint64_t nbytes,
+                    int64_t offset, unsigned int flags) except -1:
+        """Add a request to the batch that the next `submit` offers. *address* and *nbytes* name
+        the buffer, or for PREADV and PWRITEV the iovec array and its length."""
+        if self.staged >= BATCH_MAX:
+            raise ValueError(f'a batch holds {BATCH_MAX} requests')
+        cdef iocb *cb = &self._iocbs[self.staged]
+        cb.aio_data = token
+        cb.aio_rw_flags = flags
+        cb.aio_lio_opcode = opcode
+        cb.aio_reqprio = 0
+        cb.aio_fildes = fd
+        cb.aio_buf = address
+        cb.aio_nbytes = nbytes
+        cb.aio_offset = offset
+        cb.aio_flags = IOCB_FLAG_RESFD
+        cb.aio_resfd = self.eventfd
+        self.staged += 1
+        return 0
+
+    cpdef long submit(self) except? -4096:
+        """Offer the staged batch, which is then gone, and return how many of its *first* requests
+        the kernel took, or minus the errno that its head got."""
+        # The GIL stays: to give it away around 1 µs is to wait 5 ms for it in a threaded program.
+        cdef long n = self.staged
+        self.staged = 0
+        return abi_io_submit(self._ctx, n, self._pointers)
+
+    cpdef int peek(self) except -1:
+        """Copy out up to PEEK_MAX completions, and return how many; `token` and `result` read
+        them, `commit` must follow before the next peek."""
+        cdef unsigned int head, tail, nr
+        cdef int n = 0, i, kept
+        if self._ring == NULL:
+            if not self._ctx:
+                return 0
+            n = <int>abi_io_getevents(self._ctx, 0, PEEK_MAX, self._events, 0)
+            return n if n > 0 else 0
+        nr = self._ring.nr
+        head = self._ring.head              # only we store it
+        tail = abi_load_tail(self._ring)    # acquire: the events before it are the kernel's, whole
+        while head != tail and n < PEEK_MAX:
+            self._events[n] = self._ring.io_events[head]
+            n += 1
+            head += 1
+            if head >= nr:
+                head = 0
+        return n
+
+    cpdef uint64_t token(self, int index) except? 0:
+        """The token of the peeked completion at *index*; 0 is nobody's."""
+        return self._events[index].data
+
+    cpdef int64_t result(self, int index) except? -4096:
+        """The peeked completion's bytes moved, or minus its errno."""
+        return self._events[index].res
+
+    cpdef int commit(self, int count) except -1:
+        """Give *count* peeked slots back to the kernel, which may overwrite them at once."""
+        cdef unsigned int head
+        if self._ring == NULL or count == 0:
+            return 0                        # io_getevents took them out already
+        head = self._ring.head + <unsigned int>count
+        if head >= self._ring.nr:
+            head -= self._ring.nr
+        abi_store_head(self._ring, head)    # release: our copies are made before the kernel looks
+        return 0
+
+    cpdef int spin(self, uint64_t limit_ns) except -1:
+        """Watch the ring for up to *limit_ns* without the GIL; return 1 as soon as there is an
+        event, else 0. Without a readable ring there is nothing to watch."""
+        cdef aio_ring *ring = self._ring
+        cdef uint64_t end
+        cdef bint found = False
+        if ring == NULL:
+            return 0
+        with nogil:
+            end = monotonic_ns() + limit_ns
+            while True:
+                if ring.head != abi_load_tail(ring):
+                    found = True
+                    break
+                if monotonic_ns() >= end:
+                    break
+                abi_relax()
+        return found
+
+    cpdef int signal(self) except -1:
+        """Make the eventfd readable."""
+        cdef uint64_t one = 1
+        write(self.eventfd, &one, sizeof(one))      # EAGAIN: it is readable, and how
+        return 0
+
+    cpdef int clear(self) except -1:
+        """Make the eventfd unreadable. Do so *before* peeking: the kernel publishes the tail
+        first and signals then, so what is signalled later is peeked later."""
+        cdef uint64_t count
+        read(self.eventfd, &count, sizeof(count))   # EAGAIN: nothing was signalled
+        return 0
+
+    cpdef after_fork_in_child(self):
+        """Forget the parent's context, and put a fresh eventfd under the same number.
+
+        The context's address may be a context of this child's soon, the eventfd is shared with
+        the parent, and a watcher of the inherited loop sits on its number: so nothing is
+        destroyed, closed or stopped here.
+        """
+        cdef long fresh
+        self._ctx = 0
+        self._ring = NULL
+        self.staged = 0
+        if self.eventfd < 0:
+            return
+        fresh = abi_eventfd()
+        if fresh >= 0:
+            dup3(<int>fresh, self.eventfd, O_CLOEXEC)
+            close(<int>fresh)
+
+    cpdef destroy(self):
+        """Free the context: waits, without the GIL, until the kernel has done all in flight."""
+        cdef aio_context_t ctx = self._ctx
+        self._ctx = 0
+        self._ring = NULL
+        if ctx:
+            with nogil:
+                abi_io_destroy(ctx)
+
+    def close_eventfd(self):
+        """Close the eventfd; stop what watches it first. The kernel holds it for what is in flight."""
+        if self.eventfd >= 0:
+            close(self.eventfd)
+        self.eventfd = -1
+
+    def close(self):
+        """`close_eventfd` and `destroy`. May be called twice."""
+        self.close_eventfd()
+        self.destroy()

@@ -1,0 +1,396 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Requests and the queue that they pass through, without gevent and without waiting.
+
+A request is in one place at a time, and these are all its ways:
+
+    ==========  ==============  =====================================  =================
+    from        to              when                                   list
+    ==========  ==============  =====================================  =================
+    NEW         PENDING         `Engine.enqueue`                       pending
+    PENDING     IN_FLIGHT       ``io_submit`` took it                  in_flight
+    PENDING     DONE            ``io_submit`` refused it, or the       ready
+                                process gave up (`refuse`, `cancel`)
+    PENDING     NEW             `Engine.withdraw`                      none
+    IN_FLIGHT   DONE            its event came, or a fork took the     ready
+                                kernel away (`cancel`)
+    DONE        --              handed over: `Engine.ready` loses it   none
+    ==========  ==============  =====================================  =================
+
+While a request is in a list, the list owns a reference to it: so the memory that the kernel may write
+lives until the kernel says that it is done, whoever has forgotten the request meanwhile. Nothing here
+runs Python code between a look at the kernel and the lists being right again; buffers are let go by
+whoever takes a request out of `Engine.ready`, for that may run anything.
+"""
+
+import errno
+import os
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.errno cimport EAGAIN, EINTR
+from libc.stdint cimport uintptr_t
+
+from greenaio._context cimport (
+    BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context,
+)
+
+cdef enum:
+    LOAD_SHARE = 16     # in flight per request of a batch: below it the device runs dry meanwhile
+
+
+cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
+    cdef Request request = Request.__new__(Request)
+    request.opcode = opcode
+    request.fd = fd
+    request.offset = offset
+    request.flags = flags
+    request.max_batch = max_batch
+    return request
+
+
+# No garbage collection: what a request refers to is let go at its end, and until then the engine's
+# own reference, which no collector can see, keeps it alive anyway.
+@cython.freelist(256)
+@cython.no_gc
+@cython.final
+cdef class Request:
+    """One operation on a file, from `Engine.enqueue` to its result.
+
+    *buffers* is one bytes-like object, a sequence of them for PREADV and PWRITEV, None for FSYNC and
+    FDSYNC; they stay pinned until the kernel is done. *offset* is in bytes, *flags* are ``os.RWF_*``.
+    Raises OSError (EIO) for an operation that is none of `Opcode`, and what the buffer protocol
+    raises for a buffer that can't be pinned.
+    """
+
+    def __init__(self, int opcode, int fd, buffers=None, int64_t offset=0, unsigned int flags=0,
+                 *, int max_batch=BATCH_MAX):
+        if self.opcode or self.state != NEW or self._count:
+            raise ValueError('a request is made once')
+        if opcode not in (PREAD, PWRITE, FSYNC, FDSYNC, PREADV, PWRITEV):
+            raise OSError(errno.EIO, f'unknown operation {opcode}')
+        if max_batch < 1:
+            raise ValueError(f'max_batch must be at least 1, not {max_batch}')
+        self.opcode = opcode
+        self.fd = fd
+        self.offset = offset
+        self.flags = flags
+        self.max_batch = max_batch
+        if opcode in (PREADV, PWRITEV):
+            self.pin_all(buffers)
+        elif opcode in (PREAD, PWRITE):
+            self.pin(buffers)
+
+    def __dealloc__(self):
+        self._unpin()
+
+    cdef int pin(self, buffer) except -1:
+        """Pin one buffer: writable for a read."""
+        PyObject_GetBuffer(buffer, &self._view,
+                           PyBUF_WRITABLE if self.opcode == PREAD else PyBUF_SIMPLE)
+        self._count = 1
+        self.nbytes = self._view.len
+        return 0
+
+    cdef int pin_all(self, buffers) except -1:
+        """Pin a sequence of buffers, and name them in an iovec on the heap."""
+        cdef int kind = PyBUF_WRITABLE if self.opcode == PREADV else PyBUF_SIMPLE
+        cdef Py_ssize_t n = len(buffers)
+        self._views = <Py_buffer *>PyMem_Malloc((n or 1) * sizeof(Py_buffer))
+        self._iovec = <iovec *>PyMem_Malloc((n or 1) * sizeof(iovec))
+        if self._views == NULL or self._iovec == NULL:
+            raise MemoryError
+        for buffer in buffers:
+            if self._count == n:
+                break               # it grew under us
+            PyObject_GetBuffer(buffer, &self._views[self._count], kind)
+            self._iovec[self._count].iov_base = self._views[self._count].buf
+            self._iovec[self._count].iov_len = self._views[self._count].len
+            self.nbytes += self._views[self._count].len
+            self._count += 1
+        return 0
+
+    def _unpin(self):
+        cdef int i
+        cdef int count = self._count
+        cdef Py_buffer *views = self._views
+        self._count = 0             # first: a release may run code that comes back here
+        self._views = NULL
+        if views == NULL:
+            if count:
+                PyBuffer_Release(&self._view)
+            return
+        for i in range(count):
+            PyBuffer_Release(&views[i])
+        PyMem_Free(views)
+        PyMem_Free(self._iovec)
+        self._iovec = NULL
+
+    cdef release(self):
+        """Let go of the buffers and all else. May run any code: take the request out of its list
+        first."""
+        if self._count:
+            self._unpin()
+        self.keep = None
+        self.waiter = None
+
+    @property
+    def result(self):
+        """Bytes moved, or minus the errno; None while in progress."""
+        return self._result if self.state == DONE else None
+
+    @property
+    def entered(self):
+        """Whether no greenlet is parked on this very request: it must not be switched into."""
+        return self.waiter is None
+
+    @property
+    def done(self):
+        """Whether the result is there."""
+        return self.state == DONE
+
+    def __repr__(self):
+        return (f'<Request {Opcode_name(self.opcode)} fd={self.fd} offset={self.offset} '
+                f'nbytes={self.nbytes} {State_name(self.state)} result={self.result}>')
+
+
+def Opcode_name(int opcode):
+    return {PREAD: 'PREAD', PWRITE: 'PWRITE', FSYNC: 'FSYNC', FDSYNC: 'FDSYNC',
+            PREADV: 'PREADV', PWRITEV: 'PWRITEV'}.get(opcode, str(opcode))
+
+
+def State_name(int state):
+    return ('NEW', 'PENDING', 'IN_FLIGHT', 'DONE')[state]
+
+
+@cython.final
+cdef class RequestList:
+    """A first-in-first-out list of requests that owns them; removal from the middle costs nothing."""
+
+    def __dealloc__(self):
+        while self._head != NULL:
+            self.popleft()
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        cdef void *at = self._head
+        requests = []
+        while at != NULL:
+            requests.append(<Request>at)
+            at = (<Request>at)._next
+        return iter(requests)
+
+    def __contains__(self, Request request not None):
+        return request._list == <void *>self
+
+    cdef void append(self, Request request) noexcept:
+        Py_INCREF(request)
+        request._list = <void *>self
+        request._previous = self._tail
+        request._next = NULL
+        if self._tail != NULL:
+            (<Request>self._tail)._next = <void *>request
+        else:
+            self._head = <void *>request
+        self._tail = <void *>request
+        self.count += 1
+
+    cdef void remove(self, Request request) noexcept:
+        if request._previous != NULL:
+            (<Request>request._previous)._next = request._next
+        else:
+            self._head = request._next
+        if request._next != NULL:
+            (<Request>request._next)._previous = request._previous
+        else:
+            self._tail = request._previous
+        request._list = request._previous = request._next = NULL
+        self.count -= 1
+        Py_DECREF(request)          # the caller has a reference: nothing ends here
+
+    cdef Request first(self):
+        return <Request>self._head if self._head != NULL else None
+
+    cdef Request popleft(self):
+        cdef Request request = self.first()
+        if request is not None:
+            self.remove(request)
+        return request
+
+
+cdef class Engine:
+    """Pending, in flight, ready: what `Context` can take, in order, and what it gave back."""
+
+    def __init__(self, Context context not None, int depth=256):
+        if depth < 1:
+            raise ValueError(f'depth must be at least 1, not {depth}')
+        self.context = context
+        self.depth = depth
+        self.pending = RequestList()
+        self.in_flight = RequestList()
+        self.ready = RequestList()
+
+    # All changes of a request's state -------------------------------------------------------
+
+    cpdef bint enqueue(self, Request request) except -1:
+        """NEW → PENDING. Return whether there is a batch now that is worth a `flush`."""
+        if request.state != NEW:
+            raise ValueError(f'enqueued twice: {request!r}')
+        request.state = PENDING
+        self.pending.append(request)
+        return self.pending.count >= self.batch_limit(request) and not self.blocked
+
+    cdef void _taken(self, Request request) noexcept:
+        """PENDING → IN_FLIGHT: from here on the kernel may write the buffer at any time."""
+        request.state = IN_FLIGHT
+        self.pending.remove(request)
+        self.in_flight.append(request)
+        self.submitted += 1
+
+    cdef void _finish(self, Request request, int64_t result) noexcept:
+        """PENDING or IN_FLIGHT → DONE."""
+        if request.state == IN_FLIGHT:
+            self.in_flight.remove(request)
+            self.completed += 1
+        else:
+            self.pending.remove(request)
+            request.refused = True
+        request._result = result
+        request.state = DONE
+        self.ready.append(request)
+
+    cpdef bint withdraw(self, Request request) except -1:
+        """PENDING → NEW, if the kernel has not got it yet; return whether it was so."""
+        if request.state != PENDING:
+            return False
+        self.pending.remove(request)
+        request.state = NEW
+        return True
+
+    cpdef int refuse(self, int code) except -1:
+        """Every PENDING → DONE with minus the errno *code*; return how many."""
+        cdef int n = 0
+        while self.pending.count:
+            self._finish(self.pending.first(), -code)
+            n += 1
+        self.blocked = False
+        return n
+
+    cpdef int cancel(self, int code) except -1:
+        """Everything → DONE with minus the errno *code*, delivered or not: in a forked child, where
+        neither the kernel's events nor our own buffers have arrived."""
+        cdef int n = self.refuse(code)
+        cdef Request request
+        while self.in_flight.count:
+            self._finish(self.in_flight.first(), -code)
+            n += 1
+        for request in self.ready:
+            request._result = -code
+            request.refused = False
+        return n
+
+    # Towards the kernel ---------------------------------------------------------------------
+
+    cdef int batch_limit(self, Request request) noexcept:
+        # Follows the load: with few in flight the device would run dry while a batch fills.
+        cdef int limit = self.in_flight.count // LOAD_SHARE
+        cdef int room = self.depth - self.in_flight.count
+        if limit > BATCH_MAX:
+            limit = BATCH_MAX
+        if limit > request.max_batch:
+            limit = request.max_batch
+        if limit > room:
+            limit = room
+        return limit if limit > 1 else 1
+
+    cdef long _offer(self) except? -4096:
+        """Offer the head of pending, as much as there is room for: what io_submit answers."""
+        cdef int room = self.depth - self.in_flight.count
+        cdef int n = 0
+        cdef void *at = self.pending._head
+        cdef Request request
+        cdef uint64_t address, length
+        if room > BATCH_MAX:
+            room = BATCH_MAX
+        while at != NULL and n < room:
+            request = <Request>at
+            if request._iovec != NULL:
+                address, length = <uint64_t><uintptr_t>request._iovec, request._count
+            elif request._count:
+                address, length = <uint64_t><uintptr_t>request._view.buf, request.nbytes
+            else:
+                address, length = 0, 0
+            self.context.stage(<uint64_t><uintptr_t><void *>request, request.opcode, request.fd,
+                               address, length, request.offset, request.flags)
+            at = request._next
+            n += 1
+        return self.context.submit()
+
+    cpdef int flush(self) except -1:
+        """pending → kernel, first in, first out, until it is empty or the kernel is full; return
+        how many the kernel took. A request that the kernel refuses is DONE, the rest goes on."""
+        cdef long taken
+        cdef int total = 0
+        self.blocked = False
+        while self.pending.count:
+            if self.in_flight.count >= self.depth and self.reap() == 0:
+                self.blocked = True
+                break
+            taken = self._offer()
+            if taken > 0:
+                self.batches += 1
+                total += taken
+                while taken:                # it takes a prefix
+                    self._taken(self.pending.first())
+                    taken -= 1
+            elif taken == -EINTR:
+                continue
+            elif taken == -EAGAIN or taken == 0:
+                if self.reap():             # finished I/O frees no slot, reaping does
+                    continue
+                self.blocked = True
+                break
+            else:                           # the head's own error: the rest knows nothing of it
+                self._finish(self.pending.first(), taken)
+        return total
+
+    # From the kernel ------------------------------------------------------------------------
+
+    cpdef int reap(self) except -1:
+        """ring → ready, all that is there; resumes nobody. Return how many."""
+        cdef int n, i, total = 0
+        cdef uint64_t token
+        cdef int64_t result
+        while True:
+            n = self.context.peek()
+            if n == 0:
+                break
+            for i in range(n):
+                token = self.context.token(i)
+                if token:                   # 0: the probe's, come late
+                    result = self.context.result(i)
+                    self._finish(<Request><void *><uintptr_t>token, result)
+                    total += 1
+            self.context.commit(n)
+        return total
+
+    def _check(self):
+        """Assert all that must hold between two calls."""
+        seen = set()
+        for queue, states in ((self.pending, (PENDING,)), (self.in_flight, (IN_FLIGHT,)),
+                              (self.ready, (DONE,))):
+            requests = list(queue)
+            assert len(requests) == len(queue), 'a list that miscounts'
+            for request in requests:
+                assert request.state in states, f'{request!r} is in the wrong list'
+                assert request in queue
+                assert id(request) not in seen, f'{request!r} is in two lists'
+                seen.add(id(request))
+        assert self.submitted == self.completed + len(self.in_flight), 'an event lost or invented'
+        assert len(self.in_flight) <= self.depth, 'more in flight than there is room for'
+        assert self.context.staged == 0, 'staged and never submitted'

@@ -1,0 +1,241 @@
+"""The thread way: what native AIO can't do, in a gevent ThreadPool of our own.
+
+Not the hub's pool, for DNS lives in that one. `call` does one operation on an fd, `close` closes an fd that
+operations may still be queued on; `File` is what ``greenaio.File`` is where the extension was not built.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from gevent import get_hub, getcurrent
+from gevent.exceptions import BlockingSwitchOutError
+from gevent.threadpool import ThreadPool
+
+from greenaio._ends import before_destroy
+
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+THREADS = 10    # per hub, as gevent's own pool
+
+
+class _Job:
+    """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
+
+    __slots__ = ('args', 'closer', 'fd', 'function', 'result')
+
+    def __init__(self, function: Callable[..., Any], fd: int, args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.fd = fd
+        self.args = args
+        self.closer: object = None
+        self.result: Any = None
+
+    def __call__(self) -> tuple[Any, BaseException | None]:
+        # An exception is returned: gevent prints those that a pool's function raises.
+        try:
+            return self.function(self.fd, *self.args), None
+        except BaseException as error:
+            return None, error
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        _jobs.discard(self)
+        self.closer = None
+
+
+_jobs: set[_Job] = set()
+_closing: set[int] = set()
+
+
+def _pool() -> ThreadPool:
+    hub = get_hub()
+    if getcurrent() is hub:
+        raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+    pool = hub.__dict__.get('_greenaio_pool')
+    # In a forked child gevent mends its own pool at once, others only later: make a new one.
+    if pool is None or pool.pid != os.getpid():
+        pool = hub._greenaio_pool = ThreadPool(THREADS, hub)
+        before_destroy(hub, pool.kill)
+    return pool
+
+
+def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
+    """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
+
+    If the greenlet is killed meanwhile, a call that has begun goes on by itself.
+    """
+    pool = _pool()
+    check_open(fd)
+    job = _Job(function, fd, args)
+    _jobs.add(job)
+    try:
+        job.result = pool.spawn(job)
+    except BaseException:
+        job.end()
+        raise
+    value, error = job.result.get()
+    if error is not None:
+        raise error
+    return value
+
+
+def check_open(fd: int) -> None:
+    """Raise EBADF for an fd that was closed, though what was queued on it keeps its number taken."""
+    if fd in _closing:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+class Closer:
+    """Closes an fd when the last operation that was queued on it lets go of this."""
+
+    __slots__ = ('fd',)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _closing.add(fd)
+
+    def __del__(self) -> None:
+        _closing.discard(self.fd)
+        os.close(self.fd)
+
+
+def close(fd: int, pending: Sequence[Any] = ()) -> None:
+    """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
+    to mean another file. *pending* are such operations besides our own. Waits for nobody."""
+    check_open(fd)
+    queued = [(job, 'closer') for job in list(_jobs) if job.fd == fd]
+    queued += [(request, 'keep') for request in pending]
+    if not queued:
+        os.close(fd)
+        return
+    closer = Closer(fd)
+    for operation, attribute in queued:
+        setattr(operation, attribute, closer)
+
+
+def _after_fork_in_child() -> None:
+    # The threads stayed with the parent, and gevent mends a pool only when its loop next runs.
+    for job in list(_jobs):
+        if job.result is not None:
+            job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
+        job.end()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class File:
+    """``greenaio.File`` where the extension was not built: the same, all of it by threads."""
+
+    def __init__(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666, *,
+                 max_batch: int = 32) -> None:
+        self.name: Any = os.fspath(path)
+        self._fd = call(_open, -1, self.name, flags, mode)
+        self._closefd = True
+
+    @classmethod
+    def from_fd(cls, fd: int, closefd: bool = False, *, max_batch: int = 32) -> File:
+        os.fstat(fd)
+        self = cls.__new__(cls)
+        self.name, self._fd, self._closefd = fd, fd, closefd
+        return self
+
+    def fileno(self) -> int:
+        if self._fd < 0:
+            raise ValueError('I/O operation on closed file')
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(function, self.fileno(), *args)
+        except OSError as error:
+            if isinstance(self.name, int):
+                raise
+            raise OSError(error.errno, error.strerror, self.name) from None
+
+    def pread(self, n: int, offset: int) -> bytes:
+        return cast(bytes, self._call(os.pread, n, offset))
+
+    def preadv(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        return cast(int, self._call(os.preadv, buffers, offset, flags))
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        return cast(int, self._call(os.pwrite, data, offset))
+
+    def pwritev(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+        return cast(int, self._call(os.pwritev, buffers, offset, flags))
+
+    def fsync(self) -> None:
+        self._call(os.fsync)
+
+    def fdatasync(self) -> None:
+        self._call(os.fdatasync)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and self._closefd:
+            close(fd)
+
+    def __enter__(self) -> File:
+        self.fileno()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, '_fd', -1) >= 0 and self._closefd:
+            warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f'<greenaio.File name={self.name!r} fd={self._fd}>'
+
+
+def aligned_buffer(nbytes: int, alignment: int = 4096) -> memoryview:
+    if nbytes < 0:
+        raise ValueError(f'nbytes must not be negative, but is {nbytes}')
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f'alignment must be a power of two, not {alignment}')
+    if alignment > mmap.PAGESIZE:
+        raise ValueError('without the extension, alignment is a page at most')
+    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
+
+
+def pread(fd: int, n: int, offset: int) -> bytes:
+    return cast(bytes, call(os.pread, fd, n, offset))
+
+
+def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+    return cast(int, call(os.preadv, fd, buffers, offset, flags))
+
+
+def pwrite(fd: int, data: Any, offset: int) -> int:
+    return cast(int, call(os.pwrite, fd, data, offset))
+
+
+def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+    return cast(int, call(os.pwritev, fd, buffers, offset, flags))
+
+
+def fsync(fd: int) -> None:
+    call(os.fsync, fd)
+
+
+def fdatasync(fd: int) -> None:
+    call(os.fdatasync, fd)
+
+
+def _open(_: int, path: StrPath, flags: int, mode: int) -> int:
+    return os.open(path, flags, mode)

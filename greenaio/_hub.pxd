@@ -1,0 +1,37 @@
+from libc.stdint cimport uint64_t
+
+from greenaio._engine cimport Engine, Request
+
+cdef class Driver:
+    cdef object __weakref__
+    cdef readonly object hub
+    cdef readonly Engine engine
+    cdef readonly bint native       # False: the kernel gave us no context, everything takes a thread
+    cdef readonly bint closed
+    cdef readonly int waiting       # greenlets parked here
+    cdef object _watcher
+    cdef bint _holds_loop
+    cdef bint _reattach             # forked: the context is to be made anew
+    cdef int _sections              # drain passes under way
+    cdef bint _turn_ends_soon       # a callback that ends the section of this hub turn is queued
+    cdef object _retry
+    cdef double _retry_after        # seconds
+    cdef int _run                   # wakes and in-line completions since the loop had its turn
+    cdef uint64_t _run_began        # ns
+    cdef uint64_t _poll_ns          # how long the next spin lasts at most
+    cdef uint64_t _unpolled_since   # when the last spin ended in vain, ns; 0: it did not
+
+    cdef object perform(self, Request request)
+    cdef object _park(self, Request request, current)
+    cdef _leave(self, Request request)
+    cdef int _wake(self, Request request) except -1
+    cdef int _drain(self) except -1
+    cdef int _flush(self) except -1
+    cdef bint _more_is_ready(self) except -1
+    cdef bint _run_is_over(self) except -1
+    cdef bint _poll(self) except -1
+    cdef int _hold_loop(self) except -1
+    cdef int _let_go_of_loop(self) except -1
+    cdef int _attach(self) except -1
+
+cdef Driver current_driver()

@@ -1,0 +1,496 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""`Driver.perform` is the only code that parks a greenlet, `Driver._wake` the only code that resumes one.
+
+One driver per hub, made on first use. It submits what greenlets ask for, waits for the eventfd with a
+gevent watcher, and hands results over. Switching follows one rule: *only the hub switches into a greenlet,
+and only into one that is parked on that very request*. So a request that finishes inside its own
+submission never switches, and nothing recurses however deep submissions complete in line: completions
+go to one queue (`Engine.ready`) and one loop in the hub (`Driver._drain`) resumes from it.
+"""
+
+import errno
+import logging
+import os
+import sys
+import weakref
+
+from gevent._hub_local import get_hub_noargs
+from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
+from gevent.monkey import get_original
+
+from greenaio._config import config
+from greenaio._ends import before_destroy
+
+from cpython.ref cimport PyObject
+
+from greenaio._context cimport Context, forked, monotonic_ns
+from greenaio._engine cimport DONE, IN_FLIGHT, PENDING, Engine, Request
+
+from greenaio._context import acknowledge_fork
+
+cdef extern from *:
+    """
+    #include "greenlet/greenlet.h"
+
+    static __thread PyObject *thread_driver;    /* borrowed: _Sentinel owns it */
+
+    static inline int greenlet_import(void)
+    { PyGreenlet_Import(); return _PyGreenlet_API == NULL ? -1 : 0; }
+    static inline PyObject *greenlet_current(void)
+    { return (PyObject *)PyGreenlet_GetCurrent(); }
+    static inline PyObject *greenlet_switch(PyObject *to)
+    { return PyGreenlet_Switch((PyGreenlet *)to, NULL, NULL); }
+    """
+    PyObject *thread_driver
+    int greenlet_import() except -1
+    object greenlet_current()
+    object greenlet_switch(object to)
+
+greenlet_import()
+
+cdef enum:
+    RUN_MAX = 64                # greenlets woken before the loop has its turn again ...
+    RUN_MAX_NS = 200000         # ... or this long: draining to empty starved a 1 ms ticker
+    POLL_MIN_NS = 4000          # where a spin starts, as in QEMU
+    DEPTH_MIN = 16              # below that a context is not worth having
+
+RETRY_MIN = 0.001               # seconds: EAGAIN with nothing in flight that could end it; doubles ...
+RETRY_MAX = 0.05                # ... to this: then a thread is asked
+
+cdef object READ = 1            # what both loops call it
+
+log = logging.getLogger('greenaio')
+_start_new_thread = get_original('_thread', 'start_new_thread')
+_local = get_original('_thread', '_local')()
+_drivers = weakref.WeakSet()
+_warned = False
+
+
+cdef class _Sentinel:
+    """Lives in a thread-local, so that a thread's end, of which gevent tells nobody, closes its driver."""
+
+    cdef Driver driver
+
+    def __del__(self):
+        global thread_driver
+        if sys is None or sys.is_finalizing():
+            thread_driver = NULL        # the process's end frees what the kernel may still write
+        elif self.driver is not None:
+            self.driver.close()
+
+
+cdef Driver current_driver():
+    """The driver of this thread's hub, made if there is none. Raises BlockingSwitchOutError in the hub
+    itself: who is called there can't wait."""
+    cdef Driver driver
+    if forked():
+        _after_fork_in_child()
+    if thread_driver != NULL:
+        driver = <Driver>thread_driver
+        if not driver.closed:
+            return driver
+    return _make_driver()
+
+
+cdef Driver _make_driver():
+    global thread_driver
+    if sys.is_finalizing():
+        raise RuntimeError('the interpreter is shutting down: no greenlet can wait any more')
+    driver = Driver(get_hub_noargs())
+    cdef _Sentinel sentinel = _Sentinel()
+    sentinel.driver = driver
+    _local.sentinel = sentinel
+    thread_driver = <PyObject *>driver
+    return driver
+
+
+def get_driver():
+    """Return the `Driver` of the current hub."""
+    return current_driver()
+
+
+def driver_if_exists():
+    """Return the `Driver` of the current hub, or None when it never did any I/O."""
+    if thread_driver != NULL and not (<Driver>thread_driver).closed:
+        return <Driver>thread_driver
+    return None
+
+
+def all_drivers():
+    """Return the drivers of all threads."""
+    return [driver for driver in _drivers if not driver.closed]
+
+
+def perform(Request request not None):
+    """Do *request* by native AIO, this greenlet waiting; return bytes moved or minus the errno."""
+    return current_driver().perform(request)
+
+
+cdef class Driver:
+    """Native AIO for one hub: `perform` is all of it.
+
+    Not for other threads than the hub's own. Raises OSError when there is no eventfd to be had; when the
+    kernel refuses only the context, ``native`` is False.
+    """
+
+    def __init__(self, hub, context=None, *, depth=None):
+        self.hub = hub
+        self._retry_after = RETRY_MIN
+        self.engine = Engine(Context() if context is None else context,
+                             config.depth if depth is None else depth)
+        self._attach()
+        loop = hub.loop
+        # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
+        # ours alone here, for nobody else watches our eventfd.
+        io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
+        self._watcher = io(loop, self.engine.context.eventfd, READ, ref=False)
+        self._watcher.start(self._on_eventfd)
+        before_destroy(hub, self.close)     # first: it watches through the loop
+        _drivers.add(self)
+
+    cdef int _attach(self) except -1:
+        """Get a context of the kernel, with fewer requests if it must be; `native` says whether."""
+        global _warned
+        cdef Context context = self.engine.context
+        cdef int depth = self.engine.depth
+        asked = depth
+        self.native = True
+        self._reattach = False
+        while not context.is_open:
+            try:
+                context.open(depth)
+            except OSError as error:
+                if error.errno == errno.EAGAIN and depth // 2 >= DEPTH_MIN:
+                    depth //= 2
+                    continue
+                self.native = False
+                problem = error
+                break
+        if self.native:
+            self.engine.depth = depth
+            if depth == asked:
+                return 0
+            problem = f'only {depth} were to be had'
+        if not _warned:
+            _warned = True
+            log.warning(
+                'native AIO, asked for %d requests in flight: %s%s. aio-nr is %s, aio-max-nr %s; '
+                'if that is the cause: sysctl -w fs.aio-max-nr=1048576', asked, problem,
+                '' if self.native else '; using threads, which are slower',
+                _proc('aio-nr'), _proc('aio-max-nr'))
+        return 0
+
+    # A request, seen from its greenlet ------------------------------------------------------
+
+    cdef object perform(self, Request request):
+        """Enqueue, park until it is done, return bytes moved or minus the errno.
+
+        If the greenlet is killed or timed out meanwhile, the exception goes up at once: a request that
+        the kernel has not got is withdrawn, any other is abandoned to finish by itself, buffers pinned.
+        An abandoned write may still happen. Raises BlockingSwitchOutError in the hub.
+        """
+        cdef Engine engine = self.engine
+        current = greenlet_current()
+        if current is self.hub:
+            raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+        if self._reattach:
+            self._attach()              # after a fork: the first use here
+        if engine.enqueue(request):
+            self._flush()
+            if self._sections == 0 and request.state != DONE:
+                self._poll()
+        elif self._sections == 0 and not self._turn_ends_soon:    # a pass submits at its own end
+            self._turn_ends_soon = True
+            self.hub.loop.run_callback(self._on_turn_end)
+        if request.state != DONE or self._run_is_over():
+            self._park(request, current)
+        elif request._list != NULL:
+            engine.ready.remove(request)
+        result = request._result
+        request.release()
+        return result
+
+    cdef object _park(self, Request request, current):
+        cdef Engine engine = self.engine
+        if engine.ready.count and self._sections == 0:
+            engine.context.signal()     # what is ready needs a drain pass
+        self.waiting += 1
+        try:
+            self._hold_loop()
+            switch_out = getattr(current, 'switch_out', None)
+            if switch_out is not None:
+                switch_out()
+            # No Python code from here to the switch. The request is in a list still, so the hub
+            # will find it and its waiter there; or that code has let the hub hand it over already.
+            if request._list != NULL:
+                request.waiter = current
+                greenlet_switch(self.hub)
+                if request.waiter is not None:
+                    raise InvalidSwitchError(f'{current!r} was switched into, but waits for {request!r}')
+        except BaseException:           # killed, timed out, thrown into
+            request.waiter = None
+            self._leave(request)
+            raise
+        finally:
+            self.waiting -= 1
+            if self.waiting == 0 and self._sections == 0:
+                self._let_go_of_loop()
+
+    cdef _leave(self, Request request):
+        """The greenlet of *request* goes without its result: withdraw or abandon."""
+        cdef Engine engine = self.engine
+        if engine.withdraw(request):
+            request.release()
+        elif request.state == DONE:
+            if request._list != NULL:
+                engine.ready.remove(request)
+            request.release()
+        # else in flight: the engine keeps it, and _drain lets go of it at its event
+
+    cdef bint _run_is_over(self) except -1:
+        # Completions in line never enter the loop, so they too are counted: past the bound the
+        # greenlet parks on a request that is done, and a later drain pass resumes it.
+        cdef uint64_t now = monotonic_ns()
+        if self._run == 0:
+            self._run_began = now
+        self._run += 1
+        return self._run > RUN_MAX or now - self._run_began > RUN_MAX_NS
+
+    # Towards the kernel ---------------------------------------------------------------------
+
+    cdef int _flush(self) except -1:
+        """Submit what is pending, and reap at once: something may be done already."""
+        cdef Engine engine = self.engine
+        if engine.pending.count:
+            engine.flush()
+        engine.reap()
+        if engine.blocked and engine.in_flight.count == 0:
+            self._retry_soon()          # no completion will come that could submit it
+        return 0
+
+    def _on_turn_end(self):
+        """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
+        self._turn_ends_soon = False
+        if not self.closed:
+            self._flush()
+            if self.engine.ready.count or self._poll():
+                self.engine.context.signal()
+
+    def submit_now(self):
+        """Submit what is pending without waiting for the end of the turn; from anywhere in the thread."""
+        if self.engine.pending.count and not self.closed:
+            self._flush()
+            if self.engine.ready.count:
+                self.engine.context.signal()
+
+    def _retry_soon(self):
+        if self._retry is not None:
+            return
+        if self._retry_after > RETRY_MAX:
+            self._retry_after = RETRY_MIN
+            self.engine.refuse(errno.EAGAIN)
+            self.engine.context.signal()
+        else:
+            self._retry = self.hub.loop.timer(self._retry_after)
+            self._retry.start(self._on_retry)
+
+    def _on_retry(self):
+        self._retry.close()
+        self._retry = None
+        if self.closed:
+            return
+        self._retry_after *= 2
+        self._flush()
+        if self._retry is None:
+            self._retry_after = RETRY_MIN
+        if self.engine.ready.count:
+            self.engine.context.signal()
+
+    # From the kernel ------------------------------------------------------------------------
+
+    def _on_eventfd(self):
+        """The watcher's callback: clear, reap, hand over, submit."""
+        if self.closed:
+            return
+        if self._unpolled_since:
+            self._adapt_poll(monotonic_ns() - self._unpolled_since)
+        self.engine.context.clear()     # first: what is signalled later is reaped later
+        self.engine.reap()
+        if greenlet_current() is self.hub:
+            self._drain()
+        else:                           # only the hub hands over
+            self.engine.context.signal()
+
+    cdef int _drain(self) except -1:
+        """One pass: hand over a bounded run of what is ready; what is asked for meanwhile goes out
+        together at its end."""
+        cdef Engine engine = self.engine
+        cdef Request request
+        self._run = 0
+        self._sections += 1
+        try:
+            while not self.closed and self._more_is_ready() and not self._run_is_over():
+                request = engine.ready.popleft()
+                if request.waiter is None:
+                    request.release()   # abandoned; or its greenlet is about to look by itself
+                else:
+                    self._wake(request)
+        finally:
+            self._sections -= 1
+            self._run = 0
+            if not self.closed:
+                self._flush()
+                if engine.ready.count:
+                    engine.context.signal()
+                if self.waiting == 0:
+                    self._let_go_of_loop()
+        return 0
+
+    cdef bint _more_is_ready(self) except -1:
+        """Look, look again at the ring, submit, poll: whatever gives something to hand over."""
+        cdef Engine engine = self.engine
+        if engine.ready.count == 0 and engine.reap() == 0:
+            self._flush()
+            if engine.ready.count == 0:
+                return self._poll()
+        return True
+
+    cdef int _wake(self, Request request) except -1:
+        waiter = request.waiter
+        request.waiter = None           # the token that this switch is ours
+        try:
+            greenlet_switch(waiter)
+        except BaseException:
+            self.hub.handle_error(waiter, *sys.exc_info())
+        return 0
+
+    # Polling --------------------------------------------------------------------------------
+
+    cdef bint _poll(self) except -1:
+        """Watch the ring for a while, if that is wished for and seems to pay; whether it did."""
+        cdef Engine engine = self.engine
+        cdef uint64_t limit
+        if engine.in_flight.count == 0:
+            return False
+        limit = <uint64_t><int>config.poll_max_us * 1000
+        if limit == 0:
+            self._poll_ns = self._unpolled_since = 0
+            return False
+        if self._poll_ns > limit:
+            self._poll_ns = limit
+        if self._poll_ns and engine.context.spin(self._poll_ns):
+            self._unpolled_since = 0
+            engine.reap()
+            return True
+        self._unpolled_since = monotonic_ns()
+        return False
+
+    def _adapt_poll(self, uint64_t waited):
+        """The last spin was in vain, and the completion came *waited* ns after its end."""
+        cdef uint64_t limit = <uint64_t><int>config.poll_max_us * 1000
+        cdef uint64_t least = POLL_MIN_NS
+        self._unpolled_since = 0
+        if self._poll_ns + waited <= limit:
+            self._poll_ns = min(2 * self._poll_ns, limit) if self._poll_ns else min(least, limit)
+        else:
+            self._poll_ns = self._poll_ns // 2 if self._poll_ns // 2 >= least else 0
+
+    # The loop -------------------------------------------------------------------------------
+
+    cdef int _hold_loop(self) except -1:
+        if not self._holds_loop:
+            self._holds_loop = True
+            self._watcher.ref = True
+        return 0
+
+    cdef int _let_go_of_loop(self) except -1:
+        # Abandoned requests hold nothing: else hub.join() would wait for a frozen disk.
+        if self._holds_loop and not self.closed:
+            self._holds_loop = False
+            self._watcher.ref = False
+        return 0
+
+    # Ends -----------------------------------------------------------------------------------
+
+    def after_fork_in_child(self):
+        """Cancel what was inherited; the kernel's context is made anew at the next request.
+
+        The watcher stays as it is, over a fresh eventfd: closing or stopping it here would abort the loop
+        or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
+        """
+        self.engine.context.after_fork_in_child()
+        self.engine.cancel(errno.ECANCELED)
+        self._reattach = True
+        self.engine.context.signal()
+
+    def close(self):
+        """Stop watching and give everything back; called when the hub is destroyed or its thread ends.
+
+        Greenlets still parked here never return, as with every gevent wait on a destroyed hub. Requests
+        in flight keep their memory until the kernel is done, which a native thread waits for.
+        """
+        global thread_driver
+        if self.closed:
+            return
+        self.closed = True
+        if thread_driver == <PyObject *>self:
+            thread_driver = NULL
+        _drivers.discard(self)
+        for watcher in (self._watcher, self._retry):
+            try:
+                if watcher is not None:
+                    watcher.stop()
+                    watcher.close()
+            except ValueError:
+                pass                    # the loop is gone, and its watchers with it
+        self.engine.refuse(errno.ECANCELED)
+        for request in list(self.engine.in_flight):
+            (<Request>request).waiter = None
+        self._empty_ready()
+        self.engine.context.close_eventfd()
+        if not self.engine.context.is_open:
+            return
+        try:
+            _start_new_thread(_end_context, (self.engine,))
+        except RuntimeError:            # no thread, or the interpreter ends: the process's end does it
+            log.warning('no thread to free a native AIO context; it stays until the process ends')
+            _leaked.append(self.engine)
+
+    def _empty_ready(self):
+        cdef Request request
+        while True:
+            request = self.engine.ready.popleft()
+            if request is None:
+                return
+            request.release()
+
+
+_leaked = []                            # engines whose memory the kernel may still write
+
+
+def _end_context(Engine engine):
+    """Runs in a native thread: wait for the disk, then let go of the memory it was writing."""
+    cdef Request request
+    engine.context.destroy()
+    while True:
+        request = engine.in_flight.popleft()
+        if request is None:
+            return
+        request.release()
+
+
+def _after_fork_in_child():
+    acknowledge_fork()
+    for driver in list(_drivers):
+        driver.after_fork_in_child()
+
+
+def _proc(name):
+    try:
+        with open(f'/proc/sys/fs/{name}') as file:
+            return file.read().strip()
+    except OSError:
+        return 'unknown'
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
