@@ -36,6 +36,7 @@ cdef class Request:
 
     cdef int pin(self, buffer) except -1
     cdef int pin_all(self, buffers) except -1
+    cdef _unpin(self)
     cdef release(self)
 
 cdef class RequestList:

@@ -39,7 +39,7 @@ from greenaio._context cimport (
 )
 
 cdef enum:
-    LOAD_SHARE = 16     # in flight per request of a batch: below it the device runs dry meanwhile
+    LOAD_SHARE = 16     # requests about per request of a batch: with less the device runs dry
 
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
@@ -113,7 +113,7 @@ cdef class Request:
             self._count += 1
         return 0
 
-    def _unpin(self):
+    cdef _unpin(self):
         cdef int i
         cdef int count = self._count
         cdef Py_buffer *views = self._views
@@ -171,8 +171,11 @@ cdef class RequestList:
     """A first-in-first-out list of requests that owns them; removal from the middle costs nothing."""
 
     def __dealloc__(self):
-        while self._head != NULL:
-            self.popleft()
+        # What is in flight is leaked: the kernel may still write it.
+        cdef Request request
+        while self._head != NULL and (<Request>self._head).state != IN_FLIGHT:
+            request = <Request>self._head
+            self.remove(request)
 
     def __len__(self):
         return self.count
@@ -297,8 +300,9 @@ cdef class Engine:
     # Towards the kernel ---------------------------------------------------------------------
 
     cdef int batch_limit(self, Request request) noexcept:
-        # Follows the load: with few in flight the device would run dry while a batch fills.
-        cdef int limit = self.in_flight.count // LOAD_SHARE
+        # Follows the load: with few requests about the device would run dry while a batch fills.
+        # Those that are ready count, for their greenlets are about to ask again.
+        cdef int limit = (self.in_flight.count + self.ready.count + self.pending.count) // LOAD_SHARE
         cdef int room = self.depth - self.in_flight.count
         if limit > BATCH_MAX:
             limit = BATCH_MAX
@@ -366,6 +370,7 @@ cdef class Engine:
         cdef int n, i, total = 0
         cdef uint64_t token
         cdef int64_t result
+        cdef Request request
         while True:
             n = self.context.peek()
             if n == 0:
@@ -374,7 +379,9 @@ cdef class Engine:
                 token = self.context.token(i)
                 if token:                   # 0: the probe's, come late
                     result = self.context.result(i)
-                    self._finish(<Request><void *><uintptr_t>token, result)
+                    # A reference of our own: the list may hold the last one, and lets go of it.
+                    request = <Request><void *><uintptr_t>token
+                    self._finish(request, result)
                     total += 1
             self.context.commit(n)
         return total

@@ -121,11 +121,6 @@ def all_drivers():
     return [driver for driver in _drivers if not driver.closed]
 
 
-def perform(Request request not None):
-    """Do *request* by native AIO, this greenlet waiting; return bytes moved or minus the errno."""
-    return current_driver().perform(request)
-
-
 cdef class Driver:
     """Native AIO for one hub: `perform` is all of it.
 
@@ -209,6 +204,10 @@ cdef class Driver:
         result = request._result
         request.release()
         return result
+
+    def perform_request(self, Request request not None):
+        """`perform`, for callers in Python."""
+        return self.perform(request)
 
     cdef object _park(self, Request request, current):
         cdef Engine engine = self.engine

@@ -1,0 +1,252 @@
+"""Files to read, disks to read them from, and a kernel that does what a script says."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import deque
+
+import gevent
+import pytest
+
+from greenaio import _hub
+from greenaio._context import Context
+
+MIB = 1 << 20
+IN_CI = bool(os.environ.get('CI'))
+
+
+def missing(reason):
+    """Skip for want of a tool; in CI, where the project installs its tools, fail instead."""
+    if IN_CI:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def file_system(path):
+    return subprocess.run(['stat', '-f', '-c', '%T', str(path)], capture_output=True, text=True,
+                          check=True).stdout.strip()
+
+
+def real_disk():
+    """A folder on a disk: a file system in memory completes everything in line, and hides bugs."""
+    for folder in (tempfile.gettempdir(), '/var/tmp', os.getcwd()):
+        if os.access(folder, os.W_OK) and file_system(folder) not in ('tmpfs', 'ramfs', 'overlayfs'):
+            return folder
+    return missing('no folder on a real disk')
+
+
+@pytest.fixture(params=['disk', 'memory'])
+def folder(request):
+    """A folder on a disk, and once more one in memory."""
+    where = '/dev/shm' if request.param == 'memory' else real_disk()
+    with tempfile.TemporaryDirectory(dir=where, prefix='greenaio-test-') as name:
+        yield name
+
+
+@pytest.fixture
+def disk_folder():
+    with tempfile.TemporaryDirectory(dir=real_disk(), prefix='greenaio-test-') as name:
+        yield name
+
+
+def pattern(nbytes):
+    """Bytes of which no two aligned 8 are the same."""
+    return b''.join(i.to_bytes(8, 'little') for i in range(nbytes // 8))
+
+
+@pytest.fixture
+def data_file(folder):
+    path = os.path.join(folder, 'data')
+    with open(path, 'wb') as file:
+        file.write(pattern(MIB))
+        file.flush()
+        os.fsync(file.fileno())     # or O_DIRECT finds dirty pages, and io_submit waits for them
+    return path
+
+
+class ScriptedContext(Context):
+    """A kernel without a kernel: takes what `answers` says, completes what the test says."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers = deque()      # what submit says next: a number taken, or minus an errno
+        self.inline = False         # complete each request inside its own submit
+        self.batches = []           # sizes, as taken
+        self.submits = 0
+        self.taken = []             # requests in the kernel's hands: dicts
+        self.order = []             # offsets, in the order in which they were taken
+        self.events = []
+        self.committed = 0
+        self._batch = []
+        self.opened = []
+
+    is_open = True
+
+    def open(self, depth):
+        self.opened.append(depth)
+
+    def stage(self, token, opcode, fd, address, nbytes, offset, flags):
+        self._batch.append(dict(token=token, opcode=opcode, fd=fd, address=address, nbytes=nbytes,
+                                offset=offset, flags=flags))
+        return 0
+
+    def submit(self):
+        batch, self._batch = self._batch, []
+        self.submits += 1
+        answer = self.answers.popleft() if self.answers else len(batch)
+        if callable(answer):
+            answer = answer(batch)
+        if answer > 0:
+            assert answer <= len(batch)
+            self.batches.append(answer)
+            self.taken += batch[:answer]
+            self.order += [request['offset'] for request in batch[:answer]]
+            if self.inline:
+                for request in batch[:answer]:
+                    self.finish(request)
+        return answer
+
+    def finish(self, request=None, result=None, fill=None):
+        """The disk has done *request*, by default the oldest it has."""
+        request = self.taken[0] if request is None else request
+        self.taken.remove(request)
+        if fill is not None:
+            ctypes.memset(request['address'], fill, request['nbytes'])
+        self.events.append((request['token'], request['nbytes'] if result is None else result))
+        self.signal()
+
+    def finish_all(self, **kwargs):
+        while self.taken:
+            self.finish(**kwargs)
+
+    def peek(self):
+        return min(len(self.events), 64)
+
+    def token(self, index):
+        return self.events[index][0]
+
+    def result(self, index):
+        return self.events[index][1]
+
+    def commit(self, count):
+        del self.events[:count]
+        self.committed += count
+        return 0
+
+    def spin(self, limit_ns):
+        return 1 if self.events else 0
+
+    def destroy(self):
+        self.finish_all()
+
+
+@pytest.fixture
+def driver():
+    """A Driver of this hub over a ScriptedContext, which is ``driver.engine.context``."""
+    driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=64)
+    yield driver
+    driver.engine._check()
+    driver.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test: nothing in flight, nobody waiting, no fd more than before."""
+    gevent.get_hub()
+    _hub.get_driver()
+    before = _open_fds()
+    yield
+    gc.collect()
+    driver = _hub.get_driver()
+    for _ in range(400):
+        if not len(driver.engine.in_flight) and _open_fds() <= before:
+            break
+        gevent.sleep(0.005)
+    driver.engine._check()
+    assert len(driver.engine.in_flight) == 0
+    assert driver.waiting == 0
+    assert _open_fds() <= before
+
+
+def _open_fds():
+    return len(os.listdir('/proc/self/fd'))
+
+
+def aio_nr():
+    with open('/proc/sys/fs/aio-nr') as file:
+        return int(file.read())
+
+
+def run_python(code, *args, env=None, timeout=60, check=True):
+    """Run *code* in a fresh interpreter; return the finished process, its output as text."""
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
+                          capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **(env or {})})
+    if check:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == '', done.stderr
+    return done
+
+
+_cgroup_number = itertools.count()
+
+
+@pytest.fixture
+def held_disk(disk_folder):
+    """A file on a real disk, and a switch: ``hold()`` lets no read or write of this process finish,
+    ``release()`` lets all finish. O_DIRECT only."""
+    root = '/sys/fs/cgroup/blkio'
+    if os.geteuid() != 0:
+        missing('needs root')
+    if not os.path.exists(f'{root}/blkio.throttle.read_iops_device'):
+        subprocess.run(['mkdir', '-p', root], check=False)
+        subprocess.run(['mount', '-t', 'cgroup', '-o', 'blkio', 'none', root], check=False,
+                       capture_output=True)
+    if not os.path.exists(f'{root}/blkio.throttle.read_iops_device'):
+        missing('needs the blkio controller of cgroup v1')
+    path = os.path.join(disk_folder, 'held')
+    with open(path, 'wb') as file:
+        file.write(pattern(4 * MIB))
+        os.fsync(file.fileno())
+    group = f'{root}/greenaio-{os.getpid()}-{next(_cgroup_number)}'
+    os.mkdir(group)
+    st = os.stat(path)
+    device = f'{os.major(st.st_dev)}:{os.minor(st.st_dev)}'
+
+    class Switch:
+        file = path
+        held = False
+
+        def _set(self, iops):
+            for kind in ('read', 'write'):
+                with open(f'{group}/blkio.throttle.{kind}_iops_device', 'w') as control:
+                    control.write(f'{device} {iops}')
+
+        def hold(self):
+            self._set(1)
+            with open(f'{group}/cgroup.procs', 'w') as procs:
+                procs.write(str(os.getpid()))
+            self.held = True
+
+        def release(self):
+            self._set(0)
+            self.held = False
+
+    switch = Switch()
+    yield switch
+    switch.release()
+    with open(f'{root}/cgroup.procs', 'w') as procs:
+        procs.write(str(os.getpid()))
+    for _ in range(100):
+        try:
+            os.rmdir(group)
+            break
+        except OSError:
+            gevent.sleep(0.02)

@@ -1,0 +1,353 @@
+"""The engine with no kernel: what is taken, in which order, and what becomes of errors."""
+
+import errno
+import gc
+import random
+import weakref
+
+import pytest
+from conftest import ScriptedContext
+
+from greenaio._engine import Engine, Request, RequestList, State
+from greenaio._context import Opcode
+
+PREAD, FDSYNC = Opcode.PREAD, Opcode.FDSYNC
+
+
+def read(offset=0, nbytes=512, **kwargs):
+    return Request(PREAD, 3, bytearray(nbytes), offset, **kwargs)
+
+
+@pytest.fixture
+def engine():
+    engine = Engine(ScriptedContext(), depth=64)
+    yield engine
+    engine._check()
+    engine.context.close()
+
+
+def test_request_is_in_progress_until_the_kernel_says_otherwise(engine):
+    request = read()
+    assert (request.state, request.result, request.nbytes) == (State.NEW, None, 512)
+    engine.enqueue(request)
+    assert (request.state, request.result) == (State.PENDING, None)
+    engine.flush()
+    assert (request.state, request.result) == (State.IN_FLIGHT, None)
+    engine.context.finish(result=-errno.EIO)
+    assert request.result is None
+    engine.reap()
+    assert (request.state, request.result) == (State.DONE, -errno.EIO)
+
+
+def test_pending_goes_out_first_in_first_out_through_short_accepts(engine):
+    requests = [read(i) for i in range(20)]
+    for request in requests:
+        engine.enqueue(request)
+    engine.context.answers.extend([7, 1, 3])
+    assert engine.flush() == 20
+    assert engine.context.order == list(range(20))
+    assert engine.context.batches == [7, 1, 3, 9]
+    assert list(engine.in_flight) == requests
+
+
+def test_batch_is_at_most_32(engine):
+    for i in range(50):
+        engine.enqueue(read(i))
+    engine.flush()
+    assert engine.context.batches == [32, 18]
+
+
+def test_batch_is_never_more_than_the_room_left(engine):
+    for i in range(100):
+        engine.enqueue(read(i))
+    engine.flush()
+    assert engine.blocked
+    assert len(engine.in_flight) == 64 and len(engine.pending) == 36
+    for _ in range(3):
+        engine.context.finish()
+    engine.flush()
+    assert engine.context.batches == [32, 32, 3]
+    engine.context.finish_all()
+    engine.flush()
+    assert not engine.blocked
+    assert engine.context.order == list(range(100))
+
+
+def test_batch_follows_the_load(engine):
+    assert engine.enqueue(read())           # nothing about: waiting can gain nothing
+    engine.flush()
+    for _ in range(59):
+        engine.enqueue(read())
+        engine.flush()
+    assert not engine.enqueue(read())       # 61 about: batches of 3
+    assert not engine.enqueue(read())
+    assert engine.enqueue(read())
+
+
+def test_caller_bounds_the_batch(engine):
+    for _ in range(60):
+        engine.enqueue(read())
+        engine.flush()
+    assert not engine.enqueue(read())
+    assert engine.enqueue(read(max_batch=1))
+
+
+def test_again_with_something_reaped_is_tried_at_once(engine):
+    engine.enqueue(read(0))
+    engine.flush()
+    engine.context.finish()
+    engine.enqueue(read(1))
+    engine.context.answers.extend([-errno.EAGAIN])
+    assert engine.flush() == 1
+    assert not engine.blocked
+    assert len(engine.ready) == 1
+
+
+def test_again_blocks_until_the_next_completion(engine):
+    engine.enqueue(read(0))
+    engine.flush()
+    engine.enqueue(read(1))
+    engine.context.answers.extend([-errno.EAGAIN])
+    assert engine.flush() == 0
+    assert engine.blocked
+    assert not engine.enqueue(read(2))      # no use in trying again for each
+    engine.context.finish()
+    engine.reap()
+    assert engine.flush() == 2
+    assert not engine.blocked
+    assert engine.context.order == [0, 1, 2]
+
+
+def test_interrupted_submit_is_tried_again(engine):
+    engine.enqueue(read())
+    engine.context.answers.extend([-errno.EINTR, -errno.EINTR])
+    assert engine.flush() == 1
+    assert engine.context.submits == 3
+
+
+@pytest.mark.parametrize('place', [0, 1, 15, 31])
+@pytest.mark.parametrize('code', [errno.EBADF, errno.EINVAL, errno.EFAULT, errno.EPERM])
+def test_bad_request_fails_alone_at_each_place_of_a_batch(engine, place, code):
+    def kernel(batch):
+        offsets = [request['offset'] for request in batch]
+        if offsets[0] == place:
+            return -code
+        return offsets.index(place) if place in offsets else len(batch)
+
+    requests = [read(i) for i in range(32)]
+    engine.context.answers.extend([kernel] * 3)
+    for request in requests:
+        engine.enqueue(request)
+    engine.flush()
+    assert [r for r in requests if r.state != State.IN_FLIGHT] == [requests[place]]
+    assert requests[place].result == -code
+    assert requests[place].refused
+    assert engine.context.order == [i for i in range(32) if i != place]
+
+
+def test_event_is_not_a_refusal(engine):
+    request = read()
+    engine.enqueue(request)
+    engine.flush()
+    engine.context.finish(result=-errno.EINVAL)
+    engine.reap()
+    assert request.result == -errno.EINVAL and not request.refused
+
+
+def test_withdrawn_request_never_reaches_the_kernel(engine):
+    requests = [read(i) for i in range(3)]
+    for request in requests:
+        engine.enqueue(request)
+    assert engine.withdraw(requests[1])
+    engine.flush()
+    assert engine.context.order == [0, 2]
+    assert not engine.withdraw(requests[0])
+
+
+def test_reap_entered_from_inside_itself_delivers_each_once():
+    """A peek that reaps again, as code that runs in a drain may:
+
+        outer reap             inner reap
+        peek: 3 events
+                               peek: 3 events, finish all, commit
+        peek again: none
+    """
+    class Nested(ScriptedContext):
+        depth_now = 0
+
+        def peek(self):
+            if self.events and self.depth_now == 0:
+                self.depth_now += 1
+                engine.reap()
+                self.depth_now -= 1
+            return super().peek()
+
+    engine = Engine(Nested(), depth=64)
+    requests = [read(i) for i in range(3)]
+    for request in requests:
+        engine.enqueue(request)
+    engine.flush()
+    engine.context.finish_all()
+    engine.reap()
+    assert list(engine.ready) == requests
+    assert engine.completed == 3
+    engine._check()
+    engine.context.close()
+
+
+def test_inline_completions_are_found_by_the_reap_after_the_flush(engine):
+    engine.context.inline = True
+    for i in range(200):
+        engine.enqueue(read(i))
+    engine.flush()
+    engine.reap()
+    assert len(engine.ready) == 200
+    assert engine.submitted == engine.completed == 200
+
+
+def test_probe_event_that_comes_late_is_nobodys(engine):
+    engine.context.events.append((0, 0))
+    assert engine.reap() == 0
+    assert engine.context.committed == 1
+
+
+def test_memory_lives_until_the_event_though_all_forgot_the_request(engine):
+    class Memory(bytearray):
+        pass
+
+    memory = Memory(512)
+    gone = weakref.ref(memory)
+    engine.enqueue(Request(PREAD, 3, memory, 0))
+    engine.flush()
+    del memory
+    gc.collect()
+    assert gone() is not None
+    engine.context.finish(fill=0xAB)
+    engine.reap()
+    assert bytes(gone()) == b'\xab' * 512
+    request, = engine.ready
+    del request
+    assert gone() is not None               # until it is handed over
+
+
+def test_buffer_is_pinned_while_in_flight(engine):
+    memory = bytearray(512)
+    engine.enqueue(Request(PREAD, 3, memory, 0))
+    engine.flush()
+    with pytest.raises(BufferError):
+        memory.extend(b'x')
+    engine.context.finish()
+    engine.reap()
+
+
+def test_vectors_are_named_in_order(engine):
+    buffers = [bytearray(10), bytearray(0), bytearray(30)]
+    request = Request(Opcode.PREADV, 3, buffers, 0)
+    engine.enqueue(request)
+    engine.flush()
+    assert request.nbytes == 40
+    assert engine.context.taken[0]['nbytes'] == 3       # the length of the iovec
+
+
+def test_unknown_operation_is_refused_by_number():
+    with pytest.raises(OSError, match='unknown operation 42') as caught:
+        Request(42, 3, bytearray(1))
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize('args, error', [
+    ((PREAD, 3, b'immutable'), BufferError), ((PREAD, 3, 7), TypeError),
+    ((Opcode.PREADV, 3, [bytearray(1), b'']), BufferError), ((PREAD, 3, None), TypeError),
+])
+def test_buffer_that_cannot_be_pinned_is_refused(args, error):
+    with pytest.raises(error):
+        Request(*args)
+
+
+def test_request_is_enqueued_once(engine):
+    request = read()
+    engine.enqueue(request)
+    with pytest.raises(ValueError, match='twice'):
+        engine.enqueue(request)
+
+
+@pytest.mark.parametrize('max_batch', [0, -1])
+def test_max_batch_is_positive(max_batch):
+    with pytest.raises(ValueError, match='max_batch'):
+        read(max_batch=max_batch)
+
+
+def test_list_that_dies_keeps_what_the_kernel_may_still_write():
+    class Memory(bytearray):
+        pass
+
+    memory = Memory(512)
+    gone = weakref.ref(memory)
+    engine = Engine(ScriptedContext(), depth=4)
+    engine.enqueue(Request(PREAD, 3, memory, 0))
+    engine.flush()
+    engine.context.close()
+    del engine, memory
+    gc.collect()
+    assert gone() is not None
+
+
+def test_cancel_ends_everything(engine):
+    requests = [read(i) for i in range(6)]
+    for request in requests[:4]:
+        engine.enqueue(request)
+    engine.flush()
+    engine.context.finish()
+    engine.reap()
+    for request in requests[4:]:
+        engine.enqueue(request)
+    engine.cancel(errno.ECANCELED)
+    assert {request.result for request in requests} == {-errno.ECANCELED}
+    assert len(engine.pending) == len(engine.in_flight) == 0
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_random_steps_keep_every_invariant(seed):
+    """enqueue, flush, finish, reap, withdraw, short accepts, EAGAIN, errors: _check() after each."""
+    rng = random.Random(seed)
+    context = ScriptedContext()
+    engine = Engine(context, depth=rng.choice([1, 4, 64]))
+    alive, made = [], 0
+    for _ in range(2000):
+        step = rng.random()
+        if step < 0.4:
+            request = read(made)
+            made += 1
+            alive.append(request)
+            engine.enqueue(request)
+        elif step < 0.6:
+            context.inline = rng.random() < 0.3
+            for _ in range(rng.randrange(3)):
+                context.answers.append(rng.choice([
+                    lambda batch: rng.randrange(1, len(batch) + 1), -errno.EAGAIN, -errno.EINTR,
+                    -errno.EBADF]))
+            engine.flush()
+            context.answers.clear()
+        elif step < 0.8 and context.taken:
+            context.finish(rng.choice(context.taken), rng.choice([None, 0, 100, -errno.EIO]))
+        elif step < 0.9:
+            engine.reap()
+        elif alive:
+            engine.withdraw(rng.choice(alive))
+        engine._check()
+    context.answers.clear()
+    while len(engine.pending) or context.taken or context.events:
+        engine.flush()
+        context.finish_all()
+        engine.reap()
+        engine._check()
+    context.close()
+    assert all(r.state in (State.DONE, State.NEW) for r in alive)
+    assert engine.submitted == engine.completed == len(context.order)
+    assert sorted(context.order) == context.order, 'not first in, first out'
+
+
+def test_list_knows_its_members():
+    queue = RequestList()
+    assert len(queue) == 0 and list(queue) == []
+    assert read() not in queue
