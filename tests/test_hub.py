@@ -52,11 +52,13 @@ def test_destroyed_hub_leaves_no_fd_and_no_aio_nr():
             assert fds() == before + 1
             gevent.get_hub().destroy(True)
             assert driver.closed
-        start, fds_before = nr(), fds()
-        for _ in range(5):
+        start = nr()
+        for turn in range(5):
             thread = threading.Thread(target=work)
             thread.start()
             thread.join()
+            if turn == 0:               # libuv's first loop opens some that it never closes
+                fds_before = fds()
         end = time.monotonic() + 10
         while nr() > start and time.monotonic() < end:
             time.sleep(0.01)
@@ -270,26 +272,22 @@ def test_failure_in_one_wake_loses_nothing_of_the_rest(driver):
 
 
 def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
-    big = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=1000)
-    kernel = big.engine.context
-    passes = []
-    count = [0]
-    prepare = gevent.get_hub().loop.timer(0.0001, 0.0001)
-    prepare.start(lambda: passes.append(count[0]))
-
-    def worker(i):
-        perform(big, read(i))
-        count[0] += 1
-
-    greenlets = [gevent.spawn(worker, i) for i in range(500)]
+    driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=1000)
+    woken, after_passes = [], []
+    greenlets = [gevent.spawn(lambda i=i: (perform(driver, read(i)), woken.append(i)))
+                 for i in range(500)]
     turn()
-    kernel.finish_all()
+    driver.engine.context.finish_all()
+
+    def one_pass():
+        driver._on_eventfd()
+        after_passes.append(len(woken))
+
+    gevent.get_hub().loop.run_callback(one_pass)
     gevent.joinall(greenlets, timeout=10, raise_error=True)
-    prepare.stop()
-    prepare.close()
-    big.close()
-    steps = [b - a for a, b in zip(passes, passes[1:])]
-    assert max(steps) <= 64
+    assert 1 <= after_passes[0] <= 64
+    assert woken == list(range(500))
+    driver.close()
 
 
 def test_stranger_switching_in_is_an_error_not_a_result(driver):
