@@ -254,7 +254,7 @@ cdef object _pread(int kind, int fd, Py_ssize_t n, int64_t offset, name, int max
     cdef AlignedBuffer memory
     cdef Driver driver
     cdef Request request
-    if not kind & DIRECT or n < 0:
+    if not kind & DIRECT or n < 0 or offset < 0:       # os.preadv takes -1 for "here", pread does not
         return _by_thread(name, os.pread, fd, (n, offset))
     memory = scratch(n)         # ours: nobody sees an abandoned read land
     got = None

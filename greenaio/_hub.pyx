@@ -61,6 +61,7 @@ cdef object READ = 1            # what both loops call it
 
 log = logging.getLogger('greenaio')
 _start_new_thread = get_original('_thread', 'start_new_thread')
+_get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
 _drivers = weakref.WeakSet()
 _warned = False
@@ -206,7 +207,9 @@ cdef class Driver:
         return result
 
     def perform_request(self, Request request not None):
-        """`perform`, for callers in Python."""
+        """`perform`, for callers in Python. Raises RuntimeError in another thread than the hub's."""
+        if self.hub.thread_ident != _get_ident():
+            raise RuntimeError(f'{self!r} belongs to the hub of another thread')
         return self.perform(request)
 
     cdef object _park(self, Request request, current):

@@ -72,7 +72,11 @@ def close(fd: int) -> None:
 
 
 def _fileno(fd: int | _HasFileno) -> int:
-    return fd if isinstance(fd, int) else fd.fileno()
+    if isinstance(fd, int):
+        return fd
+    if not hasattr(fd, 'fileno'):
+        raise TypeError('argument must be an int, or have a fileno() method.')
+    return fd.fileno()
 
 
 assert all(hasattr(_os, name) for name in __all__)

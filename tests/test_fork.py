@@ -1,0 +1,224 @@
+"""fork with requests in flight: the parent gets every event, the child works, nobody robs the other."""
+
+import os
+
+import pytest
+from conftest import held_disk, run_python  # noqa: F401
+
+COMMON = '''
+import errno, gevent, os, sys
+from greenaio import File, _hub, aligned_buffer
+
+path = sys.argv[1]
+# Not File(path): that takes a thread, and under libuv gevent's thread pools hang the third generation
+# in uv_loop_fork, with no greenaio about.
+file = File.from_fd(os.open(path, os.O_RDONLY | os.O_DIRECT), closefd=True)
+
+def read(i):
+    data = file.pread(4096, i * 4096)
+    assert data[:8] == (i * 512).to_bytes(8, 'little'), (i, data[:8])
+    return 'ok'
+
+def in_child(work, fork=os.fork):
+    """Run work in a forked child; return its pid."""
+    pid = fork()
+    if pid:
+        return pid
+    try:
+        gevent.reinit()
+        gevent.get_hub().exception_stream = None    # inherited greenlets fail, and are printed
+        work()
+        status = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        status = 1
+    os._exit(status)
+
+def wait(pid):
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            return
+        gevent.sleep(0.005)
+'''
+
+
+@pytest.fixture
+def fork_file(data_file):
+    return data_file
+
+
+def test_child_does_its_own_io_while_the_parents_goes_on(fork_file):
+    run_python(COMMON + '''
+def child():
+    gevent.joinall([gevent.spawn(read, i) for i in range(64)], raise_error=True)
+
+for turn in range(5):
+    greenlets = [gevent.spawn(read, i) for i in range(128)]
+    gevent.sleep(0)
+    pid = in_child(child)
+    gevent.joinall(greenlets, raise_error=True, timeout=20)
+    assert all(g.value == 'ok' for g in greenlets)
+    wait(pid)
+''', fork_file)
+
+
+def test_idle_child_robs_the_parent_of_nothing(held_disk):  # noqa: F811
+    """In flight while the child runs its inherited loop; released only afterwards."""
+    import gevent
+
+    from greenaio import File
+    with File(held_disk.file, os.O_RDONLY | os.O_DIRECT) as file:
+        held_disk.hold()
+        greenlets = [gevent.spawn(file.pread, 4096, i * 4096) for i in range(100)]
+        gevent.sleep(0.05)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                gevent.reinit()
+                gevent.get_hub().exception_stream = None
+                gevent.sleep(0.3)       # the child's loop runs: it must not read the eventfd
+                states = [type(g.exception).__name__ + str(getattr(g.exception, 'errno', ''))
+                          for g in greenlets if g.ready()]
+                # those that waited when we forked are told so
+                status = 0 if states.count('OSError125') >= 50 else 2
+            finally:
+                os._exit(status)
+        gevent.sleep(0.1)
+        held_disk.release()
+        gevent.joinall(greenlets, timeout=30, raise_error=True)
+        assert all(len(greenlet.value) == 4096 for greenlet in greenlets)
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            gevent.sleep(0.01)
+        assert status == 0
+
+
+def test_inherited_waiter_in_the_child_gets_ecanceled(fork_file):
+    run_python(COMMON + '''
+from conftest import ScriptedContext
+from greenaio._engine import Request
+driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
+memory = bytearray(512)
+waiter = gevent.spawn(driver.perform_request, Request(0, 3, memory))
+queued = gevent.spawn(driver.perform_request, Request(0, 3, bytearray(512)))
+gevent.sleep(0.01)
+def child():
+    assert waiter.get(timeout=5) == -errno.ECANCELED
+    assert queued.get(timeout=5) == -errno.ECANCELED
+    read(3)
+pid = in_child(child)
+wait(pid)
+driver.engine.context.finish()
+driver.engine.context.finish()
+assert waiter.get(timeout=5) == 512
+assert queued.get(timeout=5) == 512
+''', fork_file, env=path_of_tests())
+
+
+def test_greenlet_woken_in_a_drain_pass_may_fork(fork_file):
+    """The hub is inside its drain pass, in both processes, when the fork happens."""
+    run_python(COMMON + '''
+pids = []
+parent = os.getpid()
+def forker(i):
+    read(i)
+    if i % 16 == 5 and os.getpid() == parent:
+        pids.append(in_child(lambda: [read(k) for k in range(20)]))
+    read(i + 1)
+greenlets = [gevent.spawn(forker, i) for i in range(64)]
+gevent.joinall(greenlets, timeout=20)
+if os.getpid() != parent:
+    gevent.sleep(100)       # the child's copy of us: its forker is still at work
+assert all(greenlet.successful() for greenlet in greenlets)
+for pid in pids:
+    wait(pid)
+assert len(pids) == 4
+''', fork_file)
+
+
+def test_eight_generations(fork_file):
+    run_python(COMMON + '''
+def generation(n):
+    gevent.joinall([gevent.spawn(read, i) for i in range(32)], raise_error=True)
+    if n:
+        greenlets = [gevent.spawn(read, i) for i in range(32)]
+        gevent.sleep(0)
+        pid = in_child(lambda: generation(n - 1))
+        gevent.joinall(greenlets, raise_error=True, timeout=20)
+        wait(pid)
+generation(8)
+''', fork_file)
+
+
+def test_fork_that_python_hears_nothing_of_is_noticed(fork_file):
+    """A fork by C code runs none of Python's hooks; a word that the kernel wipes tells the child."""
+    run_python(COMMON + '''
+import ctypes
+read(1)
+parent = _hub.get_driver().engine.context.eventfd
+pid = in_child(lambda: (read(2), read(3)), fork=ctypes.CDLL(None).fork)
+wait(pid)
+read(4)
+''', fork_file)
+
+
+def test_pre_fork_server_works_in_every_worker(fork_file):
+    run_python(COMMON + '''
+read(0)
+pids = [in_child(lambda: gevent.joinall([gevent.spawn(read, i) for i in range(100)], raise_error=True))
+        for _ in range(4)]
+for pid in pids:
+    wait(pid)
+''', fork_file)
+
+
+def test_threads_way_works_in_a_child(fork_file):
+    run_python(COMMON + '''
+import greenaio.os
+fd = os.open(path, os.O_RDONLY)
+assert len(greenaio.os.pread(fd, 100, 0)) == 100
+greenlet = gevent.spawn(greenaio.os.pread, fd, 100, 0)
+gevent.sleep(0)
+pid = in_child(lambda: [greenaio.os.pread(fd, 100, i) for i in range(10)])
+assert len(greenlet.get(timeout=10)) == 100
+wait(pid)
+''', fork_file)
+
+
+def test_child_that_exits_disturbs_nothing(fork_file):
+    run_python(COMMON + '''
+for turn in range(10):
+    greenlets = [gevent.spawn(read, i) for i in range(100)]
+    gevent.sleep(0)
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(0)         # interpreter shutdown, destructors and all
+    gevent.joinall(greenlets, raise_error=True, timeout=20)
+    assert os.waitpid(pid, 0)[1] == 0
+''', fork_file)
+
+
+def test_aligned_buffer_reads_as_zeros_in_the_child():
+    run_python('''
+import os
+from greenaio import aligned_buffer
+buffer = aligned_buffer(10000)
+buffer[:] = b'x' * 10000
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if bytes(buffer) == bytes(10000) else 1)
+assert os.waitpid(pid, 0)[1] == 0
+assert bytes(buffer) == b'x' * 10000
+''')
+
+
+def path_of_tests():
+    import pathlib
+    return {'PYTHONPATH': os.pathsep.join(
+        filter(None, [str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH')]))}

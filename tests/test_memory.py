@@ -1,0 +1,105 @@
+"""Memory that O_DIRECT accepts: aligned, zeroed, given back and used again."""
+
+import ctypes
+import mmap
+
+import gevent
+import pytest
+from conftest import run_python
+
+from greenaio import aligned_buffer
+
+
+def address(buffer):
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+@pytest.mark.parametrize('alignment', [1, 512, 4096, 8192, 65536, 1 << 21])
+@pytest.mark.parametrize('nbytes', [1, 4096, 5000, 1 << 20, (1 << 20) + 1])
+def test_buffer_is_aligned_writable_and_of_its_size(nbytes, alignment):
+    buffer = aligned_buffer(nbytes, alignment)
+    assert address(buffer) % alignment == 0
+    assert len(buffer) == nbytes and not buffer.readonly and buffer.format == 'B'
+    buffer[:] = b'\xff' * nbytes
+    assert bytes(buffer) == b'\xff' * nbytes
+
+
+def test_recycled_memory_is_zeroed():
+    for _ in range(20):
+        buffer = aligned_buffer(4096)
+        assert bytes(buffer) == bytes(4096)
+        buffer[:] = b'\xff' * 4096
+
+
+def test_no_two_buffers_overlap():
+    buffers = [aligned_buffer(4096) for _ in range(3000)]
+    del buffers[::2]
+    buffers += [aligned_buffer(4096) for _ in range(2000)]
+    places = sorted(map(address, buffers))
+    assert all(b - a >= 4096 for a, b in zip(places, places[1:]))
+
+
+def test_empty_buffer():
+    assert bytes(aligned_buffer(0)) == b''
+
+
+@pytest.mark.parametrize('args, error', [
+    ((-1,), ValueError), ((10, 0), ValueError), ((10, 3), ValueError), ((10, -4096), ValueError),
+    (('x',), TypeError), ((1 << 62,), MemoryError), ((1.5,), TypeError)])
+def test_bad_sizes_are_refused(args, error):
+    with pytest.raises(error):
+        aligned_buffer(*args)
+
+
+def test_buffer_outlives_its_views():
+    view = aligned_buffer(8192)[4096:]
+    view[:] = b'a' * 4096
+    gevent.sleep(0)
+    assert bytes(view) == b'a' * 4096
+    assert mmap.PAGESIZE >= 4096
+
+
+def test_ten_thousand_waiting_greenlets_cost_at_most_a_kibibyte_each():
+    """Resident memory per greenlet that waits for a request, less that of one that just sleeps."""
+    done = run_python('''
+        import gc, gevent, sys
+        from conftest import ScriptedContext
+        from greenaio import _hub
+        from greenaio._engine import Request
+
+        def resident():
+            gc.collect()
+            with open('/proc/self/smaps_rollup') as file:
+                return next(int(line.split()[1]) for line in file if line.startswith('Rss:')) * 1024
+
+        driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=256)
+        buffers = [bytearray(64) for _ in range(10_000)]
+        perform = driver.perform_request
+        def wait(buffer):
+            perform(Request(0, 3, buffer))
+        event = gevent.event.Event()
+        def sleep(buffer):
+            event.wait()
+
+        def cost(function):
+            before = resident()
+            greenlets = [gevent.spawn(function, buffer) for buffer in buffers]
+            gevent.sleep(0.5)
+            return (resident() - before) / len(buffers), greenlets
+        if sys.argv[1] == 'sleep':
+            print(cost(sleep)[0])
+        else:
+            print(cost(wait)[0])
+    ''', 'sleep', env=path())
+    sleeping = float(done.stdout)
+    assert sleeping > 1000
+    code = done.args[2]
+    waiting = float(run_python(code, 'wait', env=path()).stdout)
+    assert waiting - sleeping <= 1024, (waiting, sleeping)
+
+
+def path():
+    import os
+    import pathlib
+    return {'PYTHONPATH': os.pathsep.join(
+        filter(None, [str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH')]))}
