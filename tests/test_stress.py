@@ -49,13 +49,11 @@ def test_scripted_kernel_kills_and_timeouts_at_random(seed):
         gevent.sleep(0 if rng.random() < 0.9 else 0.001)
         driver.engine._check()
     kernel.answers.clear()
-    for _ in range(5000):
+    while not all(greenlet.ready() for greenlet in greenlets):
         while kernel.taken:
             kernel.finish(kernel.taken[0], fill=kernel.taken[0]['offset'] % 251)
-        gevent.sleep(0)
+        gevent.sleep(0.0005)        # not 0: the eventfd is looked at when the loop comes round
         driver.engine._check()
-        if all(greenlet.ready() for greenlet in greenlets):
-            break
     gevent.joinall(greenlets, timeout=20, raise_error=True)
     started = [i for i, greenlet in enumerate(greenlets)
                if not isinstance(greenlet.value, gevent.GreenletExit)]
