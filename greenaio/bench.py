@@ -1,0 +1,612 @@
+"""``python -m greenaio bench``: what a disk gives, through greenaio and beside it, in one run.
+
+Every way runs in turn, round by round, against the same file; medians of the rounds are shown. Ways inside
+this process are driven by as many greenlets as the depth says, each with one buffer that it uses again;
+`fio`, `qemu-img` and `caio` are other programs and measure themselves. Latency is taken of every
+`SAMPLED`-th request, so that taking it does not weigh on the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import statistics
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import gevent
+
+from greenaio import File, __version__, aligned_buffer, config
+
+SAMPLED = 16        # of so many requests one is timed
+TICK = 0.001        # seconds: how often the ticker wants to run
+OFFSETS = 1 << 18   # block numbers drawn beforehand: drawing one costs as much as submitting one
+
+RW = ('randread', 'randwrite', 'read', 'write')
+OWN = ('greenaio', 'blocking', 'threadpool')
+OTHERS = ('fio', 'qemu-img', 'caio')
+
+
+class BadArgument(Exception):
+    """Told in one line, exit status 2."""
+
+
+@dataclass
+class Load:
+    """What is asked of every way."""
+
+    path: str
+    size: int
+    block_size: int
+    rw: str
+    seconds: float
+    buffered: bool
+
+    @property
+    def writing(self) -> bool:
+        return self.rw.endswith('write')
+
+    def offsets(self, depth: int) -> list[list[int]]:
+        """Byte offsets for each of *depth* workers, to be gone through again and again."""
+        blocks = self.size // self.block_size
+        if self.rw.startswith('rand'):
+            rng = random.Random(depth)
+            numbers = [rng.randrange(blocks) for _ in range(min(OFFSETS, max(blocks, depth)))]
+        else:
+            numbers = [i % blocks for i in range(max(blocks, depth))]
+        return [[n * self.block_size for n in numbers[i::depth]] for i in range(depth)]
+
+    def open(self) -> File:
+        flags = os.O_RDWR if self.writing else os.O_RDONLY
+        return File(self.path, flags | (0 if self.buffered else os.O_DIRECT))
+
+
+@dataclass
+class Result:
+    """One way at one depth: medians over the rounds."""
+
+    way: str
+    depth: int
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def median(self, *path: str) -> float | None:
+        values = []
+        for one in self.rounds:
+            value: Any = one
+            for key in path:
+                value = value.get(key) if value else None
+            if value is not None:
+                values.append(value)
+        return statistics.median(values) if values else None
+
+    def summary(self, block_size: int) -> dict[str, Any]:
+        iops = self.median('iops') or 0.0
+        gap = {key: self.median('hub_gap_ms', key) for key in ('p99', 'max')}
+        return {
+            'way': self.way, 'depth': self.depth, 'iops': iops, 'mb_s': iops * block_size / 1e6,
+            'cpu_us': self.median('cpu_us'),
+            'latency_us': {key: self.median('latency_us', key) for key in ('p50', 'p99', 'p999')},
+            'hub_gap_ms': gap if gap['max'] is not None else None,
+            'rounds': self.rounds,
+        }
+
+
+# Ways inside this process ------------------------------------------------------------------------
+
+
+def _cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _figures(count: int, seconds: float, cpu: float, latencies_ns: Sequence[int],
+             gaps: Sequence[float]) -> dict[str, Any]:
+    gap = None
+    if gaps:
+        late = sorted(max(0.0, gap) * 1e3 for gap in gaps)
+        gap = {'p99': late[min(len(late) - 1, len(late) * 99 // 100)], 'max': late[-1]}
+    return {'iops': count / seconds, 'cpu_us': cpu / max(count, 1) * 1e6,
+            'latency_us': _percentiles(latencies_ns), 'hub_gap_ms': gap, 'requests': count}
+
+
+def _percentiles(latencies_ns: Sequence[int]) -> dict[str, float]:
+    wanted = {'p50': 50.0, 'p99': 99.0, 'p999': 99.9}
+    try:
+        from hdrh.histogram import HdrHistogram
+    except ImportError:
+        ordered = sorted(latencies_ns) or [0]
+        return {name: ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] / 1e3
+                for name, p in wanted.items()}
+    histogram = HdrHistogram(1, 60_000_000_000, 3)
+    for value in latencies_ns:
+        histogram.record_value(value)
+    return {name: histogram.get_value_at_percentile(p) / 1e3 for name, p in wanted.items()}
+
+
+def _greenlets(load: Load, depth: int, operation: Callable[[list[memoryview], int], Any],
+               between: Callable[[], Any] | None = None) -> dict[str, Any]:
+    """*depth* greenlets calling *operation* until the time is up, and one that ticks meanwhile."""
+    counts, latencies, gaps = [], array.array('q'), []
+    clock = time.perf_counter_ns
+    end = clock() + int(load.seconds * 1e9)
+
+    def worker(offsets: list[int]) -> None:
+        buffers = [aligned_buffer(load.block_size)]
+        count = 0
+        while True:
+            for offset in offsets:
+                if count % SAMPLED:
+                    operation(buffers, offset)
+                else:
+                    began = clock()
+                    if began >= end:
+                        counts.append(count)
+                        return
+                    operation(buffers, offset)
+                    latencies.append(clock() - began)
+                count += 1
+                if between is not None:
+                    between()
+
+    def ticker() -> None:
+        while clock() < end:
+            began = clock()
+            gevent.sleep(TICK)
+            gaps.append((clock() - began) / 1e9 - TICK)
+
+    all_offsets = load.offsets(depth)
+    began, cpu = time.perf_counter(), _cpu()
+    end = clock() + int(load.seconds * 1e9)
+    workers = [gevent.spawn(worker, offsets) for offsets in all_offsets]
+    tick = gevent.spawn(ticker)
+    gevent.joinall(workers, raise_error=True)
+    seconds, cpu = time.perf_counter() - began, _cpu() - cpu
+    tick.join()
+    return _figures(sum(counts), seconds, cpu, latencies, gaps)
+
+
+def _greenaio(load: Load, depth: int) -> dict[str, Any]:
+    with load.open() as file:
+        return _greenlets(load, depth, file.pwritev if load.writing else file.preadv)
+
+
+def _greenaio_poll(load: Load, depth: int) -> dict[str, Any]:
+    before, config.poll_max_us = config.poll_max_us, _greenaio_poll.limit  # type: ignore[attr-defined]
+    try:
+        return _greenaio(load, depth)
+    finally:
+        config.poll_max_us = before
+
+
+def _blocking(load: Load, depth: int) -> dict[str, Any]:
+    # Yields after each request, as a server's greenlet does when it goes back to its socket.
+    with load.open() as file:
+        fd, call = file.fileno(), os.pwritev if load.writing else os.preadv
+        return _greenlets(load, depth, lambda buffers, offset: call(fd, buffers, offset),
+                          lambda: gevent.sleep(0))
+
+
+def _threadpool(load: Load, depth: int) -> dict[str, Any]:
+    with load.open() as file:
+        fd, call = file.fileno(), os.pwritev if load.writing else os.preadv
+        apply = gevent.get_hub().threadpool.apply
+        return _greenlets(load, depth, lambda buffers, offset: apply(call, (fd, buffers, offset)))
+
+
+# Other programs ----------------------------------------------------------------------------------
+
+
+def fio_command(load: Load, depth: int) -> list[str]:
+    return ['fio', '--name=bench', f'--filename={load.path}', f'--size={load.size}', '--ioengine=libaio',
+            f'--direct={int(not load.buffered)}', f'--rw={load.rw}', f'--bs={load.block_size}',
+            f'--iodepth={depth}', f'--runtime={load.seconds}', '--time_based', '--norandommap',
+            '--randrepeat=0', '--output-format=json']
+
+
+def _fio(load: Load, depth: int) -> dict[str, Any]:
+    job = json.loads(_run(fio_command(load, depth)))['jobs'][0]
+    side = job['write' if load.writing else 'read']
+    percent = side['clat_ns']['percentile']
+    return {'iops': side['iops'], 'requests': side['total_ios'], 'hub_gap_ms': None,
+            'cpu_us': (job['usr_cpu'] + job['sys_cpu']) / 100 * 1e6 / max(side['iops'], 1e-9),
+            'latency_us': {'p50': percent['50.000000'] / 1e3, 'p99': percent['99.000000'] / 1e3,
+                           'p999': percent['99.900000'] / 1e3}}
+
+
+def qemu_command(load: Load, depth: int, count: int) -> list[str]:
+    return ['qemu-img', 'bench', '-f', 'raw', '-t', 'none', '-i', 'native', '-d', str(depth),
+            '-s', str(load.block_size), '-c', str(count), *(['-w'] if load.writing else []),
+            load.path]
+
+
+def _qemu_img(load: Load, depth: int) -> dict[str, Any]:
+    # It has no clock, only a count: a short run tells how many will take the time asked for.
+    count = 2000
+    for seconds in (None, load.seconds):
+        if seconds is not None:
+            count = max(2000, int(count / max(took, 1e-3) * seconds))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count)))
+        if found is None:
+            raise BadArgument('qemu-img bench printed no time')
+        took = float(found[1])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {'iops': count / max(took, 1e-3), 'requests': count, 'cpu_us': cpu / count * 1e6,
+            'latency_us': None, 'hub_gap_ms': None}
+
+
+CAIO = '''
+import array, asyncio, json, os, sys, time, resource
+from caio.linux_aio_asyncio import AsyncioContext
+path, rw, block, depth, seconds, offsets = json.loads(sys.stdin.read())
+async def main():
+    fd = os.open(path, os.O_RDWR if rw.endswith('write') else os.O_RDONLY)
+    context = AsyncioContext(max_requests=max(depth, 2))
+    end, counts, latencies, gaps = time.perf_counter_ns() + int(seconds * 1e9), [], array.array('q'), []
+    data = bytes(block)
+    async def worker(mine):
+        count = 0
+        while True:
+            for offset in mine:
+                began = time.perf_counter_ns()
+                if began >= end:
+                    counts.append(count)
+                    return
+                if rw.endswith('write'):
+                    await context.write(data, fd, offset)
+                else:
+                    await context.read(block, fd, offset)
+                if count % 16 == 0:
+                    latencies.append(time.perf_counter_ns() - began)
+                count += 1
+    async def ticker():
+        while time.perf_counter_ns() < end:
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            gaps.append(time.perf_counter() - began - 0.001)
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    await asyncio.gather(ticker(), *map(worker, offsets))
+    seconds_taken, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(json.dumps([sum(counts), seconds_taken, cpu, latencies.tolist(), gaps]))
+asyncio.run(main())
+'''
+
+
+def _caio(load: Load, depth: int) -> dict[str, Any]:
+    # Buffered always: caio reads into memory of its own that O_DIRECT does not accept.
+    request = [load.path, load.rw, load.block_size, depth, load.seconds, load.offsets(depth)]
+    return _figures(*json.loads(_run([sys.executable, '-c', CAIO], json.dumps(request))))
+
+
+def _run(command: list[str], stdin: str = '') -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    if done.returncode:
+        raise BadArgument(f'{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}')
+    return done.stdout
+
+
+WAYS: dict[str, Callable[[Load, int], dict[str, Any]]] = {
+    'greenaio': _greenaio, 'greenaio+poll': _greenaio_poll, 'blocking': _blocking,
+    'threadpool': _threadpool, 'fio': _fio, 'qemu-img': _qemu_img, 'caio': _caio,
+}
+
+
+def _installed(way: str) -> bool:
+    if way == 'caio':
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return bool(metadata.version('caio'))
+        return False
+    return way not in OTHERS or shutil.which(way) is not None
+
+
+# The file ----------------------------------------------------------------------------------------
+
+
+def _real_folder() -> str:
+    """The temporary directory, or one beside it that is not in memory."""
+    for folder in (tempfile.gettempdir(), '/var/tmp', os.getcwd()):
+        if os.access(folder, os.W_OK) and _file_system(folder) not in ('tmpfs', 'ramfs', 'overlay'):
+            return folder
+    return tempfile.gettempdir()
+
+
+def _file_system(path: str) -> str:
+    """The type of the file system that *path* is on, as /proc/self/mounts names it."""
+    best, kind = '', 'unknown'
+    with contextlib.suppress(OSError), open('/proc/self/mounts') as mounts:
+        for line in mounts:
+            _, point, this, *_ = line.split()
+            under = os.path.realpath(path) + '/'
+            if under.startswith(point.rstrip('/') + '/') and len(point) >= len(best):
+                best, kind = point, this
+    return kind
+
+
+@contextlib.contextmanager
+def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The path to work on and how many bytes of it; made here, and removed, unless it was there."""
+    path, size = arguments.path, arguments.size
+    if path is None or os.path.isdir(path):
+        fd, path = tempfile.mkstemp(prefix='greenaio-bench-', dir=path or _real_folder())
+        try:
+            _fill(fd, size)
+            os.close(fd)
+            yield path, size
+        finally:
+            os.unlink(path)
+    elif not os.path.exists(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _fill(fd, size)
+        os.close(fd)
+        yield path, size
+    else:
+        if arguments.rw.endswith('write') and not arguments.overwrite:
+            raise BadArgument(f'{path} exists; --overwrite allows --rw {arguments.rw} to destroy it')
+        with open(path, 'rb') as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not stat.S_ISBLK(
+                    os.fstat(file.fileno()).st_mode):
+                raise BadArgument(f'{path} is neither a file nor a block device')
+            size = min(size, file.seek(0, os.SEEK_END))
+        if size < arguments.block_size:
+            raise BadArgument(f'{path} is smaller than a block of {arguments.block_size} bytes')
+        yield path, size
+
+
+def _fill(fd: int, size: int) -> None:
+    chunk = os.urandom(1 << 20)         # not zeros, not a hole: a disk may cheat on both
+    for at in range(0, size, len(chunk)):
+        view = memoryview(chunk)[:size - at]
+        while view:
+            view = view[os.write(fd, view):]
+    os.fsync(fd)
+
+
+# What is shown -----------------------------------------------------------------------------------
+
+COLUMNS = ('way', 'depth', 'IOPS', 'MB/s', 'CPU µs', 'p50 µs', 'p99 µs', 'p99.9 µs', 'gap p99 ms',
+           'gap max ms')
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    def number(value: float | None, digits: int = 0) -> str:
+        return '-' if value is None else f'{value:,.{digits}f}'
+
+    latency, gap = one['latency_us'], one['hub_gap_ms'] or {}
+    return [one['way'], str(one['depth']), number(one['iops']), number(one['mb_s']),
+            number(one['cpu_us'], 2), *(number(latency[key]) for key in ('p50', 'p99', 'p999')),
+            number(gap.get('p99'), 2), number(gap.get('max'), 2)]
+
+
+def _show(results: list[dict[str, Any]], title: str) -> None:
+    rows = [_row(one) for one in results]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
+        print(title)
+        for row in (list(COLUMNS), *rows):
+            print('  '.join(text.ljust(width) if i == 0 else text.rjust(width)
+                            for i, (text, width) in enumerate(zip(row, widths))))
+        return
+    table = Table(title=title, title_justify='left')
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, justify='left' if i == 0 else 'right', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function to call at each step; it shows something on a terminal only."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda text: None
+        return
+    with Progress(disable=not sys.stderr.isatty(), transient=True,
+                  **_console_on_stderr()) as progress:
+        task = progress.add_task('', total=total)
+
+        def step(text: str) -> None:
+            progress.update(task, description=text, advance=1)
+
+        yield step
+
+
+def _console_on_stderr() -> dict[str, Any]:
+    from rich.console import Console
+    return {'console': Console(stderr=True)}
+
+
+def _plot(results: list[dict[str, Any]], path: str, title: str) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
+    figure.suptitle(title)
+    for way in dict.fromkeys(one['way'] for one in results):
+        mine = [one for one in results if one['way'] == way]
+        depths = [one['depth'] for one in mine]
+        axes[0].plot(depths, [one['iops'] for one in mine], 'o-', label=way)
+        axes[1].plot(depths, [one['cpu_us'] for one in mine], 'o-', label=way)
+        gaps = [(one['depth'], one['hub_gap_ms']['p99']) for one in mine if one['hub_gap_ms']]
+        if gaps:
+            axes[2].plot(*zip(*gaps), 'o-', label=way)
+    for axis, label in zip(axes, ('IOPS', 'CPU µs per request', 'hub gap, p99, ms')):
+        axis.set_xscale('log', base=2)
+        axis.set_xlabel('depth')
+        axis.set_title(label)
+        axis.set_xticks([one['depth'] for one in results], [str(one['depth']) for one in results])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[1].set_yscale('log')
+    axes[2].set_yscale('log')
+    figure.savefig(path, dpi=120)
+
+
+def _versions() -> dict[str, str]:
+    found = {'python': platform.python_version(), 'greenaio': __version__}
+    for name in ('gevent', 'greenlet', 'caio'):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    for name in ('fio', 'qemu-img'):
+        if shutil.which(name):
+            found[name] = _run([name, '--version']).splitlines()[0]
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    model = platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as cpuinfo:
+        for line in cpuinfo:
+            if line.startswith('model name'):
+                model = line.split(':', 1)[1].strip()
+                break
+    return {'cpu': model, 'cpus': os.cpu_count(), 'kernel': platform.release(),
+            'loop': type(gevent.get_hub().loop).__module__}
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from what fio and dd understand: 4096, 4k, 256M, 1G."""
+    found = re.fullmatch(r'(\d+)([kmgt]?)(?:i?b)?', text.strip().lower())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f'{text!r} is no size such as 4096, 4k or 256M')
+    return int(found[1]) << (10 * ' kmgt'.index(found[2] or ' '))
+
+
+def _depths(text: str) -> list[int]:
+    try:
+        depths = [int(part) for part in text.split(',')]
+    except ValueError:
+        depths = [0]
+    if min(depths) < 1 or max(depths) > 100_000:
+        raise argparse.ArgumentTypeError(f'{text!r} is no list of depths such as 1,16,64')
+    return depths
+
+
+def _against(text: str) -> list[str]:
+    names = [name for name in text.split(',') if name]
+    for name in names:
+        if name not in OWN + OTHERS:
+            raise argparse.ArgumentTypeError(
+                f'{name!r} is none of {", ".join(OWN[1:] + OTHERS)}')
+    return names
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < 1e6:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('path', nargs='?', metavar='PATH',
+                        help='a file or block device, or a folder to make one in (default: the '
+                             'temporary directory, or one beside it that is on a disk)')
+    parser.add_argument('--size', type=parse_size, default='256M', help='of the file (default 256M)')
+    parser.add_argument('--block-size', type=parse_size, default='4k', help='(default 4k)')
+    parser.add_argument('--depths', type=_depths, default='1,16,64,256', help='(default 1,16,64,256)')
+    parser.add_argument('--seconds', type=_positive(float), default=2.0, help='each (default 2)')
+    parser.add_argument('--rounds', type=_positive(int), default=1,
+                        help='go through it all so often, and show medians (default 1)')
+    parser.add_argument('--rw', choices=RW, default='randread', help='(default randread)')
+    parser.add_argument('--against', type=_against, default=[], metavar='WAYS',
+                        help=f'besides {", ".join(OWN)}: any of {",".join(OTHERS)}')
+    parser.add_argument('--only', type=_against, metavar='WAYS', help='these ways and no others')
+    parser.add_argument('--poll-us', type=_positive(int), metavar='MICROSECONDS',
+                        help='one more way: greenaio with config.poll_max_us set to this')
+    parser.add_argument('--buffered', action='store_true', help='through the page cache, no O_DIRECT')
+    parser.add_argument('--overwrite', action='store_true', help='let --rw write to a PATH that exists')
+    parser.add_argument('--json', metavar='FILE', help='all figures, and how they came about')
+    parser.add_argument('--plot', metavar='FILE.png', help='a picture of it; needs matplotlib')
+
+
+def main(arguments: argparse.Namespace) -> int:
+    try:
+        return _main(arguments)
+    except BadArgument as error:
+        print(f'greenaio bench: {error}', file=sys.stderr)
+    except OSError as error:
+        print(f'greenaio bench: {error.filename or ""}: {error.strerror}', file=sys.stderr)
+    return 2
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.block_size % 512 and not arguments.buffered:
+        raise BadArgument('--block-size must be a multiple of 512, or --buffered given')
+    if arguments.size < arguments.block_size:
+        raise BadArgument('--size is smaller than --block-size')
+    if arguments.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise BadArgument('--plot needs matplotlib: pip install "greenaio[bench]"') from None
+    for path in filter(None, (arguments.json, arguments.plot)):
+        if not os.access(os.path.dirname(path) or '.', os.W_OK):
+            raise BadArgument(f'{path} cannot be written')
+    ways = arguments.only or [*OWN, *(way for way in arguments.against if way not in OWN)]
+    for way in [way for way in ways if not _installed(way)]:
+        print(f'greenaio bench: {way} is not installed, left out', file=sys.stderr)
+        ways.remove(way)
+    if arguments.poll_us:
+        ways.insert(1, 'greenaio+poll')
+        _greenaio_poll.limit = arguments.poll_us  # type: ignore[attr-defined]
+    with _bench_file(arguments) as (path, size):
+        load = Load(path, size, arguments.block_size, arguments.rw, arguments.seconds,
+                    arguments.buffered)
+        results = _measure(load, ways, arguments.depths, arguments.rounds)
+        title = (f'{load.rw}, {load.block_size} bytes, {"buffered" if load.buffered else "O_DIRECT"}, '
+                 f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
+    _show(results, title)
+    if arguments.json:
+        with open(arguments.json, 'w') as file:
+            json.dump({'title': title, 'command': [sys.executable, '-m', 'greenaio', *sys.argv[1:]],
+                       'machine': _machine(), 'versions': _versions(),
+                       'commands': {'fio': fio_command(load, arguments.depths[0]),
+                                    'qemu-img': qemu_command(load, arguments.depths[0], 2000)},
+                       'results': results}, file, indent=1)
+    if arguments.plot:
+        _plot(results, arguments.plot, title)
+    return 0
+
+
+def _measure(load: Load, ways: list[str], depths: list[int], rounds: int) -> list[dict[str, Any]]:
+    results = {(depth, way): Result(way, depth) for depth in depths for way in ways}
+    with _progress(rounds * len(results)) as step:
+        for number in range(rounds):
+            for (depth, way), result in results.items():
+                step(f'{way}, depth {depth}' + (f', round {number + 1}' if rounds > 1 else ''))
+                result.rounds.append(WAYS[way](load, depth))
+    return [result.summary(load.block_size) for result in results.values()]
