@@ -300,10 +300,13 @@ cdef class Engine:
     # Towards the kernel ---------------------------------------------------------------------
 
     cdef int batch_limit(self, Request request) noexcept:
+        cdef int limit, room = self.depth - self.in_flight.count
         # Follows the load: with few requests about the device would run dry while a batch fills.
-        # Those that are ready count, for their greenlets are about to ask again.
-        cdef int limit = (self.in_flight.count + self.ready.count + self.pending.count) // LOAD_SHARE
-        cdef int room = self.depth - self.in_flight.count
+        # Those that are ready count, for their greenlets are about to ask again. With nothing in
+        # flight the device *is* dry, or completes in line: waiting can gain nothing.
+        if self.in_flight.count == 0:
+            return 1
+        limit = (self.in_flight.count + self.ready.count + self.pending.count) // LOAD_SHARE
         if limit > BATCH_MAX:
             limit = BATCH_MAX
         if limit > request.max_batch:

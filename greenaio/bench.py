@@ -30,6 +30,7 @@ from importlib import metadata
 from typing import Any
 
 import gevent
+from gevent.event import Event
 
 from greenaio import File, __version__, aligned_buffer, config
 
@@ -62,13 +63,16 @@ class Load:
         return self.rw.endswith('write')
 
     def offsets(self, depth: int) -> list[list[int]]:
-        """Byte offsets for each of *depth* workers, to be gone through again and again."""
+        """Byte offsets for each of *depth* workers, to be gone through again and again; a multiple of
+        SAMPLED of them."""
         blocks = self.size // self.block_size
+        count = min(OFFSETS, max(blocks, 64 * depth)) // (SAMPLED * depth) * SAMPLED * depth
+        count = max(count, SAMPLED * depth)
         if self.rw.startswith('rand'):
             rng = random.Random(depth)
-            numbers = [rng.randrange(blocks) for _ in range(min(OFFSETS, max(blocks, depth)))]
+            numbers = [rng.randrange(blocks) for _ in range(count)]
         else:
-            numbers = [i % blocks for i in range(max(blocks, depth))]
+            numbers = [i % blocks for i in range(count)]
         return [[n * self.block_size for n in numbers[i::depth]] for i in range(depth)]
 
     def open(self) -> File:
@@ -138,30 +142,28 @@ def _percentiles(latencies_ns: Sequence[int]) -> dict[str, float]:
     return {name: histogram.get_value_at_percentile(p) / 1e3 for name, p in wanted.items()}
 
 
-def _greenlets(load: Load, depth: int, operation: Callable[[list[memoryview], int], Any],
-               between: Callable[[], Any] | None = None) -> dict[str, Any]:
+def _greenlets(load: Load, depth: int,
+               operation: Callable[[list[memoryview], int], Any]) -> dict[str, Any]:
     """*depth* greenlets calling *operation* until the time is up, and one that ticks meanwhile."""
     counts, latencies, gaps = [], array.array('q'), []
     clock = time.perf_counter_ns
-    end = clock() + int(load.seconds * 1e9)
 
     def worker(offsets: list[int]) -> None:
         buffers = [aligned_buffer(load.block_size)]
+        groups = [(offsets[i], offsets[i + 1:i + SAMPLED]) for i in range(0, len(offsets), SAMPLED)]
         count = 0
+        start.wait()
         while True:
-            for offset in offsets:
-                if count % SAMPLED:
+            for first, rest in groups:
+                began = clock()
+                if began >= end:
+                    counts.append(count)
+                    return
+                operation(buffers, first)
+                latencies.append(clock() - began)
+                for offset in rest:
                     operation(buffers, offset)
-                else:
-                    began = clock()
-                    if began >= end:
-                        counts.append(count)
-                        return
-                    operation(buffers, offset)
-                    latencies.append(clock() - began)
-                count += 1
-                if between is not None:
-                    between()
+                count += SAMPLED
 
     def ticker() -> None:
         while clock() < end:
@@ -169,13 +171,15 @@ def _greenlets(load: Load, depth: int, operation: Callable[[list[memoryview], in
             gevent.sleep(TICK)
             gaps.append((clock() - began) / 1e9 - TICK)
 
-    all_offsets = load.offsets(depth)
-    began, cpu = time.perf_counter(), _cpu()
+    start = Event()
+    workers = [gevent.spawn(worker, offsets) for offsets in load.offsets(depth)]
+    gevent.sleep(0.01)                      # all are at the start, and what they need is made
+    seconds, cpu = time.perf_counter(), _cpu()
     end = clock() + int(load.seconds * 1e9)
-    workers = [gevent.spawn(worker, offsets) for offsets in all_offsets]
+    start.set()
     tick = gevent.spawn(ticker)
     gevent.joinall(workers, raise_error=True)
-    seconds, cpu = time.perf_counter() - began, _cpu() - cpu
+    seconds, cpu = time.perf_counter() - seconds, _cpu() - cpu
     tick.join()
     return _figures(sum(counts), seconds, cpu, latencies, gaps)
 
@@ -197,8 +201,12 @@ def _blocking(load: Load, depth: int) -> dict[str, Any]:
     # Yields after each request, as a server's greenlet does when it goes back to its socket.
     with load.open() as file:
         fd, call = file.fileno(), os.pwritev if load.writing else os.preadv
-        return _greenlets(load, depth, lambda buffers, offset: call(fd, buffers, offset),
-                          lambda: gevent.sleep(0))
+
+        def operation(buffers: list[memoryview], offset: int) -> None:
+            call(fd, buffers, offset)
+            gevent.sleep(0)
+
+        return _greenlets(load, depth, operation)
 
 
 def _threadpool(load: Load, depth: int) -> dict[str, Any]:
