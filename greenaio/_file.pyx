@@ -242,7 +242,7 @@ cdef object _by_aio(Driver driver, Request request, name):
     """Bytes moved; None when the kernel would not even take it, and a thread is to be asked."""
     if _closing:
         _fallback.check_open(request.fd)
-    cdef long result = driver.perform(request)
+    cdef int64_t result = driver.perform(request)
     if result >= 0:
         return result
     if request.refused:
@@ -278,11 +278,14 @@ cdef object _vectored(bint reading, int kind, int fd, buffers, int64_t offset, i
         if not hasattr(type(buffers), '__getitem__') or isinstance(buffers, dict):
             raise TypeError(f"{'preadv' if reading else 'pwritev'}() arg 2 must be a sequence")
         buffers = tuple(buffers)
-    steady = _steady(buffers, reading)
+    count = len(buffers)
+    if count == 1 and not is_ownerless(buffers[0]):     # as most are
+        steady = buffers
+    else:
+        steady = _steady(buffers, reading)
     if kind & DIRECT and not flags & RWF_HIPRI:
         driver = current_driver()
         if driver.native:
-            count = len(steady)
             if count == 1:
                 request = new_request(PREAD if reading else PWRITE, fd, offset, flags, max_batch)
                 request.pin(steady[0])

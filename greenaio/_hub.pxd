@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._engine cimport Engine, Request
 
@@ -21,7 +21,7 @@ cdef class Driver:
     cdef uint64_t _poll_ns          # how long the next spin lasts at most
     cdef uint64_t _unpolled_since   # when the last spin ended in vain, ns; 0: it did not
 
-    cdef object perform(self, Request request)
+    cdef int64_t perform(self, Request request) except? -4096
     cdef object _park(self, Request request, current)
     cdef _leave(self, Request request)
     cdef int _wake(self, Request request) except -1

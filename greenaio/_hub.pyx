@@ -178,7 +178,7 @@ cdef class Driver:
 
     # A request, seen from its greenlet ------------------------------------------------------
 
-    cdef object perform(self, Request request):
+    cdef int64_t perform(self, Request request) except? -4096:
         """Enqueue, park until it is done, return bytes moved or minus the errno.
 
         If the greenlet is killed or timed out meanwhile, the exception goes up at once: a request that
@@ -186,6 +186,7 @@ cdef class Driver:
         An abandoned write may still happen. Raises BlockingSwitchOutError in the hub.
         """
         cdef Engine engine = self.engine
+        cdef int64_t result
         current = greenlet_current()
         if current is self.hub:
             raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
