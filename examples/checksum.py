@@ -1,0 +1,135 @@
+"""Hash files and trees, cooperatively: ``checksum.py PATH... > SUMS``, then ``sha256sum -c SUMS``.
+
+A greenlet per file, several requests in flight for each, O_DIRECT where the file system has it. A file
+that cannot be read costs a line on stderr and the exit status 1, not the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+
+import gevent
+from gevent.pool import Pool
+
+from greenaio import File, aligned_buffer
+
+CHUNK = 256 * 1024      # bytes in one request
+AHEAD = 4               # requests in flight per file
+FILES = 32              # files at a time: FILES * AHEAD * CHUNK is the memory used, 32 MiB
+
+
+def open_direct(path: str) -> File:
+    """Open *path* past the page cache if its file system allows that, else through it."""
+    try:
+        return File(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return File(path)
+
+
+def chunks(file: File) -> Iterator[memoryview]:
+    """The file's bytes in order, AHEAD requests in flight; each piece is good until the next is asked."""
+    buffers = [aligned_buffer(CHUNK) for _ in range(AHEAD)]
+    reads: list[gevent.Greenlet] = []
+    try:
+        for i in range(AHEAD):
+            reads.append(gevent.spawn(file.preadv, [buffers[i]], i * CHUNK))
+        turn = 0
+        while True:
+            at = turn % AHEAD
+            n = reads[at].get()
+            if n:
+                yield buffers[at][:n]
+            if n < CHUNK:
+                return              # the end, aligned or not
+            reads[at] = gevent.spawn(file.preadv, [buffers[at]], (turn + AHEAD) * CHUNK)
+            turn += 1
+    finally:
+        gevent.killall(reads)
+
+
+def checksum(path: str) -> str:
+    """The SHA-256 of the file at *path*, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open_direct(path) as file:
+        if not stat.S_ISREG(file.kind):
+            raise OSError(errno.EINVAL, 'Not a regular file', path)
+        for piece in chunks(file):
+            digest.update(piece)
+            gevent.sleep(0)         # hashing is work too: let the others have their turn
+    return digest.hexdigest()
+
+
+def walk(paths: list[str], failed: list[OSError]) -> Iterator[str]:
+    """The files at and under *paths*, in a stable order."""
+    for path in paths:
+        if os.path.isdir(path):
+            for folder, folders, names in os.walk(path, onerror=failed.append):
+                folders.sort()
+                yield from (os.path.join(folder, name) for name in sorted(names)
+                            if not os.path.islink(os.path.join(folder, name)))
+        else:
+            yield path
+
+
+def line(digest: str, path: str) -> str:
+    """As sha256sum writes it: a name with a newline or backslash is escaped, and marked so."""
+    if any(character in path for character in '\\\n\r'):
+        path = path.replace('\\', '\\\\').replace('\n', '\\n').replace('\r', '\\r')
+        return f'\\{digest}  {path}'
+    return f'{digest}  {path}'
+
+
+class Progress:
+    """A line on the terminal; nothing anywhere else."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.shown = sys.stderr.isatty()
+
+    def step(self, path: str) -> None:
+        self.done += 1
+        if self.shown:
+            sys.stderr.write(f'\r\033[K{self.done} files  {os.path.basename(path)[:60]}')
+
+    def end(self) -> None:
+        if self.shown:
+            sys.stderr.write('\r\033[K')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('paths', nargs='+', metavar='PATH')
+    arguments = parser.parse_args()
+    progress = Progress()
+    failed: list[OSError] = []
+
+    def one(path: str) -> str | OSError:
+        try:
+            return line(checksum(path), path)
+        except OSError as error:
+            return error
+        finally:
+            progress.step(path)
+
+    for result in Pool(FILES).imap(one, walk(arguments.paths, failed), maxsize=2 * FILES):
+        if isinstance(result, OSError):
+            failed.append(result)
+        else:
+            sys.stdout.buffer.write(os.fsencode(result) + b'\n')
+    progress.end()
+    sys.stdout.flush()
+    for error in failed:
+        print(f'checksum.py: {error.filename}: {error.strerror}', file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

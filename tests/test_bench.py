@@ -1,0 +1,166 @@
+"""The bench, run as a user would: what it prints, what it writes, what it refuses."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import missing, pattern
+
+from greenaio import bench
+
+
+def run(*arguments, env=None, **kwargs):
+    return subprocess.run([sys.executable, '-m', 'greenaio', 'bench', *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **(env or {})}, **kwargs)
+
+
+def quick(*arguments, **kwargs):
+    return run('--size', '4M', '--seconds', '0.2', '--depths', '1,8', *arguments, **kwargs)
+
+
+def test_own_ways_are_always_there(folder, tmp_path):
+    out = tmp_path / 'out.json'
+    done = quick(folder, '--json', out)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''                # progress on a terminal only
+    for text in ('greenaio', 'blocking', 'threadpool', 'IOPS', 'MB/s', 'p99.9', 'gap max'):
+        assert text in done.stdout
+    report = json.loads(out.read_text())
+    assert [(one['way'], one['depth']) for one in report['results']] == [
+        (way, depth) for depth in (1, 8) for way in ('greenaio', 'blocking', 'threadpool')]
+    for one in report['results']:
+        assert one['iops'] > 0 and one['cpu_us'] > 0
+        latency = one['latency_us']
+        assert 0 < latency['p50'] <= latency['p99'] <= latency['p999']
+        assert 0 <= one['hub_gap_ms']['p99'] <= one['hub_gap_ms']['max']
+    assert {'machine', 'versions', 'command', 'commands'} <= set(report)
+    assert report['machine']['kernel'] and report['versions']['gevent']
+    assert os.listdir(folder) == []         # its own file is gone
+
+
+@pytest.mark.parametrize('rw', ['randwrite', 'read', 'write'])
+def test_every_kind_of_load(folder, rw):
+    done = quick(folder, '--rw', rw, '--only', 'greenaio')
+    assert done.returncode == 0, done.stderr
+    assert rw in done.stdout
+
+
+def test_without_a_path_it_leaves_nothing_behind(tmp_path):
+    done = quick('--only', 'greenaio', env={'TMPDIR': str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_buffered(folder):
+    done = quick(folder, '--buffered', '--only', 'greenaio,blocking')
+    assert done.returncode == 0, done.stderr
+    assert 'buffered' in done.stdout
+
+
+@pytest.mark.parametrize('way', ['fio', 'qemu-img', 'caio'])
+def test_other_programs_stand_beside(disk_folder, tmp_path, way):
+    if way == 'caio' and importlib.util.find_spec('caio') is None:
+        missing('caio is not installed')
+    if way != 'caio' and not shutil.which(way):
+        missing(f'{way} is not installed')
+    out = tmp_path / 'out.json'
+    done = quick(disk_folder, '--only', f'greenaio,{way}', '--json', out)
+    assert done.returncode == 0, done.stderr
+    assert way in done.stdout
+    assert all(one['iops'] > 0 for one in json.loads(out.read_text())['results'])
+
+
+def test_way_that_is_not_installed_is_left_out(folder, tmp_path):
+    done = quick(folder, '--against', 'fio', env={'PATH': str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert 'fio is not installed' in done.stderr
+    assert 'greenaio' in done.stdout
+
+
+def test_polling_is_one_more_way(disk_folder):
+    done = quick(disk_folder, '--only', 'greenaio', '--poll-us', '50')
+    assert done.returncode == 0, done.stderr
+    assert 'greenaio+poll' in done.stdout
+
+
+def test_rounds_are_kept_and_medians_shown(folder, tmp_path):
+    out = tmp_path / 'out.json'
+    done = quick(folder, '--only', 'greenaio', '--rounds', '3', '--json', out)
+    assert done.returncode == 0, done.stderr
+    for one in json.loads(out.read_text())['results']:
+        assert len(one['rounds']) == 3
+        assert one['iops'] == sorted(r['iops'] for r in one['rounds'])[1]
+
+
+def test_plain_text_without_the_libraries_of_the_extra(folder):
+    code = ('import sys; sys.modules["rich"] = sys.modules["hdrh"] = None\n'
+            'sys.argv[1:] = ["bench", *sys.argv[1:]]\n'
+            'from greenaio.__main__ import main\nsys.exit(main())')
+    done = subprocess.run([sys.executable, '-c', code, folder, '--size', '1M', '--seconds', '0.1',
+                           '--depths', '4'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 'greenaio' in done.stdout and 'IOPS' in done.stdout and '┃' not in done.stdout
+
+
+def test_plot_is_a_picture(folder, tmp_path):
+    if importlib.util.find_spec('matplotlib') is None:
+        missing('matplotlib is not installed')
+    done = quick(folder, '--only', 'greenaio', '--plot', tmp_path / 'plot.png')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_file_that_exists_is_never_written_unless_told_to(folder):
+    path = pathlib.Path(folder, 'precious')
+    path.write_bytes(pattern(1 << 20))
+    for arguments in ([], ['--rw', 'randread', '--overwrite']):
+        assert quick(path, '--only', 'greenaio', *arguments).returncode == 0
+        assert path.read_bytes() == pattern(1 << 20)
+    done = quick(path, '--rw', 'randwrite')
+    assert done.returncode == 2
+    assert '--overwrite' in done.stderr and len(done.stderr.splitlines()) == 1
+    assert path.read_bytes() == pattern(1 << 20)
+    assert quick(path, '--rw', 'randwrite', '--overwrite', '--only', 'greenaio').returncode == 0
+    assert path.read_bytes() != pattern(1 << 20)
+    assert path.stat().st_size == 1 << 20
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--size', 'big'], ['--size', '0'], ['--depths', '0'], ['--depths', 'x'], ['--depths', ''],
+    ['--seconds', '-1'], ['--seconds', 'nan'], ['--rw', 'trim'], ['--against', 'dd'],
+    ['--block-size', '1000'], ['--size', '1k'], ['--rounds', '0'], ['/no/such/folder/file'],
+    ['/dev/null'], ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'],
+])
+def test_bad_arguments_are_one_line_and_status_2(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_no_command_is_one_line_and_status_2():
+    done = subprocess.run([sys.executable, '-m', 'greenaio'], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('text, value', [
+    ('4096', 4096), ('4k', 4096), ('4K', 4096), ('256M', 256 << 20), ('1G', 1 << 30), ('2MiB', 2 << 20)])
+def test_sizes_as_fio_writes_them(text, value):
+    assert bench.parse_size(text) == value
+
+
+def test_offsets_are_aligned_within_the_file_and_for_every_worker():
+    for rw in bench.RW:
+        for depth in (1, 3, 64):
+            load = bench.Load('x', 1 << 20, 4096, rw, 1, False)
+            shares = load.offsets(depth)
+            assert len(shares) == depth
+            for share in shares:
+                assert share and len(share) % bench.SAMPLED == 0
+                assert all(0 <= at <= load.size - 4096 and at % 4096 == 0 for at in share)

@@ -1,0 +1,32 @@
+"""The tests of everything that touches a loop once more, under gevent's other one."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import missing
+
+HERE = pathlib.Path(__file__).parent
+OTHER = 'libev' if os.environ.get('GEVENT_LOOP') == 'libuv' else 'libuv'
+
+
+@pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_stress'])
+def test_on_the_other_loop(name):
+    if os.environ.get('GREENAIO_OTHER_LOOP'):
+        pytest.skip('this is the other loop')
+    if importlib.util.find_spec('cffi') is None:
+        missing('cffi, which libuv needs, is not installed')
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', HERE / f'{name}.py'],
+        env={**os.environ, 'GEVENT_LOOP': OTHER, 'GREENAIO_OTHER_LOOP': '1'}, cwd=HERE.parent,
+        capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_loop_is_the_one_asked_for():
+    import gevent
+    wanted = os.environ.get('GEVENT_LOOP', 'libev')
+    assert wanted in type(gevent.get_hub().loop).__module__
