@@ -5,15 +5,27 @@ import os
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
 NAMES = ['_context', '_engine', '_memory', '_hub', '_file']
 
+
+class BuildAndCopy(build_ext):
+    """Also puts the modules beside their sources: in a clone, ``python -m greenaio`` and ``-m pytest`` find
+    the clone before what was installed, and would take it for greenaio without its extension."""
+
+    def run(self):
+        super().run()
+        if not self.inplace and os.access('greenaio', os.W_OK):
+            self.copy_extensions_to_source()
+
+
 greenlet = importlib.util.find_spec('greenlet')
 headers = [os.path.dirname(os.path.dirname(greenlet.origin))] if greenlet else []
 
-setup(ext_modules=[
+setup(cmdclass={'build_ext': BuildAndCopy}, ext_modules=[
     Extension(f'greenaio.{name}', [f'greenaio/{name}.pyx'], optional=True, include_dirs=headers,
               extra_compile_args=['-O2', '-fno-strict-aliasing'])
     for name in NAMES

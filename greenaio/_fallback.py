@@ -7,8 +7,10 @@ operations may still be queued on; `File` is what ``greenaio.File`` is where the
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -137,7 +139,7 @@ class File:
     def __init__(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666, *,
                  max_batch: int = 32) -> None:
         self.name: Any = os.fspath(path)
-        self._fd = call(_open, -1, self.name, flags, mode)
+        self._fd: int = call(_open, -1, self.name, flags, mode)
         self._closefd = True
 
     @classmethod
@@ -155,6 +157,23 @@ class File:
     @property
     def closed(self) -> bool:
         return self._fd < 0
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+    @property
+    def kind(self) -> int:
+        return stat.S_IFMT(os.fstat(self.fileno()).st_mode)
+
+    @property
+    def device(self) -> int:
+        st = os.fstat(self.fileno())
+        return st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev
+
+    @property
+    def alignment(self) -> int:
+        return mmap.PAGESIZE if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT else 1
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         try:

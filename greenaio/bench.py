@@ -18,8 +18,8 @@ import random
 import re
 import resource
 import shutil
-import statistics
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -145,7 +145,9 @@ def _percentiles(latencies_ns: Sequence[int]) -> dict[str, float]:
 def _greenlets(load: Load, depth: int,
                operation: Callable[[list[memoryview], int], Any]) -> dict[str, Any]:
     """*depth* greenlets calling *operation* until the time is up, and one that ticks meanwhile."""
-    counts, latencies, gaps = [], array.array('q'), []
+    counts: list[int] = []
+    gaps: list[float] = []
+    latencies = array.array('q')
     clock = time.perf_counter_ns
 
     def worker(offsets: list[int]) -> None:
@@ -244,19 +246,21 @@ def qemu_command(load: Load, depth: int, count: int) -> list[str]:
 
 def _qemu_img(load: Load, depth: int) -> dict[str, Any]:
     # It has no clock, only a count: a short run tells how many will take the time asked for.
-    count = 2000
-    for seconds in (None, load.seconds):
-        if seconds is not None:
-            count = max(2000, int(count / max(took, 1e-3) * seconds))
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count)))
-        if found is None:
-            raise BadArgument('qemu-img bench printed no time')
-        took = float(found[1])
+    trial = 2000
+    count = max(trial, int(trial / _qemu_seconds(load, depth, trial) * load.seconds))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = _qemu_seconds(load, depth, count)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {'iops': count / max(took, 1e-3), 'requests': count, 'cpu_us': cpu / count * 1e6,
+    return {'iops': count / seconds, 'requests': count, 'cpu_us': cpu / count * 1e6,
             'latency_us': None, 'hub_gap_ms': None}
+
+
+def _qemu_seconds(load: Load, depth: int, count: int) -> float:
+    found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count)))
+    if found is None:
+        raise BadArgument('qemu-img bench printed no time')
+    return max(float(found[1]), 1e-3)
 
 
 CAIO = '''

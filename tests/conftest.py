@@ -93,8 +93,8 @@ class ScriptedContext(Context):
         self.opened.append(depth)
 
     def stage(self, token, opcode, fd, address, nbytes, offset, flags):
-        self._batch.append(dict(token=token, opcode=opcode, fd=fd, address=address, nbytes=nbytes,
-                                offset=offset, flags=flags))
+        self._batch.append({'token': token, 'opcode': opcode, 'fd': fd, 'address': address,
+                            'nbytes': nbytes, 'offset': offset, 'flags': flags})
         return 0
 
     def submit(self):

@@ -8,8 +8,8 @@ import weakref
 import pytest
 from conftest import ScriptedContext
 
-from greenaio._engine import Engine, Request, RequestList, State
 from greenaio._context import Opcode
+from greenaio._engine import Engine, Request, RequestList, State
 
 PREAD, FDSYNC = Opcode.PREAD, Opcode.FDSYNC
 

@@ -15,7 +15,7 @@ from gevent.exceptions import BlockingSwitchOutError
 
 from greenaio import _hub, config
 from greenaio._context import Opcode
-from greenaio._engine import Request, State
+from greenaio._engine import Request
 
 
 def read(offset=0, memory=None):

@@ -1,0 +1,72 @@
+"""Without the extension, as after an install with no compiler: everything works, by threads."""
+
+import pytest
+from conftest import run_python
+
+WITHOUT = '''
+import sys
+for name in ('_context', '_engine', '_hub', '_file', '_memory'):
+    sys.modules[f'greenaio.{name}'] = None         # importing it raises ImportError
+import errno, gevent, greenaio, greenaio.os, os
+assert not greenaio.native
+'''
+
+
+def test_file_and_os_work_by_threads(data_file):
+    run_python(WITHOUT + '''
+path = sys.argv[1]
+with greenaio.File(path, os.O_RDWR) as file:
+    assert file.pread(16, 8) == (1).to_bytes(8, 'little') + (2).to_bytes(8, 'little')
+    buffers = [bytearray(4), greenaio.aligned_buffer(12)]
+    assert file.preadv(buffers, 8) == 16
+    assert file.pwrite(b'x' * 16, 0) == file.pwritev([b'x' * 8, b'x' * 8], 0) == 16
+    file.fsync()
+    file.fdatasync()
+    assert file.pread(16, 0) == b'x' * 16
+    fd = file.fileno()
+    assert greenaio.os.pread(fd, 4, 0) == b'xxxx'
+    assert greenaio.os.preadv(fd, buffers, 0) == greenaio.os.pwritev(fd, buffers, 0) == 16
+    assert greenaio.os.pwrite(fd, b'y', 0) == 1
+    greenaio.os.fsync(fd)
+    greenaio.os.fdatasync(file)
+    assert file.alignment == 1 and not file.direct and file.device == os.stat(path).st_dev
+    ticks = []
+    def tick():
+        while True:
+            ticks.append(1)
+            gevent.sleep(0)
+    ticker = gevent.spawn(tick)
+    reads = [gevent.spawn(file.pread, 4096, i * 4096) for i in range(100)]
+    gevent.joinall(reads, raise_error=True)
+    assert len(ticks) > 1
+    ticker.kill()
+assert file.closed
+try:
+    greenaio.File('/no/such/file')
+except FileNotFoundError as error:
+    assert error.filename == '/no/such/file'
+fd = os.open(path, os.O_RDONLY)
+greenaio.os.close(fd)
+try:
+    greenaio.os.pread(fd, 1, 0)
+except OSError as error:
+    assert error.errno == errno.EBADF
+''', data_file)
+
+
+@pytest.mark.parametrize('args', [(-1,), (10, 3), (10, 0)])
+def test_bad_sizes_are_refused_without_the_extension_too(args):
+    done = run_python(WITHOUT + f'greenaio.aligned_buffer{args!r}', check=False)
+    assert 'ValueError' in done.stderr
+
+
+def test_forgotten_file_warns_without_the_extension_too(data_file):
+    done = run_python(WITHOUT + 'import warnings; warnings.simplefilter("always")\n'
+                      'greenaio.File(sys.argv[1])', data_file, check=False)
+    assert 'ResourceWarning: unclosed file' in done.stderr
+
+
+def test_extension_was_built():
+    """Optional for users, not for the tests."""
+    import greenaio
+    assert greenaio.native
