@@ -6,7 +6,8 @@ import pytest
 from conftest import held_disk, run_python  # noqa: F401
 
 COMMON = '''
-import errno, gevent, os, sys
+import errno, gevent, os, sys, warnings
+warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 from greenaio import File, _hub, aligned_buffer
 
 path = sys.argv[1]

@@ -27,8 +27,10 @@ def perform(driver, request):
 
 
 def turn():
-    """Let the loop come round, callbacks and eventfd."""
+    """Let the loop come round, callbacks and eventfd, until all that was spawned has begun and asked."""
     gevent.sleep(0.002)
+    gevent.sleep(0)             # callbacks run in order: behind those that start greenlets ...
+    gevent.sleep(0)             # ... and behind those that end the hub turns which these began
 
 
 # Attach and detach ---------------------------------------------------------------------------
