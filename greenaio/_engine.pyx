@@ -39,7 +39,7 @@ from greenaio._context cimport (
 )
 
 cdef enum:
-    LOAD_SHARE = 16     # requests about per request of a batch: with less the device runs dry
+    LOAD_SHARE = 4      # in flight for each that waits in a batch: so many keep the device busy
 
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
@@ -300,13 +300,11 @@ cdef class Engine:
     # Towards the kernel ---------------------------------------------------------------------
 
     cdef int batch_limit(self, Request request) noexcept:
-        cdef int limit, room = self.depth - self.in_flight.count
-        # Follows the load: with few requests about the device would run dry while a batch fills.
-        # Those that are ready count, for their greenlets are about to ask again. With nothing in
-        # flight the device *is* dry, or completes in line: waiting can gain nothing.
-        if self.in_flight.count == 0:
-            return 1
-        limit = (self.in_flight.count + self.ready.count + self.pending.count) // LOAD_SHARE
+        # Follows the load: while the device has plenty to do a batch may fill, for each submission
+        # costs (a doorbell is microseconds on a virtual disk); when it has little, waiting would let
+        # it run dry.
+        cdef int limit = self.in_flight.count // LOAD_SHARE
+        cdef int room = self.depth - self.in_flight.count
         if limit > BATCH_MAX:
             limit = BATCH_MAX
         if limit > request.max_batch:

@@ -74,14 +74,18 @@ def test_batch_is_never_more_than_the_room_left(engine):
 
 
 def test_batch_follows_the_load(engine):
-    assert engine.enqueue(read())           # nothing about: waiting can gain nothing
-    engine.flush()
-    for _ in range(59):
-        engine.enqueue(read())
+    """One waits for each four in flight; alone, a request goes out at once."""
+    full = []
+    for _ in range(48):
+        waiting = 1
+        while not engine.enqueue(read()):
+            waiting += 1
+        full.append((len(engine.in_flight), waiting))
         engine.flush()
-    assert not engine.enqueue(read())       # 61 about: batches of 3
-    assert not engine.enqueue(read())
-    assert engine.enqueue(read())
+        if len(engine.in_flight) > 48:
+            break
+    assert full[:4] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert all(waiting == max(1, in_flight // 4) for in_flight, waiting in full)
 
 
 def test_caller_bounds_the_batch(engine):
