@@ -25,6 +25,7 @@ cdef class Driver:
     cdef object _park(self, Request request, current)
     cdef _leave(self, Request request)
     cdef int _wake(self, Request request) except -1
+    cdef int _reap(self) except -1
     cdef int _drain(self) except -1
     cdef int _flush(self) except -1
     cdef bint _more_is_ready(self) except -1

@@ -318,11 +318,18 @@ cdef class Driver:
         if self._unpolled_since:
             self._adapt_poll(monotonic_ns() - self._unpolled_since)
         self.engine.context.clear()     # first: what is signalled later is reaped later
-        self.engine.reap()
+        self._reap()
         if greenlet_current() is self.hub:
             self._drain()
         else:                           # only the hub hands over
             self.engine.context.signal()
+
+    cdef int _reap(self) except -1:
+        """Reap; and where requests wait for room, hand the device the next before anybody wakes."""
+        cdef int n = self.engine.reap()
+        if n and self.engine.blocked:
+            self._flush()
+        return n
 
     cdef int _drain(self) except -1:
         """One pass: hand over a bounded run of what is ready; what is asked for meanwhile goes out
@@ -352,7 +359,7 @@ cdef class Driver:
     cdef bint _more_is_ready(self) except -1:
         """Look, look again at the ring, submit, poll: whatever gives something to hand over."""
         cdef Engine engine = self.engine
-        if engine.ready.count == 0 and engine.reap() == 0:
+        if engine.ready.count == 0 and self._reap() == 0:
             self._flush()
             if engine.ready.count == 0:
                 return self._poll()

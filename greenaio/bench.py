@@ -618,7 +618,9 @@ def _measure(load: Load, ways: list[str], depths: list[int], rounds: int) -> lis
     results = {(depth, way): Result(way, depth) for depth in depths for way in ways}
     with _progress(rounds * len(results)) as step:
         for number in range(rounds):
-            for (depth, way), result in results.items():
-                step(f'{way}, depth {depth}' + (f', round {number + 1}' if rounds > 1 else ''))
-                result.rounds.append(WAYS[way](load, depth))
+            for depth in depths:
+                # Another one first in each round: a disk remembers what went before.
+                for way in ways[number % len(ways):] + ways[:number % len(ways)]:
+                    step(f'{way}, depth {depth}' + (f', round {number + 1}' if rounds > 1 else ''))
+                    results[depth, way].rounds.append(WAYS[way](load, depth))
     return [result.summary(load.block_size) for result in results.values()]

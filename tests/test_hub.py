@@ -429,6 +429,26 @@ def test_full_queue_is_first_in_first_out_and_all_finish(driver):
     assert kernel.order == list(range(256))
 
 
+def test_full_queue_is_filled_up_before_anybody_wakes(driver):
+    kernel = driver.engine.context
+    taken_when_woken = []
+
+    def worker(i):
+        perform(driver, read(i))
+        taken_when_woken.append(len(kernel.order))
+
+    greenlets = [gevent.spawn(worker, i) for i in range(100)]       # depth is 64
+    turn()
+    for _ in range(10):
+        kernel.finish()
+    turn()
+    assert taken_when_woken == [74] * 10
+    kernel.finish_all()
+    turn()
+    kernel.finish_all()
+    gevent.joinall(greenlets, timeout=5, raise_error=True)
+
+
 def test_again_with_nothing_in_flight_is_retried_by_a_timer(driver):
     kernel = driver.engine.context
     kernel.answers.extend([-errno.EAGAIN] * 3)
