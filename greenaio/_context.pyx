@@ -228,6 +228,8 @@ cdef class Context:
                 return 0
             n = <int>abi_io_getevents(self._ctx, 0, PEEK_MAX, self._events, 0)
             return n if n > 0 else 0
+        if forked():
+            return 0                        # the parent's ring: it is not mapped here
         nr = self._ring.nr
         head = self._ring.head              # only we store it
         tail = abi_load_tail(self._ring)    # acquire: the events before it are the kernel's, whole
@@ -264,7 +266,7 @@ cdef class Context:
         cdef aio_ring *ring = self._ring
         cdef uint64_t end
         cdef bint found = False
-        if ring == NULL:
+        if ring == NULL or forked():
             return 0
         with nogil:
             end = monotonic_ns() + limit_ns
@@ -313,7 +315,7 @@ cdef class Context:
         cdef aio_context_t ctx = self._ctx
         self._ctx = 0
         self._ring = NULL
-        if ctx:
+        if ctx and not forked():            # in a child the address may be a context of its own
             with nogil:
                 abi_io_destroy(ctx)
 

@@ -134,8 +134,9 @@ cdef class Request:
         first."""
         if self._count:
             self._unpin()
-        self.keep = None
         self.waiter = None
+        if not self.refused:        # else a thread is asked yet, and the fd must stay what it was
+            self.keep = None
 
     @property
     def result(self):
@@ -181,8 +182,8 @@ cdef class RequestList:
         return self.count
 
     def __iter__(self):
+        requests = []               # first: making it may run a finalizer, which may change the list
         cdef void *at = self._head
-        requests = []
         while at != NULL:
             requests.append(<Request>at)
             at = (<Request>at)._next
@@ -386,6 +387,12 @@ cdef class Engine:
                     total += 1
             self.context.commit(n)
         return total
+
+    def queued(self, int fd):
+        """The requests to which *fd* is only a number: pending, or refused and on their way to a
+        thread."""
+        return [request for queue in (self.pending, self.ready) for request in queue
+                if request.fd == fd and (request.state == PENDING or request.refused)]
 
     def _check(self):
         """Assert all that must hold between two calls."""

@@ -6,6 +6,7 @@ operations may still be queued on; `File` is what ``greenaio.File`` is where the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -68,14 +69,17 @@ def _pool() -> ThreadPool:
     return pool
 
 
-def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
+def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = None) -> Any:
     """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
 
-    If the greenlet is killed meanwhile, a call that has begun goes on by itself.
+    If the greenlet is killed meanwhile, a call that has begun goes on by itself. *closer* is what keeps
+    *fd* open if it was closed since the operation was asked for.
     """
     pool = _pool()
-    check_open(fd)
+    if closer is None:
+        check_open(fd)
     job = _Job(function, fd, args)
+    job.closer = closer
     _jobs.add(job)
     try:
         job.result = pool.spawn(job)
@@ -86,6 +90,29 @@ def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def open(path: StrPath, flags: int, mode: int) -> int:
+    """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
+    opened: list[int] = []
+    left: list[bool] = []
+
+    def take_back() -> None:
+        with contextlib.suppress(IndexError):       # pop() lets only one of the two threads have it
+            os.close(opened.pop())
+
+    def work(_: int) -> None:
+        opened.append(os.open(path, flags, mode))
+        if left:
+            take_back()
+
+    try:
+        call(work, -1)
+        return opened.pop()
+    except BaseException:
+        left.append(True)
+        take_back()
+        raise
 
 
 def check_open(fd: int) -> None:
@@ -139,7 +166,7 @@ class File:
     def __init__(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666, *,
                  max_batch: int = 32) -> None:
         self.name: Any = os.fspath(path)
-        self._fd: int = call(_open, -1, self.name, flags, mode)
+        self._fd = open(self.name, flags, mode)
         self._closefd = True
 
     @classmethod
@@ -215,8 +242,10 @@ class File:
 
     def __del__(self) -> None:
         if getattr(self, '_fd', -1) >= 0 and self._closefd:
-            warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            try:
+                warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self, stacklevel=2)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'
@@ -256,5 +285,3 @@ def fdatasync(fd: int) -> None:
     call(os.fdatasync, fd)
 
 
-def _open(_: int, path: StrPath, flags: int, mode: int) -> int:
-    return os.open(path, flags, mode)

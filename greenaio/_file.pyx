@@ -107,7 +107,7 @@ cdef class File:
         self._set_max_batch(max_batch)
         self.name = os.fspath(path)
         self._closefd = True
-        self._fd = _fallback.call(_fallback._open, -1, self.name, flags, mode)
+        self._fd = _fallback.open(self.name, flags, mode)
         self._kind = file_kind(self._fd)
 
     @staticmethod
@@ -214,8 +214,10 @@ cdef class File:
 
     def __del__(self):
         if self._fd >= 0 and self._closefd:
-            warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self)
-            self.close()
+            try:
+                warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self)
+            finally:                    # a warning may be an error
+                self.close()
 
     def __repr__(self):
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'
@@ -229,9 +231,10 @@ cdef object _failed(long code, name):
     return OSError(-code, os.strerror(-code), name)
 
 
-cdef object _by_thread(name, function, fd, args):
+cdef object _by_thread(name, function, fd, args, Request refused=None):
+    # What was refused may have been closed meanwhile; what it keeps has its fd still open.
     try:
-        return _fallback.call(function, fd, *args)
+        return _fallback.call(function, fd, *args, closer=None if refused is None else refused.keep)
     except OSError as error:
         if name is None or isinstance(name, int) or error.filename is not None:
             raise
@@ -253,7 +256,7 @@ cdef object _by_aio(Driver driver, Request request, name):
 cdef object _pread(int kind, int fd, Py_ssize_t n, int64_t offset, name, int max_batch):
     cdef AlignedBuffer memory
     cdef Driver driver
-    cdef Request request
+    cdef Request request = None
     if not kind & DIRECT or n < 0 or offset < 0:       # os.preadv takes -1 for "here", pread does not
         return _by_thread(name, os.pread, fd, (n, offset))
     memory = scratch(n)         # ours: nobody sees an abandoned read land
@@ -264,14 +267,14 @@ cdef object _pread(int kind, int fd, Py_ssize_t n, int64_t offset, name, int max
         request.pin(memory)
         got = _by_aio(driver, request, name)
     if got is None:
-        got = _by_thread(name, os.preadv, fd, ((memory,), offset))
+        got = _by_thread(name, os.preadv, fd, ((memory,), offset), request)
     return PyBytes_FromStringAndSize(memory.address, got)
 
 
 cdef object _vectored(bint reading, int kind, int fd, buffers, int64_t offset, int flags, name,
                       int max_batch):
     cdef Driver driver
-    cdef Request request
+    cdef Request request = None
     cdef Py_ssize_t count
     cdef object got = None
     if not isinstance(buffers, (list, tuple)):
@@ -294,7 +297,7 @@ cdef object _vectored(bint reading, int kind, int fd, buffers, int64_t offset, i
                 request.pin_all(steady)
             got = _by_aio(driver, request, name)
     if got is None:
-        got = _by_thread(name, os.preadv if reading else os.pwritev, fd, (steady, offset, flags))
+        got = _by_thread(name, os.preadv if reading else os.pwritev, fd, (steady, offset, flags), request)
     if reading and steady is not buffers:
         _copy_back(steady, buffers, got)
     return got
@@ -302,13 +305,15 @@ cdef object _vectored(bint reading, int kind, int fd, buffers, int64_t offset, i
 
 cdef object _sync(int kind, int fd, int opcode, name):
     cdef Driver driver
+    cdef Request request = None
     cdef object done = None
     if kind & STORED:
         driver = current_driver()
         if driver.native and driver.engine.context.supports(opcode):
-            done = _by_aio(driver, new_request(opcode, fd, 0, 0, BATCH_MAX), name)
+            request = new_request(opcode, fd, 0, 0, BATCH_MAX)
+            done = _by_aio(driver, request, name)
     if done is None:
-        _by_thread(name, os.fdatasync if opcode == FDSYNC else os.fsync, fd, ())
+        _by_thread(name, os.fdatasync if opcode == FDSYNC else os.fsync, fd, (), request)
 
 
 cdef object _steady(buffers, bint reading):
@@ -375,5 +380,4 @@ def close(int fd):
     driver = driver_if_exists()
     if driver is not None:
         driver.submit_now()
-    _fallback.close(fd, [request for driver in all_drivers() for request in driver.engine.pending
-                         if request.fd == fd])
+    _fallback.close(fd, [request for driver in all_drivers() for request in driver.engine.queued(fd)])

@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import sys
-import weakref
 
 from gevent._hub_local import get_hub_noargs
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
@@ -63,8 +62,9 @@ log = logging.getLogger('greenaio')
 _start_new_thread = get_original('_thread', 'start_new_thread')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
-_drivers = weakref.WeakSet()
+_drivers = set()                        # of all threads; close() takes one out
 _warned = False
+_pid = os.getpid()
 
 
 cdef class _Sentinel:
@@ -77,6 +77,7 @@ cdef class _Sentinel:
         if sys is None or sys.is_finalizing():
             thread_driver = NULL        # the process's end frees what the kernel may still write
         elif self.driver is not None:
+            _notice_fork()              # there Python ends the other threads before any hook runs
             self.driver.close()
 
 
@@ -84,8 +85,7 @@ cdef Driver current_driver():
     """The driver of this thread's hub, made if there is none. Raises BlockingSwitchOutError in the hub
     itself: who is called there can't wait."""
     cdef Driver driver
-    if forked():
-        _after_fork_in_child()
+    _notice_fork()
     if thread_driver != NULL:
         driver = <Driver>thread_driver
         if not driver.closed:
@@ -98,6 +98,9 @@ cdef Driver _make_driver():
     if sys.is_finalizing():
         raise RuntimeError('the interpreter is shutting down: no greenlet can wait any more')
     driver = Driver(get_hub_noargs())
+    if thread_driver != NULL and not (<Driver>thread_driver).closed:
+        driver.close()                  # another greenlet was here while a handler logged our warning
+        return <Driver>thread_driver
     cdef _Sentinel sentinel = _Sentinel()
     sentinel.driver = driver
     _local.sentinel = sentinel
@@ -112,6 +115,7 @@ def get_driver():
 
 def driver_if_exists():
     """Return the `Driver` of the current hub, or None when it never did any I/O."""
+    _notice_fork()
     if thread_driver != NULL and not (<Driver>thread_driver).closed:
         return <Driver>thread_driver
     return None
@@ -119,7 +123,7 @@ def driver_if_exists():
 
 def all_drivers():
     """Return the drivers of all threads."""
-    return [driver for driver in _drivers if not driver.closed]
+    return list(_drivers)               # in one go: other threads add and take out
 
 
 cdef class Driver:
@@ -273,6 +277,7 @@ cdef class Driver:
 
     def _on_turn_end(self):
         """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
+        _notice_fork()
         self._turn_ends_soon = False
         if not self.closed:
             self._flush()
@@ -298,6 +303,7 @@ cdef class Driver:
             self._retry.start(self._on_retry)
 
     def _on_retry(self):
+        _notice_fork()
         self._retry.close()
         self._retry = None
         if self.closed:
@@ -313,6 +319,7 @@ cdef class Driver:
 
     def _on_eventfd(self):
         """The watcher's callback: clear, reap, hand over, submit."""
+        _notice_fork()
         if self.closed:
             return
         if self._unpolled_since:
@@ -430,6 +437,10 @@ cdef class Driver:
         """
         self.engine.context.after_fork_in_child()
         self.engine.cancel(errno.ECANCELED)
+        if self.hub.thread_ident != _get_ident():
+            self.closed = True          # its thread stayed with the parent: nobody is left to wait
+            _drivers.discard(self)
+            return
         self._reattach = True
         self.engine.context.signal()
 
@@ -489,7 +500,18 @@ def _end_context(Engine engine):
         request.release()
 
 
+cdef inline _notice_fork():
+    if forked():
+        _after_fork_in_child()
+
+
 def _after_fork_in_child():
+    """Once per child, whoever comes first: Python's hook, or the next use after a fork in C."""
+    global _pid
+    pid = os.getpid()
+    if pid == _pid and not forked():
+        return
+    _pid = pid
     acknowledge_fork()
     for driver in list(_drivers):
         driver.after_fork_in_child()
