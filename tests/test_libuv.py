@@ -13,7 +13,7 @@ HERE = pathlib.Path(__file__).parent
 OTHER = 'libev' if os.environ.get('GEVENT_LOOP') == 'libuv' else 'libuv'
 
 
-@pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_stress'])
+@pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_races', 'test_stress'])
 def test_on_the_other_loop(name):
     if os.environ.get('GREENAIO_OTHER_LOOP'):
         pytest.skip('this is the other loop')
