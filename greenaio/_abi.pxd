@@ -91,12 +91,6 @@ cdef extern from *:
         io_event io_events[1]
 
     const unsigned int AIO_RING_MAGIC
-    const int IOCB_CMD_PREAD
-    const int IOCB_CMD_PWRITE
-    const int IOCB_CMD_FSYNC
-    const int IOCB_CMD_FDSYNC
-    const int IOCB_CMD_PREADV
-    const int IOCB_CMD_PWRITEV
     const int IOCB_FLAG_RESFD
 
     long abi_io_setup(unsigned int nr_events, aio_context_t *ctx) nogil

@@ -5,6 +5,7 @@ Most of it over a scripted kernel, which completes exactly when the test says so
 
 import errno
 import gc
+import threading
 import time
 import weakref
 
@@ -104,21 +105,37 @@ def test_new_hub_of_the_thread_gets_a_new_driver():
 
 
 def test_destroyed_with_requests_in_flight_keeps_their_memory_until_the_kernel_is_done():
-    context = ScriptedContext()
-    driver = _hub.Driver(gevent.get_hub(), context, depth=8)
+    """
+        hub                             native thread
+        close: greenlets forgotten
+                                        io_destroy: waits for the disk
+        the memory is pinned still
+                                        the disk is done: io_destroy returns, pins go
+    """
+    class Slow(ScriptedContext):
+        done = threading.Event()
+
+        def destroy(self):
+            self.done.wait(30)
+
+    driver = _hub.Driver(gevent.get_hub(), Slow(), depth=8)
     memory = bytearray(512)
     greenlet = gevent.spawn(perform, driver, read(memory=memory))
     turn()
     driver.close()
-    with pytest.raises(BufferError):
-        memory.append(1)
     greenlet.kill()
-    with pytest.raises(BufferError):
-        memory.append(1)
-    context.finish(fill=7)          # the disk is done
-    driver.engine.reap()
-    del driver
-    gc.collect()
+    for _ in range(5):
+        turn()
+        with pytest.raises(BufferError):
+            memory.append(1)
+    Slow.done.set()
+    for _ in range(1000):
+        try:
+            memory.append(1)
+            break
+        except BufferError:
+            time.sleep(0.005)
+    assert len(memory) == 513
 
 
 # Parking and waking --------------------------------------------------------------------------
