@@ -195,6 +195,12 @@ def run_python(code, *args, env=None, timeout=60, check=True):
     return done
 
 
+def path_of_tests():
+    """The environment in which `run_python` finds this module."""
+    return {'PYTHONPATH': os.pathsep.join(
+        filter(None, [os.path.dirname(__file__), os.environ.get('PYTHONPATH')]))}
+
+
 _cgroup_number = itertools.count()
 
 

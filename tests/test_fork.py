@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import held_disk, run_python  # noqa: F401
+from conftest import held_disk, path_of_tests, run_python  # noqa: F401
 
 COMMON = '''
 import errno, gevent, os, sys, warnings
@@ -217,9 +217,3 @@ if pid == 0:
 assert os.waitpid(pid, 0)[1] == 0
 assert bytes(buffer) == b'x' * 10000
 ''')
-
-
-def path_of_tests():
-    import pathlib
-    return {'PYTHONPATH': os.pathsep.join(
-        filter(None, [str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH')]))}

@@ -11,7 +11,7 @@ import weakref
 
 import gevent
 import pytest
-from conftest import ScriptedContext, run_python
+from conftest import ScriptedContext, path_of_tests, run_python
 from gevent.exceptions import BlockingSwitchOutError
 
 from greenaio import _hub, config
@@ -609,7 +609,7 @@ def test_loop_is_held_while_somebody_waits():
         gevent.monkey.get_original('_thread', 'start_new_thread')(later, ())
         # nothing else is there to hold the loop: without our watcher this is LoopExit
         assert driver.perform_request(Request(0, 3, bytearray(10))) == 10
-    ''', env=with_tests_on_path())
+    ''', env=path_of_tests())
 
 
 def test_loop_ends_when_only_abandoned_requests_are_left():
@@ -624,7 +624,7 @@ def test_loop_ends_when_only_abandoned_requests_are_left():
         greenlet.kill()
         assert gevent.get_hub().join(timeout=5) is True
         assert len(driver.engine.in_flight) == 1
-    ''', env=with_tests_on_path())
+    ''', env=path_of_tests())
 
 
 def test_idle_driver_does_not_hold_the_loop():
@@ -634,13 +634,6 @@ def test_idle_driver_does_not_hold_the_loop():
         _hub.get_driver()
         assert gevent.get_hub().join(timeout=5) is True
     ''')
-
-
-def with_tests_on_path():
-    import os
-    import pathlib
-    return {'PYTHONPATH': os.pathsep.join(
-        filter(None, [str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH')]))}
 
 
 # Polling -------------------------------------------------------------------------------------

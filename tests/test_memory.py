@@ -5,7 +5,7 @@ import mmap
 
 import gevent
 import pytest
-from conftest import run_python
+from conftest import path_of_tests, run_python
 
 from greenaio import aligned_buffer
 
@@ -90,16 +90,9 @@ def test_ten_thousand_waiting_greenlets_cost_at_most_a_kibibyte_each():
             print(cost(sleep)[0])
         else:
             print(cost(wait)[0])
-    ''', 'sleep', env=path())
+    ''', 'sleep', env=path_of_tests())
     sleeping = float(done.stdout)
     assert sleeping > 1000
     code = done.args[2]
-    waiting = float(run_python(code, 'wait', env=path()).stdout)
+    waiting = float(run_python(code, 'wait', env=path_of_tests()).stdout)
     assert waiting - sleeping <= 1024, (waiting, sleeping)
-
-
-def path():
-    import os
-    import pathlib
-    return {'PYTHONPATH': os.pathsep.join(
-        filter(None, [str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH')]))}
