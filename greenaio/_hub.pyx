@@ -82,8 +82,7 @@ cdef class _Sentinel:
 
 
 cdef Driver current_driver():
-    """The driver of this thread's hub, made if there is none. Raises BlockingSwitchOutError in the hub
-    itself: who is called there can't wait."""
+    """The driver of this thread's hub, made if there is none."""
     cdef Driver driver
     _notice_fork()
     if thread_driver != NULL:
