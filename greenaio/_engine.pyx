@@ -148,11 +148,6 @@ cdef class Request:
         """Whether no greenlet is parked on this very request: it must not be switched into."""
         return self.waiter is None
 
-    @property
-    def done(self):
-        """Whether the result is there."""
-        return self.state == DONE
-
     def __repr__(self):
         return (f'<Request {Opcode_name(self.opcode)} fd={self.fd} offset={self.offset} '
                 f'nbytes={self.nbytes} {State_name(self.state)} result={self.result}>')

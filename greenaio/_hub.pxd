@@ -1,3 +1,4 @@
+from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._engine cimport Engine, Request
@@ -23,13 +24,15 @@ cdef class Driver:
 
     cdef int64_t perform(self, Request request) except? -4096
     cdef object _park(self, Request request, current)
+    cdef PyObject *_next(self) noexcept
     cdef _leave(self, Request request)
     cdef int _wake(self, Request request) except -1
     cdef int _reap(self) except -1
     cdef int _drain(self) except -1
     cdef int _flush(self) except -1
+    cdef int _ask_for_pass(self) except -1
     cdef bint _more_is_ready(self) except -1
-    cdef bint _run_is_over(self) except -1
+    cdef bint _run_is_over(self) noexcept
     cdef bint _poll(self) except -1
     cdef int _hold_loop(self) except -1
     cdef int _let_go_of_loop(self) except -1

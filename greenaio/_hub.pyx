@@ -1,11 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""`Driver.perform` is the only code that parks a greenlet, `Driver._wake` the only code that resumes one.
+"""`Driver._park` is the only code that parks a greenlet; it and `Driver._wake` are all that switches.
 
 One driver per hub, made on first use. It submits what greenlets ask for, waits for the eventfd with a
-gevent watcher, and hands results over. Switching follows one rule: *only the hub switches into a greenlet,
-and only into one that is parked on that very request*. So a request that finishes inside its own
+gevent watcher, and hands results over. Switching follows one rule: *only a drain pass switches into a
+greenlet, and only into one that is parked on that very request*. So a request that finishes inside its own
 submission never switches, and nothing recurses however deep submissions complete in line: completions
-go to one queue (`Engine.ready`) and one loop in the hub (`Driver._drain`) resumes from it.
+go to one queue (`Engine.ready`) and one pass in the hub (`Driver._drain`) resumes from it. A greenlet that
+parks during the pass goes straight to the next in that queue, where the hub, which waits in `_wake`
+meanwhile, would go next anyway: one switch for a request instead of two.
 """
 
 import errno
@@ -23,7 +25,7 @@ from greenaio._ends import before_destroy
 from cpython.ref cimport PyObject
 
 from greenaio._context cimport Context, forked, monotonic_ns
-from greenaio._engine cimport DONE, IN_FLIGHT, PENDING, Engine, Request
+from greenaio._engine cimport DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList
 
 from greenaio._context import acknowledge_fork
 
@@ -37,13 +39,13 @@ cdef extern from *:
     { PyGreenlet_Import(); return _PyGreenlet_API == NULL ? -1 : 0; }
     static inline PyObject *greenlet_current(void)
     { return (PyObject *)PyGreenlet_GetCurrent(); }
-    static inline PyObject *greenlet_switch(PyObject *to)
+    static inline PyObject *greenlet_switch(PyObject *to)   /* borrowed */
     { return PyGreenlet_Switch((PyGreenlet *)to, NULL, NULL); }
     """
     PyObject *thread_driver
     int greenlet_import() except -1
     object greenlet_current()
-    object greenlet_switch(object to)
+    object greenlet_switch(PyObject *to)
 
 greenlet_import()
 
@@ -217,9 +219,9 @@ cdef class Driver:
         return self.perform(request)
 
     cdef object _park(self, Request request, current):
-        cdef Engine engine = self.engine
-        if engine.ready.count and self._sections == 0:
-            engine.context.signal()     # what is ready needs a drain pass
+        cdef PyObject *to
+        if self._sections == 0:
+            self._ask_for_pass()
         self.waiting += 1
         try:
             self._hold_loop()
@@ -229,8 +231,9 @@ cdef class Driver:
             # No Python code from here to the switch. The request is in a list still, so the hub
             # will find it and its waiter there; or that code has let the hub hand it over already.
             if request._list != NULL:
+                to = self._next()       # first: our own request may be the next
                 request.waiter = current
-                greenlet_switch(self.hub)
+                greenlet_switch(to)
                 if request.waiter is not None:
                     raise InvalidSwitchError(f'{current!r} was switched into, but waits for {request!r}')
         except BaseException:           # killed, timed out, thrown into
@@ -241,6 +244,24 @@ cdef class Driver:
             self.waiting -= 1
             if self.waiting == 0 and self._sections == 0:
                 self._let_go_of_loop()
+
+    cdef PyObject *_next(self) noexcept:
+        """Where a greenlet that parks goes: the hub, or in its pass the greenlet it would wake next.
+
+        Borrowed: a parked greenlet has itself in a variable of `perform`. A reference held across the
+        switch would keep it, dead, for as long as the one that parks here waits.
+        """
+        cdef PyObject *waiter
+        cdef Request request
+        if self._sections == 0 or self.engine.ready.count == 0 or self._run_is_over():
+            return <PyObject *>self.hub
+        request = self.engine.ready.first()
+        waiter = <PyObject *>request.waiter
+        if request.waiter is None:
+            return <PyObject *>self.hub     # abandoned: letting go of it may run any code
+        self.engine.ready.remove(request)
+        request.waiter = None           # the token that this switch is its own
+        return waiter
 
     cdef _leave(self, Request request):
         """The greenlet of *request* goes without its result: withdraw or abandon."""
@@ -253,7 +274,7 @@ cdef class Driver:
             request.release()
         # else in flight: the engine keeps it, and _drain lets go of it at its event
 
-    cdef bint _run_is_over(self) except -1:
+    cdef bint _run_is_over(self) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
         # greenlet parks on a request that is done, and a later drain pass resumes it.
         cdef uint64_t now = monotonic_ns()
@@ -280,15 +301,21 @@ cdef class Driver:
         self._turn_ends_soon = False
         if not self.closed:
             self._flush()
-            if self.engine.ready.count or self._poll():
-                self.engine.context.signal()
+            if self.engine.ready.count == 0:
+                self._poll()
+            self._ask_for_pass()
 
     def submit_now(self):
         """Submit what is pending without waiting for the end of the turn; from anywhere in the thread."""
         if self.engine.pending.count and not self.closed:
             self._flush()
-            if self.engine.ready.count:
-                self.engine.context.signal()
+            self._ask_for_pass()
+
+    cdef int _ask_for_pass(self) except -1:
+        """What is ready needs a drain pass: the next turn of the loop has one."""
+        if self.engine.ready.count:
+            self.engine.context.signal()
+        return 0
 
     def _retry_soon(self):
         if self._retry is not None:
@@ -296,7 +323,7 @@ cdef class Driver:
         if self._retry_after > RETRY_MAX:
             self._retry_after = RETRY_MIN
             self.engine.refuse(errno.EAGAIN)
-            self.engine.context.signal()
+            self._ask_for_pass()
         else:
             self._retry = self.hub.loop.timer(self._retry_after)
             self._retry.start(self._on_retry)
@@ -311,8 +338,7 @@ cdef class Driver:
         self._flush()
         if self._retry is None:
             self._retry_after = RETRY_MIN
-        if self.engine.ready.count:
-            self.engine.context.signal()
+        self._ask_for_pass()
 
     # From the kernel ------------------------------------------------------------------------
 
@@ -356,8 +382,7 @@ cdef class Driver:
             self._run = 0
             if not self.closed:
                 self._flush()
-                if engine.ready.count:
-                    engine.context.signal()
+                self._ask_for_pass()
                 if self.waiting == 0:
                     self._let_go_of_loop()
         return 0
@@ -373,11 +398,11 @@ cdef class Driver:
 
     cdef int _wake(self, Request request) except -1:
         waiter = request.waiter
-        request.waiter = None           # the token that this switch is ours
+        request.waiter = None           # the token that this switch is its own
         try:
-            greenlet_switch(waiter)
-        except BaseException:
-            self.hub.handle_error(waiter, *sys.exc_info())
+            greenlet_switch(<PyObject *>waiter)
+        except BaseException:           # of this greenlet, or of one that it went on to
+            self.hub.handle_error(None, *sys.exc_info())
         return 0
 
     # Polling --------------------------------------------------------------------------------
@@ -466,7 +491,7 @@ cdef class Driver:
         self.engine.refuse(errno.ECANCELED)
         for request in list(self.engine.in_flight):
             (<Request>request).waiter = None
-        self._empty_ready()
+        _let_go(self.engine.ready)
         self.engine.context.close_eventfd()
         if not self.engine.context.is_open:
             return
@@ -476,27 +501,22 @@ cdef class Driver:
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
 
-    def _empty_ready(self):
-        cdef Request request
-        while True:
-            request = self.engine.ready.popleft()
-            if request is None:
-                return
-            request.release()
-
 
 _leaked = []                            # engines whose memory the kernel may still write
 
 
 def _end_context(Engine engine):
     """Runs in a native thread: wait for the disk, then let go of the memory it was writing."""
-    cdef Request request
     engine.context.destroy()
-    while True:
-        request = engine.in_flight.popleft()
-        if request is None:
-            return
+    _let_go(engine.in_flight)
+
+
+cdef int _let_go(RequestList requests) except -1:
+    cdef Request request
+    while requests.count:
+        request = requests.popleft()
         request.release()
+    return 0
 
 
 cdef inline _notice_fork():

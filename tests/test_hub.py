@@ -13,6 +13,7 @@ import gevent
 import pytest
 from conftest import ScriptedContext, path_of_tests, run_python
 from gevent.exceptions import BlockingSwitchOutError
+from greenlet import settrace
 
 from greenaio import _hub, config
 from greenaio._context import Opcode
@@ -290,6 +291,113 @@ def test_failure_in_one_wake_loses_nothing_of_the_rest(driver):
     assert done == [0, 2, 3]
 
 
+def test_one_that_parks_in_a_pass_goes_straight_to_the_next(driver):
+    """
+        hub       one       two       three
+        wakes one
+                  parks
+                            parks
+                                      parks, nobody is next
+        goes on
+    """
+    hub, kernel = gevent.get_hub(), driver.engine.context
+    names = {hub: 'hub'}
+
+    def twice(i):
+        perform(driver, read(i))
+        perform(driver, read(i))
+
+    for i, name in enumerate(('one', 'two', 'three')):
+        names[gevent.spawn(twice, i)] = name
+    turn()
+    kernel.finish_all()
+    switches = []
+    settrace(lambda event, pair: switches.append([names.get(who) for who in pair]))
+    try:
+        turn()
+    finally:
+        settrace(None)
+    passed = [pair for pair in switches if None not in pair]
+    assert passed == [['hub', 'one'], ['one', 'two'], ['two', 'three'], ['three', 'hub']]
+    kernel.finish_all()
+    gevent.joinall([who for who in names if who is not hub], timeout=5, raise_error=True)
+
+
+def test_one_that_parks_in_a_pass_leaves_an_abandoned_one_to_the_hub(driver):
+    kernel, done = driver.engine.context, []
+
+    def twice(i):
+        perform(driver, read(i))
+        done.append(i)
+        perform(driver, read(i))
+        done.append(i)
+
+    greenlets = [gevent.spawn(twice, i) for i in range(4)]
+    turn()
+    greenlets[1].kill()
+    kernel.finish_all()
+    turn()
+    kernel.finish_all()
+    gevent.joinall(greenlets, timeout=5)
+    assert done == [0, 2, 3, 0, 2, 3]
+
+
+def test_one_that_parks_keeps_nothing_of_the_one_it_went_to(driver):
+    kernel = driver.engine.context
+
+    class Value:
+        pass
+
+    values = []
+
+    def waits():
+        perform(driver, read())
+        perform(driver, read())
+
+    def ends():
+        perform(driver, read())
+        value = Value()
+        values.append(weakref.ref(value))
+        return value
+
+    parked = gevent.spawn(waits)
+    gevent.spawn(ends)
+    turn()
+    kernel.finish_all()
+    turn()
+    gc.collect()
+    assert not parked.dead
+    assert values[0]() is None
+    kernel.finish_all()
+    parked.get(timeout=5)
+
+
+def test_failure_of_one_that_another_went_to_is_reported_and_nothing_lost(driver):
+    hub, kernel = gevent.get_hub(), driver.engine.context
+    errors, done = [], []
+    hub.handle_error = lambda context, kind, value, tb: errors.append(kind)
+    try:
+
+        def raw(i):
+            perform(driver, read(i))
+            if i == 2:
+                raise KeyError(i)
+            perform(driver, read(i))
+            done.append(i)
+
+        for i in range(5):
+            gevent.spawn_raw(raw, i)
+        turn()
+        kernel.finish_all()
+        turn()
+        kernel.finish_all()
+        turn()
+    finally:
+        del hub.handle_error
+    assert errors == [KeyError]
+    assert done == [0, 1, 3, 4]
+
+
 def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
     driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=1000)
     woken, after_passes = [], []
@@ -310,11 +418,11 @@ def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
 
 
 def test_stranger_switching_in_is_an_error_not_a_result(driver):
-    greenlet = gevent.spawn(perform, driver, read())
+    parked = gevent.spawn(perform, driver, read())
     turn()
-    gevent.get_hub().loop.run_callback(greenlet.switch)
+    gevent.get_hub().loop.run_callback(parked.switch)
     with pytest.raises(gevent.exceptions.InvalidSwitchError):
-        greenlet.get(timeout=5)
+        parked.get(timeout=5)
     driver.engine.context.finish()
     turn()
 

@@ -61,8 +61,9 @@ def test_one_place_parks_and_one_place_wakes():
     for path, text in sources():
         if path.stem == '_hub' and path.suffix == '.pyx':
             switches = [line.strip() for line in text.splitlines()
-                        if 'greenlet_switch(' in line and 'static' not in line and 'object to' not in line]
-            assert switches == ['greenlet_switch(self.hub)', 'greenlet_switch(waiter)']
+                        if 'greenlet_switch(' in line and 'static' not in line
+                        and 'PyObject *to)' not in line]
+            assert switches == ['greenlet_switch(to)', 'greenlet_switch(<PyObject *>waiter)']
         else:
             assert 'greenlet_switch' not in text
             assert not re.search(r'\.switch\(', text), path.name
