@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-_ALLOWED = {'depth': range(1, 65537), 'poll_max_us': range(1_000_001)}
+_ALLOWED = {'depth': range(1, 65537), 'poll_max_us': range(1_000_001),
+            'threads': range(1, 1025)}
 
 
 class Config:
@@ -19,17 +20,22 @@ class Config:
     time*. The time really spent adapts: it doubles from 4 µs while waiting a little longer would have
     paid, and halves when the disk proves slower.
 
+    ``threads`` (GREENAIO_THREADS, 16): native threads per device, at most, for what native AIO can't do. They
+    are started when needed, shared by all hubs, and kept.
+
     Raises TypeError for what is not an int, ValueError for one that is out of range.
     """
 
-    __slots__ = ('depth', 'poll_max_us')
+    __slots__ = ('depth', 'poll_max_us', 'threads')
 
     depth: int
     poll_max_us: int
+    threads: int
 
     def __init__(self) -> None:
         self.depth = _from_environment('GREENAIO_DEPTH', 256)
         self.poll_max_us = _from_environment('GREENAIO_POLL_MAX_US', 0)
+        self.threads = _from_environment('GREENAIO_THREADS', 16)
 
     def __setattr__(self, name: str, value: int) -> None:
         allowed = _ALLOWED.get(name)

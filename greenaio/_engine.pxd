@@ -8,11 +8,16 @@ cdef extern from "<sys/uio.h>":
         void *iov_base
         size_t iov_len
 
+cdef enum:
+    CALL = -1       # no opcode of native AIO: a system call for a thread
+
 cpdef enum State:
     NEW
     PENDING
     IN_FLIGHT
     DONE
+
+cdef class Share
 
 cdef class Request:
     cdef readonly State state
@@ -25,17 +30,27 @@ cdef class Request:
     cdef readonly uint64_t nbytes       # wanted; the sum where there are several buffers
     cdef int64_t _result                # the kernel's word, once DONE
     cdef object waiter                  # the greenlet parked on this very request, or None
-    cdef public object keep             # whatever else must live until the kernel is done
+    cdef object keep                    # whatever else must live until the kernel is done
+    cdef public object closer           # keeps the fd open if it was closed meanwhile
     cdef Py_buffer _view                # the pin on one buffer ...
     cdef Py_buffer *_views              # ... or on many, with the iovec that names them
     cdef iovec *_iovec
     cdef int _count                     # buffers pinned
+    cdef uint64_t _skip                 # of the single buffer: bytes that are there already
+    cdef Share share                    # of its device, or None
+    cdef void *_job                     # what a thread works on; lives as long as we do
+    cdef int other_fd                   # a second one that it needs, or -1
+    cdef bint gives_fd                  # its result is an fd, which must not be lost
+    cdef bint must_run                  # even if its greenlet is gone before a thread had begun
+    cdef bint abandoned                 # its greenlet is gone
     cdef void *_previous                # neighbours in the RequestList that holds us
     cdef void *_next
     cdef void *_list
 
     cdef int pin(self, buffer) except -1
     cdef int pin_all(self, buffers) except -1
+    cdef void advance(self, uint64_t nbytes) noexcept
+    cdef void *address(self) noexcept
     cdef _unpin(self)
     cdef release(self)
 
@@ -49,19 +64,33 @@ cdef class RequestList:
     cdef void remove(self, Request request) noexcept
     cdef Request first(self)
 
+cdef class Share:
+    cdef readonly int limit             # requests
+    cdef readonly int admitted          # of them pending or in flight
+    cdef readonly RequestList held      # the rest, first in, first out
+
 cdef class Engine:
     cdef readonly Context context
     cdef readonly RequestList pending
     cdef readonly RequestList in_flight
+    cdef readonly RequestList lent      # with native threads
     cdef readonly RequestList ready     # DONE, not yet handed over
+    cdef readonly dict shares           # by device
     cdef readonly bint blocked          # the kernel is full: the next completion submits
     cdef readonly int depth
     cdef readonly uint64_t submitted
     cdef readonly uint64_t completed
     cdef readonly uint64_t batches
+    cdef readonly uint64_t lent_total
 
     cdef void _taken(self, Request request) noexcept
     cdef void _finish(self, Request request, int64_t result) noexcept
+    cdef void _unqueue(self, Request request) noexcept
+    cdef void finish_at_once(self, Request request) noexcept
+    cdef void _admit_next(self, Request request) noexcept
+    cdef void lend(self, Request request) noexcept
+    cdef void take_back(self, Request request) noexcept
+    cdef Share share(self, device, int limit)
     cdef int batch_limit(self, Request request) noexcept
     cpdef bint enqueue(self, Request request) except -1
     cpdef int flush(self) except -1

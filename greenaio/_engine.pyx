@@ -6,13 +6,18 @@ A request is in one place at a time, and these are all its ways:
     ==========  ==============  =====================================  =================
     from        to              when                                   list
     ==========  ==============  =====================================  =================
-    NEW         PENDING         `Engine.enqueue`                       pending
+    NEW         PENDING         `Engine.enqueue`                       pending, or held
+                                                                       by its `Share`
     PENDING     IN_FLIGHT       ``io_submit`` took it                  in_flight
     PENDING     DONE            ``io_submit`` refused it, or the       ready
                                 process gave up (`refuse`, `cancel`)
     PENDING     NEW             `Engine.withdraw`                      none
-    IN_FLIGHT   DONE            its event came, or a fork took the     ready
-                                kernel away (`cancel`)
+    NEW         IN_FLIGHT       `Engine.lend`: a native thread's       lent
+    IN_FLIGHT   NEW             `Engine.take_back`: none had begun it  none
+    IN_FLIGHT   DONE            its event came, or its thread's        ready
+                                result, or a fork took both away
+                                (`cancel`)
+    NEW         DONE            `Engine.finish_at_once`: done in line  ready
     DONE        --              handed over: `Engine.ready` loses it   none
     ==========  ==============  =====================================  =================
 
@@ -32,7 +37,9 @@ from cpython.buffer cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EINTR
+from libc.stdlib cimport free
 from libc.stdint cimport uintptr_t
+from posix.unistd cimport close
 
 from greenaio._context cimport (
     BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context,
@@ -49,6 +56,7 @@ cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags,
     request.offset = offset
     request.flags = flags
     request.max_batch = max_batch
+    request.other_fd = -1
     return request
 
 
@@ -79,6 +87,7 @@ cdef class Request:
         self.offset = offset
         self.flags = flags
         self.max_batch = max_batch
+        self.other_fd = -1
         if opcode in (PREADV, PWRITEV):
             self.pin_all(buffers)
         elif opcode in (PREAD, PWRITE):
@@ -86,6 +95,7 @@ cdef class Request:
 
     def __dealloc__(self):
         self._unpin()
+        free(self._job)
 
     cdef int pin(self, buffer) except -1:
         """Pin one buffer: writable for a read."""
@@ -113,6 +123,25 @@ cdef class Request:
             self._count += 1
         return 0
 
+    cdef void *address(self) noexcept:
+        return <char *>self._view.buf + self._skip
+
+    cdef void advance(self, uint64_t nbytes) noexcept:
+        """*nbytes* of it are there already: what remains begins behind them."""
+        cdef int i
+        cdef uint64_t n
+        if self.offset >= 0:        # else it is where the file's own position is, which has moved
+            self.offset += nbytes
+        self.nbytes -= nbytes
+        if self._iovec == NULL:
+            self._skip += nbytes
+            return
+        for i in range(self._count):
+            n = min(nbytes, <uint64_t>self._iovec[i].iov_len)
+            self._iovec[i].iov_base = <char *>self._iovec[i].iov_base + n
+            self._iovec[i].iov_len -= n
+            nbytes -= n
+
     cdef _unpin(self):
         cdef int i
         cdef int count = self._count
@@ -135,8 +164,12 @@ cdef class Request:
         if self._count:
             self._unpin()
         self.waiter = None
+        if self.abandoned and self.gives_fd and self._result >= 0:
+            self.gives_fd = False
+            close(<int>self._result)    # nobody is there to take it
+        self.keep = None
         if not self.refused:        # else a thread is asked yet, and the fd must stay what it was
-            self.keep = None
+            self.closer = None
 
     @property
     def result(self):
@@ -155,7 +188,7 @@ cdef class Request:
 
 def Opcode_name(int opcode):
     return {PREAD: 'PREAD', PWRITE: 'PWRITE', FSYNC: 'FSYNC', FDSYNC: 'FDSYNC',
-            PREADV: 'PREADV', PWRITEV: 'PWRITEV'}.get(opcode, str(opcode))
+            PREADV: 'PREADV', PWRITEV: 'PWRITEV', CALL: 'CALL'}.get(opcode, str(opcode))
 
 
 def State_name(int state):
@@ -222,6 +255,19 @@ cdef class RequestList:
         return request
 
 
+@cython.final
+cdef class Share:
+    """What one device may have of an engine: *limit* requests from admission to event.
+
+    A full device queue blocks ``io_submit`` whatever the flags say, so no device gets more than it can
+    queue; and a frozen one fills its share, not the engine.
+    """
+
+    def __init__(self, int limit):
+        self.limit = limit
+        self.held = RequestList()
+
+
 cdef class Engine:
     """Pending, in flight, ready: what `Context` can take, in order, and what it gave back."""
 
@@ -232,7 +278,16 @@ cdef class Engine:
         self.depth = depth
         self.pending = RequestList()
         self.in_flight = RequestList()
+        self.lent = RequestList()
         self.ready = RequestList()
+        self.shares = {}
+
+    cdef Share share(self, device, int limit):
+        """The share of *device*: *limit* requests, or half of what there is room for."""
+        share = self.shares.get(device)
+        if share is None:
+            share = self.shares[device] = Share(max(1, min(limit, self.depth // 2)))
+        return share
 
     # All changes of a request's state -------------------------------------------------------
 
@@ -241,6 +296,11 @@ cdef class Engine:
         if request.state != NEW:
             raise ValueError(f'enqueued twice: {request!r}')
         request.state = PENDING
+        if request.share is not None:
+            if request.share.admitted >= request.share.limit:
+                request.share.held.append(request)
+                return False
+            request.share.admitted += 1
         self.pending.append(request)
         return self.pending.count >= self.batch_limit(request) and not self.blocked
 
@@ -253,23 +313,61 @@ cdef class Engine:
 
     cdef void _finish(self, Request request, int64_t result) noexcept:
         """PENDING or IN_FLIGHT → DONE."""
-        if request.state == IN_FLIGHT:
+        if request._list == <void *>self.lent:
+            self.lent.remove(request)
+        elif request.state == IN_FLIGHT:
             self.in_flight.remove(request)
             self.completed += 1
+            self._admit_next(request)
         else:
-            self.pending.remove(request)
             request.refused = True
+            self._unqueue(request)
         request._result = result
         request.state = DONE
         self.ready.append(request)
+
+    cdef void _unqueue(self, Request request) noexcept:
+        """Take a PENDING request out, of `pending` or of what its share holds."""
+        if request._list == <void *>self.pending:
+            self.pending.remove(request)
+            self._admit_next(request)
+        else:
+            request.share.held.remove(request)
+
+    cdef void _admit_next(self, Request request) noexcept:
+        """*request* leaves its share: the next that it held may go out with the next flush."""
+        cdef Share share = request.share
+        if share is None:
+            return
+        request = share.held.popleft()
+        if request is None:
+            share.admitted -= 1
+        else:
+            self.pending.append(request)
 
     cpdef bint withdraw(self, Request request) except -1:
         """PENDING → NEW, if the kernel has not got it yet; return whether it was so."""
         if request.state != PENDING:
             return False
-        self.pending.remove(request)
+        self._unqueue(request)
         request.state = NEW
         return True
+
+    cdef void lend(self, Request request) noexcept:
+        """NEW → IN_FLIGHT: a native thread may write the buffer at any time."""
+        request.state = IN_FLIGHT
+        self.lent.append(request)
+        self.lent_total += 1
+
+    cdef void take_back(self, Request request) noexcept:
+        """IN_FLIGHT → NEW: no thread had begun with it."""
+        self.lent.remove(request)
+        request.state = NEW
+
+    cdef void finish_at_once(self, Request request) noexcept:
+        """NEW → DONE: it was done in line, and its greenlet wants to be woken by a pass."""
+        request.state = DONE
+        self.ready.append(request)
 
     cpdef int refuse(self, int code) except -1:
         """Every PENDING → DONE with minus the errno *code*; return how many."""
@@ -277,6 +375,10 @@ cdef class Engine:
         while self.pending.count:
             self._finish(self.pending.first(), -code)
             n += 1
+        for share in self.shares.values():
+            while (<Share>share).held.count:
+                self._finish((<Share>share).held.first(), -code)
+                n += 1
         self.blocked = False
         return n
 
@@ -287,6 +389,9 @@ cdef class Engine:
         cdef Request request
         while self.in_flight.count:
             self._finish(self.in_flight.first(), -code)
+            n += self.refuse(code) + 1
+        while self.lent.count:
+            self._finish(self.lent.first(), -code)
             n += 1
         for request in self.ready:
             request._result = -code
@@ -323,7 +428,7 @@ cdef class Engine:
             if request._iovec != NULL:
                 address, length = <uint64_t><uintptr_t>request._iovec, request._count
             elif request._count:
-                address, length = <uint64_t><uintptr_t>request._view.buf, request.nbytes
+                address, length = <uint64_t><uintptr_t>request.address(), request.nbytes
             else:
                 address, length = 0, 0
             self.context.stage(<uint64_t><uintptr_t><void *>request, request.opcode, request.fd,
@@ -384,16 +489,24 @@ cdef class Engine:
         return total
 
     def queued(self, int fd):
-        """The requests to which *fd* is only a number: pending, or refused and on their way to a
-        thread."""
-        return [request for queue in (self.pending, self.ready) for request in queue
-                if request.fd == fd and (request.state == PENDING or request.refused)]
+        """The requests to which *fd* is only a number: pending, with a thread that may not have begun, or
+        refused and on their way to one."""
+        cdef Request request
+        found = []
+        for queue in (self.pending, self.lent, self.ready,
+                      *[(<Share>share).held for share in self.shares.values()]):
+            for request in queue:
+                if fd in (request.fd, request.other_fd) and (request.state != DONE or request.refused):
+                    found.append(request)
+        return found
 
     def _check(self):
         """Assert all that must hold between two calls."""
         seen = set()
+        shares = [<Share>share for share in self.shares.values()]
         for queue, states in ((self.pending, (PENDING,)), (self.in_flight, (IN_FLIGHT,)),
-                              (self.ready, (DONE,))):
+                              (self.lent, (IN_FLIGHT,)), (self.ready, (DONE,)),
+                              *[((<Share>share).held, (PENDING,)) for share in shares]):
             requests = list(queue)
             assert len(requests) == len(queue), 'a list that miscounts'
             for request in requests:
@@ -402,5 +515,10 @@ cdef class Engine:
                 assert id(request) not in seen, f'{request!r} is in two lists'
                 seen.add(id(request))
         assert self.submitted == self.completed + len(self.in_flight), 'an event lost or invented'
+        for share in shares:
+            admitted = [request for queue in (self.pending, self.in_flight) for request in queue
+                        if (<Request>request).share is share]
+            assert (<Share>share).admitted == len(admitted) <= (<Share>share).limit, 'a share that miscounts'
+            assert not len((<Share>share).held) or len(admitted), 'held, and nothing will let it in'
         assert len(self.in_flight) <= self.depth, 'more in flight than there is room for'
         assert self.context.staged == 0, 'staged and never submitted'

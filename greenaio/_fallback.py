@@ -92,7 +92,7 @@ def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = Non
     return value
 
 
-def open(path: StrPath, flags: int, mode: int) -> int:
+def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
     """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
@@ -102,7 +102,7 @@ def open(path: StrPath, flags: int, mode: int) -> int:
             os.close(opened.pop())
 
     def work(_: int) -> None:
-        opened.append(os.open(path, flags, mode))
+        opened.append(os.open(path, flags, mode, dir_fd=dir_fd))
         if left:
             take_back()
 
@@ -139,14 +139,13 @@ def close(fd: int, pending: Sequence[Any] = ()) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for nobody."""
     check_open(fd)
-    queued = [(job, 'closer') for job in list(_jobs) if job.fd == fd]
-    queued += [(request, 'keep') for request in pending]
+    queued = [job for job in list(_jobs) if job.fd == fd] + list(pending)
     if not queued:
         os.close(fd)
         return
     closer = Closer(fd)
-    for operation, attribute in queued:
-        setattr(operation, attribute, closer)
+    for operation in queued:
+        operation.closer = closer
 
 
 def _after_fork_in_child() -> None:

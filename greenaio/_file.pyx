@@ -1,31 +1,37 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""`File`: one open file, and which way each operation on it goes.
+"""`File`: one open file, and which way each operation on it goes, so that the hub never waits for a disk.
 
-Native AIO serves O_DIRECT reads and writes of regular files and block devices, and fsync of both;
-everything else takes a thread. What ``io_submit`` itself refuses takes a thread too: the system call
-there gives the true answer. The functions at the end are the same for a raw fd, of which nothing is
-remembered: numbers are reused.
+Native AIO serves O_DIRECT reads and overwrites of regular files and block devices, and fsync of both. What the
+page cache has is read in line, with RWF_NOWAIT. What has no disk behind it is asked as it is. Everything
+else takes a native thread, and so does what would have waited in one of the other ways, or was refused
+there: only the system call gives the true answer. The functions at the end are the same for a raw fd,
+of which nothing is remembered: numbers are reused.
 """
 
 import fcntl
 import os
 import stat
 import struct
+import sys
 import warnings
 
 from greenaio import _fallback
 from greenaio._hub import all_drivers, driver_if_exists
 
 cimport cython
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
+from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._engine cimport Request, new_request
+from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
+from greenaio._route cimport ASK, PLAIN, THREAD, Device, Nowait, Way, device_of
+from greenaio._threads cimport any_busy, as_call, new_call
 
 from greenaio._memory import aligned_buffer
+from greenaio._route import mounted_at
 
 cdef extern from *:
     """
@@ -35,15 +41,71 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    /* Whether an fd is a regular file or block device, open with O_DIRECT: 3; without: 1; other: 0. */
-    static inline int file_kind(int fd)
+    #include <errno.h>
+    #include <sys/uio.h>
+
+    enum { STORED = 1,      /* a regular file or block device: fsync by AIO */
+           DIRECT = 2,      /* and open with O_DIRECT: reads and writes too */
+           APPEND = 4,      /* every write makes it longer */
+           REGULAR = 8,
+           UNSURE = 16,     /* a character device: who knows what it waits for */
+           WRITABLE = 32 };
+
+    #define RESULT(call) ({ long r_ = (call); r_ < 0 ? -(long)errno : r_; })
+
+    /* What kind of file an fd is, or minus the errno; and the device that its bytes are on. */
+    static inline int file_kind(int fd, uint64_t *device)
     {
         struct stat st;
-        int flags;
-        if (fstat(fd, &st) < 0 || !(S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)))
-            return 0;
+        int flags, kind;
+        if (fstat(fd, &st) < 0)
+            return -errno;
         flags = fcntl(fd, F_GETFL);
-        return flags >= 0 && (flags & O_DIRECT) && !(flags & O_PATH) ? 3 : 1;
+        *device = S_ISBLK(st.st_mode) ? st.st_rdev : st.st_dev;
+        if (S_ISCHR(st.st_mode))
+            return UNSURE;
+        if (!(S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)) || flags & O_PATH)
+            return 0;
+        kind = STORED;
+        kind |= S_ISREG(st.st_mode) ? REGULAR : 0;
+        kind |= flags & O_DIRECT ? DIRECT : 0;
+        kind |= flags & O_APPEND ? APPEND : 0;
+        kind |= (flags & O_ACCMODE) != O_RDONLY ? WRITABLE : 0;
+        return kind;
+    }
+
+    static inline int fd_is_direct(int fd)      /* no for what is no open file: a read will say so */
+    { int flags = fcntl(fd, F_GETFL); return flags >= 0 && flags & O_DIRECT; }
+
+    static inline int64_t file_size(int fd)
+    { struct stat st; return fstat(fd, &st) < 0 ? 0 : st.st_size; }
+
+    static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
+    {
+        return RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, fd, v, (long)n, offset, 0L, flags));
+    }
+
+    static inline long buffer_now(int reading, int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
+    {
+        struct iovec one = { at, n };   /* on the stack: nobody is switched to meanwhile */
+        return vector_now(reading, fd, &one, 1, offset, flags);
+    }
+
+    static inline long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
+    { return flags ? buffer_now(1, fd, at, n, offset, flags) : RESULT(pread(fd, at, n, offset)); }
+
+    /* The device that a path leads to, as far as that is cached: 0 when it is not, without a wait. */
+    static inline uint64_t path_device(int dir, const char *path)
+    {
+        struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC, 0, 0x20 /* RESOLVE_CACHED */ };
+        struct stat st;
+        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
+        int known;
+        if (fd < 0)
+            return 0;
+        known = fstat((int)fd, &st) == 0;
+        close((int)fd);
+        return known ? st.st_dev : 0;
     }
 
     /* statx(STATX_DIOALIGN), Linux 6.1, which the C library's headers may not know yet. */
@@ -66,18 +128,42 @@ cdef extern from *:
     static inline int is_ownerless(PyObject *buffer)
     { return PyMemoryView_Check(buffer) && PyMemoryView_GET_BASE(buffer) == NULL; }
     """
+    const int STORED
+    const int DIRECT
+    const int APPEND
+    const int REGULAR
+    const int UNSURE
+    const int WRITABLE
+    const long SYS_pread64
+    const long SYS_openat
+    const int AT_FDCWD
     bint is_ownerless(object buffer)
-    int file_kind(int fd)
+    int file_kind(int fd, uint64_t *device)
+    bint fd_is_direct(int fd)
+    int64_t file_size(int fd)
+    long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
+    long buffer_now(bint reading, int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
+    long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
+    uint64_t path_device(int dir, const char *path)
     int file_dio_align(int fd, unsigned int *memory, unsigned int *offset)
 
 cdef set _closing = _fallback._closing
 
 cdef enum:
-    STORED = 1      # a regular file or block device: fsync by AIO
-    DIRECT = 2      # and open with O_DIRECT: reads and writes too
-    RWF_HIPRI = 1   # AIO would drop it
+    RWF_HIPRI = 1               # AIO would drop it
+    RWF_NOWAIT = 8
+    RWF_APPEND = 16
+    IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long
 
 BLKSSZGET = 0x1268
+
+
+@cython.final
+cdef class Known:
+    """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
+
+    cdef int kind
+    cdef Device device
 
 
 @cython.final
@@ -93,7 +179,7 @@ cdef class File:
     """
 
     cdef int _fd
-    cdef int _kind
+    cdef Known _known
     cdef int _max_batch
     cdef bint _closefd
     cdef readonly object name
@@ -107,20 +193,19 @@ cdef class File:
         self._set_max_batch(max_batch)
         self.name = os.fspath(path)
         self._closefd = True
-        self._fd = _fallback.open(self.name, flags, mode)
-        self._kind = file_kind(self._fd)
+        self._fd = _open(self.name, flags, mode, AT_FDCWD)
+        self._known = _know(self._fd, self.name)
 
     @staticmethod
     def from_fd(int fd, closefd=False, *, int max_batch=BATCH_MAX):
         """Make a File of an open *fd*; with *closefd*, closing it closes the fd. Whether it is O_DIRECT is
         asked here once."""
-        os.fstat(fd)
         cdef File self = File.__new__(File)
         self._set_max_batch(max_batch)
         self.name = fd
+        self._known = _know(fd, fd)
         self._fd = fd
         self._closefd = closefd
-        self._kind = file_kind(fd)
         return self
 
     def _set_max_batch(self, int max_batch):
@@ -135,7 +220,7 @@ cdef class File:
 
     def pread(self, Py_ssize_t n, int64_t offset):
         """Read up to *n* bytes at *offset*; fewer only as ``os.pread`` would. Returns bytes."""
-        return _pread(self._kind, self._open_fd(), n, offset, self.name, self._max_batch)
+        return _pread(self._open_fd(), self._known, n, offset, self.name, self._max_batch)
 
     def preadv(self, buffers, int64_t offset, int flags=0):
         """Read at *offset* into a sequence of writable *buffers*; return bytes read. *flags*:
@@ -144,28 +229,28 @@ cdef class File:
         If the greenlet is killed or timed out meanwhile, the kernel may still write into the buffers;
         they stay pinned until it is done.
         """
-        return _vectored(True, self._kind, self._open_fd(), buffers, offset, flags, self.name,
+        return _vectored(True, self._open_fd(), self._known, buffers, offset, flags, self.name,
                          self._max_batch)
 
     def pwrite(self, data, int64_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
         ``os.pwrite`` would. If the greenlet is killed meanwhile, the write may still happen."""
-        return _vectored(False, self._kind, self._open_fd(), (data,), offset, 0, self.name,
+        return _vectored(False, self._open_fd(), self._known, (data,), offset, 0, self.name,
                          self._max_batch)
 
     def pwritev(self, buffers, int64_t offset, int flags=0):
         """Write a sequence of *buffers* at *offset*; return bytes written. *flags*: ``os.RWF_*``.
         If the greenlet is killed meanwhile, the write may still happen."""
-        return _vectored(False, self._kind, self._open_fd(), buffers, offset, flags, self.name,
+        return _vectored(False, self._open_fd(), self._known, buffers, offset, flags, self.name,
                          self._max_batch)
 
     def fsync(self):
         """Make data and metadata durable. An error is never retried: what it was about may be lost."""
-        _sync(self._kind, self._open_fd(), FSYNC, self.name)
+        _sync(self._open_fd(), self._known, FSYNC, self.name)
 
     def fdatasync(self):
         """Make data durable, and what metadata is needed to read it. Errors as for `fsync`."""
-        _sync(self._kind, self._open_fd(), FDSYNC, self.name)
+        _sync(self._open_fd(), self._known, FDSYNC, self.name)
 
     def fileno(self):
         """The file descriptor."""
@@ -179,7 +264,7 @@ cdef class File:
     @property
     def direct(self):
         """Whether reads and writes take native AIO: O_DIRECT on a regular file or block device."""
-        return bool(self._kind & DIRECT)
+        return bool(self._known.kind & DIRECT)
 
     @property
     def kind(self):
@@ -196,7 +281,7 @@ cdef class File:
     def alignment(self):
         """What O_DIRECT wants memory, offsets and lengths to be multiples of, in bytes; 1 for a file
         that is not O_DIRECT."""
-        return _alignment(self._open_fd()) if self._kind & DIRECT else 1
+        return _alignment(self._open_fd()) if self._known.kind & DIRECT else 1
 
     def close(self):
         """Close the file; twice is fine. Waits for nobody: requests in flight go on to their end."""
@@ -231,89 +316,285 @@ cdef object _failed(long code, name):
     return OSError(-code, os.strerror(-code), name)
 
 
-cdef object _by_thread(name, function, fd, args, Request refused=None):
+cdef Known _know(int fd, object name):
+    """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
+    cdef Known known = Known.__new__(Known)
+    cdef uint64_t device = 0
+    known.kind = file_kind(fd, &device)
+    if known.kind < 0:
+        raise _failed(known.kind, name)
+    known.device = device_of(device)
+    return known
+
+
+cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
+    as_call(request)
+    return driver.perform_by_thread(request, known.device.pool())
+
+
+cdef Request _again(Request refused):
+    """The same once more, for a thread: only a system call gives the true answer."""
+    cdef Request request = new_request(refused.opcode, refused.fd, refused.offset, refused.flags, 1)
     # What was refused may have been closed meanwhile; what it keeps has its fd still open.
-    try:
-        return _fallback.call(function, fd, *args, closer=None if refused is None else refused.keep)
-    except OSError as error:
-        if name is None or isinstance(name, int) or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, name) from None
+    request.closer = refused.closer
+    return request
 
 
-cdef object _by_aio(Driver driver, Request request, name):
-    """Bytes moved; None when the kernel would not even take it, and a thread is to be asked."""
-    if _closing:
-        _fallback.check_open(request.fd)
-    cdef int64_t result = driver.perform(request)
-    if result >= 0:
-        return result
-    if request.refused:
-        return None
-    raise _failed(result, name)
+cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
+    request.share = driver.engine.share(known.device.number, known.device.limit)
+    return driver.perform(request)
 
 
-cdef object _pread(int kind, int fd, Py_ssize_t n, int64_t offset, name, int max_batch):
+cdef int64_t _direct(Driver driver, Request request, Known known, buffers) except? -4096:
+    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to."""
+    cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
+    cdef unsigned int theirs = request.flags
+    cdef Nowait nowait = known.device.writes if writing else known.device.reads
+    cdef Way way
+    cdef int64_t result
+    while driver.native and not (writing and _extends(request, known)):
+        way = PLAIN if theirs & RWF_NOWAIT else known.device.way(nowait)
+        if way == THREAD:
+            break
+        if way == ASK:
+            request.flags |= RWF_NOWAIT
+        result = _by_aio(driver, request, known)
+        if way == ASK and result == -EOPNOTSUPP:
+            if theirs == 0:             # else it may be another flag that is not known
+                nowait.unsupported()
+        else:
+            if way == ASK:
+                nowait.answered(result == -EAGAIN)
+            if not request.refused and not (way == ASK and result == -EAGAIN):
+                return result
+        request = _again(request)
+        request.flags = theirs
+        _pin(request, buffers)
+        if way != ASK or result != -EOPNOTSUPP or theirs:
+            break
+    return _by_thread(driver, request, known)
+
+
+cdef int _pin(Request request, buffers) except -1:
+    if request.opcode == PREAD or request.opcode == PWRITE:
+        request.pin(buffers)
+    else:
+        request.pin_all(buffers)
+    return 0
+
+
+cdef bint _extends(Request request, Known known) except -1:
+    """Whether a write makes the file longer: the kernel would do that inside io_submit, and wait."""
+    if known.kind & APPEND or request.flags & RWF_APPEND:
+        return True
+    return known.kind & REGULAR and request.offset + <int64_t>request.nbytes > file_size(request.fd)
+
+
+cdef bint _in_line(Known known, uint64_t nbytes) except -1:
+    """Whether the plain system call will do, here and now: it has no disk to wait for."""
+    if nbytes > IN_LINE_MAX or known.kind & UNSURE:
+        return False
+    return not known.kind & STORED or known.device.in_memory
+
+
+cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
     cdef AlignedBuffer memory
-    cdef Driver driver
-    cdef Request request = None
-    if not kind & DIRECT or n < 0 or offset < 0:       # os.preadv takes -1 for "here", pread does not
-        return _by_thread(name, os.pread, fd, (n, offset))
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t got
+    if _closing:
+        _fallback.check_open(fd)
+    if n < 0 or offset < 0:
+        raise _failed(-EINVAL, name)
+    if not (fd_is_direct(fd) if known is None else known.kind & DIRECT):
+        return _pread_buffered(driver, fd, known, n, offset, name)
+    if known is None:
+        known = _know(fd, name)
     memory = scratch(n)         # ours: nobody sees an abandoned read land
-    got = None
-    driver = current_driver()
-    if driver.native:
-        request = new_request(PREAD, fd, offset, 0, max_batch)
-        request.pin(memory)
-        got = _by_aio(driver, request, name)
-    if got is None:
-        got = _by_thread(name, os.preadv, fd, ((memory,), offset), request)
+    request = new_request(PREAD, fd, offset, 0, max_batch)
+    request.pin(memory)
+    got = _direct(driver, request, known, memory)
+    if got < 0:
+        raise _failed(got, name)
     return PyBytes_FromStringAndSize(memory.address, got)
 
 
-cdef object _vectored(bint reading, int kind, int fd, buffers, int64_t offset, int flags, name,
+cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
+    cdef bytes data = PyBytes_FromStringAndSize(NULL, n)        # nobody else has it yet
+    cdef char *at = PyBytes_AS_STRING(data)
+    cdef int64_t got = 0, more
+    cdef Request request
+    driver.check_caller()
+    if known is None and any_busy():
+        known = _know(fd, name)
+    if n <= IN_LINE_MAX and (known is None or not known.device.pool().all_busy()):
+        while True:                     # a miss starts read-ahead, which waits on a full queue
+            more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
+            if more <= 0:
+                break
+            got += more
+            if got == n:
+                driver.end_in_line()
+                return data
+        if more == 0:
+            driver.end_in_line()
+            return data[:got]
+        if more != -EAGAIN and more != -EOPNOTSUPP:
+            raise _failed(more, name)
+    if known is None:
+        known = _know(fd, name)
+    if _in_line(known, n):
+        more = read_now(fd, at + got, n - got, offset + got, 0)
+        driver.end_in_line()
+    else:
+        request = new_call(fd, data, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
+        more = driver.perform_by_thread(request, known.device.pool())
+    if more < 0 and got == 0:
+        raise _failed(more, name)
+    if more > 0:
+        got += more
+    return data if got == n else data[:got]
+
+
+cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset, int flags, name,
                       int max_batch):
-    cdef Driver driver
-    cdef Request request = None
+    cdef Driver driver = current_driver()
+    cdef Request request
     cdef Py_ssize_t count
-    cdef object got = None
+    cdef int64_t got
     if not isinstance(buffers, (list, tuple)):
         if not hasattr(type(buffers), '__getitem__') or isinstance(buffers, dict):
             raise TypeError(f"{'preadv' if reading else 'pwritev'}() arg 2 must be a sequence")
         buffers = tuple(buffers)
+    if _closing:
+        _fallback.check_open(fd)
     count = len(buffers)
     if count == 1 and not is_ownerless(buffers[0]):     # as most are
         steady = buffers
     else:
         steady = _steady(buffers, reading)
-    if kind & DIRECT and not flags & RWF_HIPRI:
-        driver = current_driver()
-        if driver.native:
-            if count == 1:
-                request = new_request(PREAD if reading else PWRITE, fd, offset, flags, max_batch)
-                request.pin(steady[0])
-            else:
-                request = new_request(PREADV if reading else PWRITEV, fd, offset, flags, max_batch)
-                request.pin_all(steady)
-            got = _by_aio(driver, request, name)
-    if got is None:
-        got = _by_thread(name, os.preadv if reading else os.pwritev, fd, (steady, offset, flags), request)
+    if known is None:
+        known = _know(fd, name)
+    if count == 1:
+        request = new_request(PREAD if reading else PWRITE, fd, offset, flags, max_batch)
+        memory = steady[0]
+    else:
+        request = new_request(PREADV if reading else PWRITEV, fd, offset, flags, max_batch)
+        memory = steady
+    _pin(request, memory)
+    if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
+        got = _direct(driver, request, known, memory)
+    elif reading:
+        got = _read_buffered(driver, request, known)
+    else:
+        got = _write_buffered(driver, request, known)
+    if got < 0:
+        raise _failed(got, name)
     if reading and steady is not buffers:
         _copy_back(steady, buffers, got)
     return got
 
 
-cdef object _sync(int kind, int fd, int opcode, name):
-    cdef Driver driver
-    cdef Request request = None
-    cdef object done = None
-    if kind & STORED:
-        driver = current_driver()
-        if driver.native and driver.engine.context.supports(opcode):
-            request = new_request(opcode, fd, 0, 0, BATCH_MAX)
-            done = _by_aio(driver, request, name)
-    if done is None:
-        _by_thread(name, os.fdatasync if opcode == FDSYNC else os.fsync, fd, (), request)
+cdef int64_t _read_buffered(Driver driver, Request request, Known known) except? -4096:
+    cdef uint64_t wanted = request.nbytes
+    cdef int64_t got = 0, more = -EAGAIN
+    driver.check_caller()
+    if request.flags & RWF_NOWAIT or _in_line(known, wanted):
+        return _done_in_line(driver, _now(request, request.flags))
+    if wanted <= IN_LINE_MAX and not known.kind & DIRECT and not known.device.pool().all_busy():
+        while True:
+            more = _now(request, request.flags | RWF_NOWAIT)
+            if more <= 0:
+                break
+            got += more
+            request.advance(more)
+            if request.nbytes == 0:
+                return _done_in_line(driver, got)
+        if more != -EAGAIN and more != -EOPNOTSUPP:
+            return _done_in_line(driver, got if got else more)
+    more = _by_thread(driver, request, known)
+    if more < 0:
+        return got if got else more
+    return got + more
+
+
+cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
+    driver.check_caller()
+    if request.flags & RWF_NOWAIT or _in_line(known, request.nbytes):
+        return _done_in_line(driver, _now(request, request.flags))
+    return _by_thread(driver, request, known)
+
+
+cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
+    driver.end_in_line()
+    return result
+
+
+cdef int64_t _now(Request request, unsigned int flags) noexcept:
+    """The system call, here and now."""
+    cdef bint reading = request.opcode == PREAD or request.opcode == PREADV
+    if request._iovec != NULL or request._count == 0:
+        return vector_now(reading, request.fd, request._iovec, request._count, request.offset, flags)
+    return buffer_now(reading, request.fd, request.address(), request.nbytes, request.offset, flags)
+
+
+cdef object _sync(int fd, Known known, int opcode, name):
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t result
+    if _closing:
+        _fallback.check_open(fd)
+    if fd < 0:
+        raise ValueError(f'file descriptor cannot be a negative integer ({fd})')
+    if known is None:
+        known = _know(fd, name)
+    if _in_line(known, 0):
+        driver.check_caller()
+        (os.fdatasync if opcode == FDSYNC else os.fsync)(fd)
+        driver.end_in_line()
+        return
+    request = new_request(opcode, fd, 0, 0, BATCH_MAX)
+    if known.kind & STORED and driver.native and driver.engine.context.supports(opcode):
+        result = _by_aio(driver, request, known)
+        if not request.refused:
+            if result < 0:
+                raise _failed(result, name)
+            return
+        request = _again(request)
+    result = _by_thread(driver, request, known)
+    if result < 0:
+        raise _failed(result, name)
+
+
+# Paths -------------------------------------------------------------------------------------------
+
+cdef int _open(object path, int flags, int mode, int dir_fd) except -1:
+    """As ``os.open``, by a thread. If the greenlet is killed meanwhile, the fd is closed."""
+    cdef bytes encoded = os.fsencode(path)
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t fd
+    if b'\0' in encoded:
+        raise ValueError('embedded null byte')
+    sys.audit('open', path, None, flags)
+    request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
+    request.gives_fd = True
+    fd = driver.perform_by_thread(request, _device_of_path(encoded, dir_fd).pool())
+    if fd < 0:
+        raise _failed(fd, path)
+    return fd
+
+
+cdef Device _device_of_path(bytes path, int dir_fd):
+    """The device that *path* is on: as the kernel has it in memory, else by its longest mount point."""
+    cdef uint64_t device = path_device(dir_fd, path)
+    cdef bytes folder
+    if device == 0:                     # it may be about to be created
+        folder = os.path.dirname(path) or b'.'
+        device = path_device(dir_fd, folder)
+    if device == 0:
+        device = mounted_at(os.path.abspath(path))
+    return device_of(device)
 
 
 cdef object _steady(buffers, bint reading):
@@ -352,28 +633,33 @@ def _alignment(int fd):
 
 # The same for a raw fd ---------------------------------------------------------------------------
 
+def open(path, int flags, int mode=0o777, *, dir_fd=None):
+    name = os.fspath(path)
+    return _open(name, flags, mode, AT_FDCWD if dir_fd is None else dir_fd)
+
+
 def pread(int fd, Py_ssize_t n, int64_t offset):
-    return _pread(file_kind(fd), fd, n, offset, None, BATCH_MAX)
+    return _pread(fd, None, n, offset, None, BATCH_MAX)
 
 
 def preadv(int fd, buffers, int64_t offset, int flags=0):
-    return _vectored(True, file_kind(fd), fd, buffers, offset, flags, None, BATCH_MAX)
+    return _vectored(True, fd, None, buffers, offset, flags, None, BATCH_MAX)
 
 
 def pwrite(int fd, data, int64_t offset):
-    return _vectored(False, file_kind(fd), fd, (data,), offset, 0, None, BATCH_MAX)
+    return _vectored(False, fd, None, (data,), offset, 0, None, BATCH_MAX)
 
 
 def pwritev(int fd, buffers, int64_t offset, int flags=0):
-    return _vectored(False, file_kind(fd), fd, buffers, offset, flags, None, BATCH_MAX)
+    return _vectored(False, fd, None, buffers, offset, flags, None, BATCH_MAX)
 
 
 def fsync(int fd):
-    _sync(file_kind(fd), fd, FSYNC, None)
+    _sync(fd, None, FSYNC, None)
 
 
 def fdatasync(int fd):
-    _sync(file_kind(fd), fd, FDSYNC, None)
+    _sync(fd, None, FDSYNC, None)
 
 
 def close(int fd):

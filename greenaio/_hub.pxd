@@ -2,11 +2,13 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._engine cimport Engine, Request
+from greenaio._threads cimport Inbox, Pool
 
 cdef class Driver:
     cdef object __weakref__
     cdef readonly object hub
     cdef readonly Engine engine
+    cdef readonly Inbox inbox       # what native threads have done for us
     cdef readonly bint native       # False: the kernel gave us no context, everything takes a thread
     cdef readonly bint closed
     cdef readonly int waiting       # greenlets parked here
@@ -23,6 +25,12 @@ cdef class Driver:
     cdef uint64_t _unpolled_since   # when the last spin ended in vain, ns; 0: it did not
 
     cdef int64_t perform(self, Request request) except? -4096
+    cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096
+    cdef int check_caller(self) except -1
+    cdef int end_in_line(self) except -1
+    cdef object _caller(self)
+    cdef int64_t _result(self, Request request, current) except? -4096
+    cdef int _end_turn_soon(self) except -1
     cdef object _park(self, Request request, current)
     cdef PyObject *_next(self) noexcept
     cdef _leave(self, Request request)
@@ -32,7 +40,7 @@ cdef class Driver:
     cdef int _flush(self) except -1
     cdef int _ask_for_pass(self) except -1
     cdef bint _more_is_ready(self) except -1
-    cdef bint _run_is_over(self) noexcept
+    cdef bint _run_is_over(self, int limit=*) noexcept
     cdef bint _poll(self) except -1
     cdef int _hold_loop(self) except -1
     cdef int _let_go_of_loop(self) except -1

@@ -25,8 +25,10 @@ from greenaio._ends import before_destroy
 from cpython.ref cimport PyObject
 
 from greenaio._context cimport Context, forked, monotonic_ns
-from greenaio._engine cimport DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList
+from greenaio._engine cimport CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, new_request
+from greenaio._threads cimport Inbox, Pool, withdraw
 
+from greenaio import _threads
 from greenaio._context import acknowledge_fork
 
 cdef extern from *:
@@ -51,6 +53,7 @@ greenlet_import()
 
 cdef enum:
     RUN_MAX = 64                # greenlets woken before the loop has its turn again ...
+    HITS_MAX = 256              # or as many operations done in line, which cost less than a wake ...
     RUN_MAX_NS = 200000         # ... or this long: draining to empty starved a 1 ms ticker
     POLL_MIN_NS = 4000          # where a spin starts, as in QEMU
     DEPTH_MIN = 16              # below that a context is not worth having
@@ -139,6 +142,7 @@ cdef class Driver:
         self._retry_after = RETRY_MIN
         self.engine = Engine(Context() if context is None else context,
                              config.depth if depth is None else depth)
+        self.inbox = Inbox(self.engine.context.eventfd)
         self._attach()
         loop = hub.loop
         # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
@@ -191,26 +195,68 @@ cdef class Driver:
         An abandoned write may still happen. Raises BlockingSwitchOutError in the hub.
         """
         cdef Engine engine = self.engine
-        cdef int64_t result
-        current = greenlet_current()
-        if current is self.hub:
-            raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+        current = self._caller()
         if self._reattach:
             self._attach()              # after a fork: the first use here
         if engine.enqueue(request):
             self._flush()
             if self._sections == 0 and request.state != DONE:
                 self._poll()
-        elif self._sections == 0 and not self._turn_ends_soon:    # a pass submits at its own end
-            self._turn_ends_soon = True
-            self.hub.loop.run_callback(self._on_turn_end)
+        else:
+            self._end_turn_soon()
+        return self._result(request, current)
+
+    cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096:
+        """`perform`, by a native thread of *pool*: the same rules, the same result.
+
+        A call that no thread has begun with is withdrawn when the greenlet is killed. Raises RuntimeError when
+        no thread can be started.
+        """
+        current = self._caller()
+        pool.submit(request, self.inbox)
+        self.engine.lend(request)
+        return self._result(request, current)
+
+    cdef int end_in_line(self) except -1:
+        """Call this after an operation that was done in line: a greenlet that only ever has such gives the
+        loop its turn here, once in a bounded run of them. Not before it, when an fd could be closed and
+        its number reused meanwhile."""
+        cdef Request request
+        if self._run == 0:
+            self._end_turn_soon()
+        if self._run_is_over(HITS_MAX):
+            request = new_request(CALL, -1, 0, 0, 1)
+            self.engine.finish_at_once(request)
+            self._park(request, greenlet_current())
+        return 0
+
+    cdef int check_caller(self) except -1:
+        """Raise BlockingSwitchOutError in the hub, where nobody can wait."""
+        self._caller()
+        return 0
+
+    cdef object _caller(self):
+        current = greenlet_current()
+        if current is self.hub:
+            raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+        return current
+
+    cdef int64_t _result(self, Request request, current) except? -4096:
+        cdef int64_t result
         if request.state != DONE or self._run_is_over():
             self._park(request, current)
         elif request._list != NULL:
-            engine.ready.remove(request)
+            self.engine.ready.remove(request)
         result = request._result
         request.release()
         return result
+
+    cdef int _end_turn_soon(self) except -1:
+        """A section of the hub's turn begins, if this is none already; a pass has an end of its own."""
+        if self._sections == 0 and not self._turn_ends_soon:
+            self._turn_ends_soon = True
+            self.hub.loop.run_callback(self._on_turn_end)
+        return 0
 
     def perform_request(self, Request request not None):
         """`perform`, for callers in Python. Raises RuntimeError in another thread than the hub's."""
@@ -271,17 +317,22 @@ cdef class Driver:
         elif request.state == DONE:
             if request._list != NULL:
                 engine.ready.remove(request)
+            request.abandoned = True
             request.release()
-        # else in flight: the engine keeps it, and _drain lets go of it at its event
+        elif not request.must_run and withdraw(request):
+            engine.take_back(request)
+            request.release()
+        else:                           # the engine keeps it, and _drain lets go of it at its event
+            request.abandoned = True
 
-    cdef bint _run_is_over(self) noexcept:
+    cdef bint _run_is_over(self, int limit=RUN_MAX) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
         # greenlet parks on a request that is done, and a later drain pass resumes it.
         cdef uint64_t now = monotonic_ns()
         if self._run == 0:
             self._run_began = now
         self._run += 1
-        return self._run > RUN_MAX or now - self._run_began > RUN_MAX_NS
+        return self._run > limit or now - self._run_began > RUN_MAX_NS
 
     # Towards the kernel ---------------------------------------------------------------------
 
@@ -291,6 +342,7 @@ cdef class Driver:
         if engine.pending.count:
             engine.flush()
         engine.reap()
+        self.inbox.reap(engine)
         if engine.blocked and engine.in_flight.count == 0:
             self._retry_soon()          # no completion will come that could submit it
         return 0
@@ -299,6 +351,7 @@ cdef class Driver:
         """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
         _notice_fork()
         self._turn_ends_soon = False
+        self._run = 0
         if not self.closed:
             self._flush()
             if self.engine.ready.count == 0:
@@ -358,7 +411,7 @@ cdef class Driver:
 
     cdef int _reap(self) except -1:
         """Reap; and where requests wait for room, hand the device the next before anybody wakes."""
-        cdef int n = self.engine.reap()
+        cdef int n = self.engine.reap() + self.inbox.reap(self.engine)
         if n and self.engine.blocked:
             self._flush()
         return n
@@ -460,6 +513,8 @@ cdef class Driver:
         or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
         """
         self.engine.context.after_fork_in_child()
+        self.inbox.forget()             # what a worker of the parent does goes to the parent
+        self.inbox = Inbox(self.engine.context.eventfd)
         self.engine.cancel(errno.ECANCELED)
         if self.hub.thread_ident != _get_ident():
             self.closed = True          # its thread stayed with the parent: nobody is left to wait
@@ -489,14 +544,18 @@ cdef class Driver:
             except ValueError:
                 pass                    # the loop is gone, and its watchers with it
         self.engine.refuse(errno.ECANCELED)
-        for request in list(self.engine.in_flight):
+        for request in [*self.engine.in_flight, *self.engine.lent]:
             (<Request>request).waiter = None
+            (<Request>request).abandoned = True
+            if withdraw(<Request>request):
+                self.engine._finish(<Request>request, -<int64_t>errno.ECANCELED)
         _let_go(self.engine.ready)
+        self.inbox.stop_signalling()
         self.engine.context.close_eventfd()
-        if not self.engine.context.is_open:
+        if not self.engine.context.is_open and self.engine.lent.count == 0:
             return
         try:
-            _start_new_thread(_end_context, (self.engine,))
+            _start_new_thread(_end_context, (self.engine, self.inbox))
         except RuntimeError:            # no thread, or the interpreter ends: the process's end does it
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
@@ -505,10 +564,13 @@ cdef class Driver:
 _leaked = []                            # engines whose memory the kernel may still write
 
 
-def _end_context(Engine engine):
+def _end_context(Engine engine, Inbox inbox):
     """Runs in a native thread: wait for the disk, then let go of the memory it was writing."""
     engine.context.destroy()
     _let_go(engine.in_flight)
+    inbox.wait()
+    inbox.reap(engine)
+    _let_go(engine.ready)
 
 
 cdef int _let_go(RequestList requests) except -1:
@@ -532,6 +594,7 @@ def _after_fork_in_child():
         return
     _pid = pid
     acknowledge_fork()
+    _threads.after_fork_in_child()
     for driver in list(_drivers):
         driver.after_fork_in_child()
 

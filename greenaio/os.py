@@ -20,11 +20,22 @@ try:
 except ImportError:
     from greenaio import _fallback as _file  # type: ignore[no-redef]
 
-__all__ = ['close', 'fdatasync', 'fsync', 'pread', 'preadv', 'pwrite', 'pwritev']
+__all__ = ['close', 'fdatasync', 'fsync', 'open', 'pread', 'preadv', 'pwrite', 'pwritev']
+
+
+StrPath = str | bytes | _os.PathLike[str] | _os.PathLike[bytes]
 
 
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
+
+
+def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    """Open *path* and return an fd, not inheritable. Arguments and errors are those of os.open.
+
+    If the greenlet is killed meanwhile, the fd is closed when it comes.
+    """
+    return _file.open(path, flags, mode, dir_fd=dir_fd)
 
 
 def pread(fd: int, n: int, offset: int, /) -> bytes:

@@ -166,11 +166,11 @@ def nothing_left():
     gc.collect()
     driver = _hub.get_driver()
     for _ in range(400):
-        if not len(driver.engine.in_flight) and _open_fds() <= before:
+        if not len(driver.engine.in_flight) + len(driver.engine.lent) and _open_fds() <= before:
             break
         gevent.sleep(0.005)
     driver.engine._check()
-    assert len(driver.engine.in_flight) == 0
+    assert len(driver.engine.in_flight) == len(driver.engine.lent) == 0
     assert driver.waiting == 0
     assert _open_fds() <= before
 

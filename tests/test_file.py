@@ -14,7 +14,7 @@ from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 import greenaio.os
-from greenaio import File, _fallback, _hub, aligned_buffer
+from greenaio import File, _hub, aligned_buffer
 
 DIRECT = [0, os.O_DIRECT]
 
@@ -270,7 +270,7 @@ def test_closed_while_in_flight_harms_no_request(held_disk):  # noqa: F811
     depth = _hub.get_driver().engine.depth
     greenlets = [gevent.spawn(file.pread, 4096, (i % 1024) * 4096) for i in range(depth + 50)]
     gevent.sleep(0.05)
-    assert len(_hub.get_driver().engine.pending) > 0
+    assert len(_hub.get_driver().engine.queued(fd)) > 0
     file.close()
     with pytest.raises(ValueError):
         file.pread(4096, 0)
@@ -301,7 +301,7 @@ def test_closed_while_queued_for_a_thread_reads_the_right_file(data_file):
     assert b''.join(greenlet.value for greenlet in greenlets) == pattern(MIB)[:60 * 4096]
     for other in others:
         os.close(other)
-    assert not _fallback._jobs
+    assert len(_hub.get_driver().engine.lent) == 0
 
 
 def test_closing_submits_what_is_queued_first(data_file):
@@ -419,13 +419,13 @@ def test_max_batch_has_bounds(data_file, max_batch):
         File(data_file, max_batch=max_batch)
 
 
-def test_sync_takes_native_aio(data_file):
+def test_sync_takes_native_aio_where_there_is_a_disk(data_file):
     with File(data_file, os.O_RDWR) as file:
         before = _hub.get_driver().engine.submitted
         file.fsync()
         file.fdatasync()
         greenaio.os.fdatasync(file)
-        assert _hub.get_driver().engine.submitted - before == 3
+        assert _hub.get_driver().engine.submitted - before == (0 if '/dev/shm' in data_file else 3)
 
 
 # Limits and failures ------------------------------------------------------------------------------

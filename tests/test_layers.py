@@ -9,9 +9,9 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 LAYERS = {
     '_abi': 0, '_config': 0,
     '_context': 1, '_memory': 1, '_ends': 1,
-    '_engine': 2,
+    '_engine': 2, '_threads': 2.5,
     '_hub': 3,
-    '_fallback': 4, '_file': 5,
+    '_fallback': 4, '_route': 4, '_file': 5,
     'os': 6, '__init__': 6,
     'bench': 7, '__main__': 8,
 }

@@ -1,0 +1,391 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Native threads make the system calls that native AIO can't: a bounded pool for each device.
+
+A worker never takes the GIL and touches nothing of Python's. It gets a `job`, plain memory that hangs from a
+Request; makes its one system call; and puts the job into the mailbox of the hub that asked. `Engine.lent` keeps
+request, job and buffers until the hub has taken it out there. A pool starts a thread when there is more to do
+than there are idle ones, and keeps it for as long as the process lives: starting and ending threads is a
+latency spike of its own. A frozen disk fills its own pool and nobody else's.
+"""
+
+import os
+
+from greenaio._config import config
+
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+from posix.unistd cimport write
+
+from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
+from greenaio._engine cimport CALL, Engine, Request, iovec, new_request
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    #define WORKER_STACK (128 * 1024)   /* a system call needs little; the C library wants some for itself */
+
+    static int start_worker(void *(*work)(void *), void *pool)
+    {
+        pthread_t thread;
+        pthread_attr_t attributes;
+        sigset_t all, before;
+        int error;
+        sigfillset(&all);
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        pthread_attr_setstacksize(&attributes, WORKER_STACK);
+        pthread_sigmask(SIG_SETMASK, &all, &before);    /* inherited: signals are for Python's threads */
+        error = pthread_create(&thread, &attributes, work, pool);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        pthread_attr_destroy(&attributes);
+        return error;
+    }
+    """
+    int start_worker(void *(*work)(void *) noexcept nogil, void *arg)
+    long syscall(long number, ...) nogil
+    const long SYS_preadv2
+    const long SYS_pwritev2
+    const long SYS_fsync
+    const long SYS_fdatasync
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_cond_init(pthread_cond_t *cond, void *attributes)
+    int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
+    int pthread_cond_signal(pthread_cond_t *cond)
+
+cdef struct job:
+    job *next                   # in the queue of the pool, then in the mailbox
+    job *previous
+    pool *home
+    bint waiting                # in the queue still; home's lock guards it
+    mailbox *back
+    void *request               # who keeps this memory; never touched by a worker
+    long number                 # the system call ...
+    long args[6]                # ... and what it gets
+    long result                 # its answer, or minus the errno
+    iovec one                   # what args name where there is one buffer
+
+cdef struct mailbox:
+    pthread_mutex_t lock
+    pthread_cond_t empty        # nobody has a job for it any more
+    job *first                  # done, for the hub to take
+    job *last
+    int out                     # jobs that are in a queue or with a worker
+    int eventfd                 # the hub's, which a job wakes; -1 when the hub is gone
+    bint orphan                 # the Inbox is gone: the last job frees this
+
+cdef struct pool:
+    pthread_mutex_t lock
+    pthread_cond_t wanted
+    job *first
+    job *last
+    int queued
+    int idle                    # threads that wait for a job
+    int threads
+    int limit
+    pool *older                 # all pools, for any_busy
+
+cdef pool *_newest = NULL
+
+
+# What runs in a worker ---------------------------------------------------------------------------
+
+cdef void _unlink(pool *home, job *one) noexcept nogil:
+    if one.previous != NULL:
+        one.previous.next = one.next
+    else:
+        home.first = one.next
+    if one.next != NULL:
+        one.next.previous = one.previous
+    else:
+        home.last = one.previous
+    one.waiting = False
+    home.queued -= 1
+
+
+cdef void _post(job *one) noexcept nogil:
+    """Back to the hub that asked. Afterwards the job is the hub's, which may free it at once."""
+    cdef mailbox *box = one.back
+    cdef bint was_empty, forgotten
+    cdef uint64_t count = 1
+    pthread_mutex_lock(&box.lock)
+    was_empty = box.first == NULL
+    one.next = NULL
+    if was_empty:
+        box.first = one
+    else:
+        box.last.next = one
+    box.last = one
+    box.out -= 1
+    if was_empty and box.eventfd >= 0:  # under the lock: else the number may be another's by now
+        write(box.eventfd, &count, sizeof(count))
+    if box.out == 0:
+        pthread_cond_signal(&box.empty)
+    forgotten = box.orphan and box.out == 0
+    pthread_mutex_unlock(&box.lock)
+    if forgotten:
+        free(box)
+
+
+cdef void *_work(void *arg) noexcept nogil:
+    cdef pool *home = <pool *>arg
+    cdef job *one
+    pthread_mutex_lock(&home.lock)
+    while True:
+        while home.first == NULL:
+            home.idle += 1
+            pthread_cond_wait(&home.wanted, &home.lock)
+            home.idle -= 1
+        one = home.first
+        _unlink(home, one)
+        pthread_mutex_unlock(&home.lock)
+        one.result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3],
+                             one.args[4], one.args[5])
+        if one.result < 0:
+            one.result = -c_errno
+        _post(one)
+        pthread_mutex_lock(&home.lock)
+
+
+# What a request asks of a worker -----------------------------------------------------------------
+
+cdef job *_job_of(Request request) except NULL:
+    if request._job == NULL:
+        request._job = calloc(1, sizeof(job))
+        if request._job == NULL:
+            raise MemoryError
+        (<job *>request._job).request = <void *>request
+    return <job *>request._job
+
+
+cdef void _set(job *one, long a, long b, long c, long d, long e, long f) noexcept:
+    one.args[0], one.args[1], one.args[2] = a, b, c
+    one.args[3], one.args[4], one.args[5] = d, e, f
+
+
+cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0, long f=0):
+    """A request for the system call *number*, on *fd*; *keep* is what its pointers point into."""
+    cdef Request request = new_request(CALL, fd, 0, 0, 1)
+    cdef job *one = _job_of(request)
+    request.keep = keep
+    one.number = number
+    _set(one, a, b, c, d, e, f)
+    return request
+
+
+cdef int as_call(Request request) except -1:
+    """What native AIO would do with *request*, as a system call."""
+    cdef job *one = _job_of(request)
+    cdef int opcode = request.opcode
+    cdef void *buffers = request._iovec
+    cdef long count = request._count
+    if opcode == FSYNC or opcode == FDSYNC:
+        one.number = SYS_fsync if opcode == FSYNC else SYS_fdatasync
+        one.args[0] = request.fd
+        return 0
+    if opcode == PREAD or opcode == PWRITE:
+        one.one.iov_base = request.address()
+        one.one.iov_len = request.nbytes
+        buffers, count = &one.one, 1
+    one.number = SYS_preadv2 if opcode == PREAD or opcode == PREADV else SYS_pwritev2
+    # The offset in two halves, of which a 64-bit kernel takes the first whole.
+    _set(one, request.fd, <long>buffers, count, request.offset, 0, request.flags)
+    return 0
+
+
+cdef bint withdraw(Request request) noexcept:
+    """Take *request* out of its pool's queue; False when a worker has it already."""
+    cdef job *one = <job *>request._job
+    cdef bint waiting
+    if one == NULL or one.home == NULL:
+        return False
+    pthread_mutex_lock(&one.home.lock)
+    waiting = one.waiting
+    if waiting:
+        _unlink(one.home, one)
+    pthread_mutex_unlock(&one.home.lock)
+    if waiting:
+        pthread_mutex_lock(&one.back.lock)
+        one.back.out -= 1
+        pthread_mutex_unlock(&one.back.lock)
+    return waiting
+
+
+# The hub's side ----------------------------------------------------------------------------------
+
+cdef class Inbox:
+    """Where workers put what they have done for one hub; *eventfd* wakes it."""
+
+    def __cinit__(self, int eventfd):
+        self._box = <mailbox *>calloc(1, sizeof(mailbox))
+        if self._box == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self._box.lock, NULL)
+        pthread_cond_init(&self._box.empty, NULL)
+        self._box.eventfd = eventfd
+
+    def __dealloc__(self):
+        cdef bint unused
+        if self._box == NULL:
+            return
+        pthread_mutex_lock(&self._box.lock)
+        self._box.orphan = True
+        self._box.eventfd = -1
+        unused = self._box.out == 0
+        pthread_mutex_unlock(&self._box.lock)
+        if unused:
+            free(self._box)
+
+    cdef int reap(self, Engine engine) except -1:
+        """mailbox → ready; resumes nobody. Return how many."""
+        cdef job *one
+        cdef job *following
+        cdef int n = 0
+        if self._box.first == NULL:     # no lock: who puts something there now signals afterwards
+            return 0
+        pthread_mutex_lock(&self._box.lock)
+        one = self._box.first
+        self._box.first = self._box.last = NULL
+        pthread_mutex_unlock(&self._box.lock)
+        while one != NULL:
+            following = one.next
+            engine._finish(<Request>one.request, one.result)
+            one = following
+            n += 1
+        return n
+
+    def stop_signalling(self):
+        """The eventfd is about to be closed: wake nobody any more."""
+        pthread_mutex_lock(&self._box.lock)
+        self._box.eventfd = -1
+        pthread_mutex_unlock(&self._box.lock)
+
+    cdef wait(self):
+        """Wait, without the GIL, until no worker has a job of ours."""
+        with nogil:
+            pthread_mutex_lock(&self._box.lock)
+            while self._box.out:
+                pthread_cond_wait(&self._box.empty, &self._box.lock)
+            pthread_mutex_unlock(&self._box.lock)
+
+    def forget(self):
+        """In a forked child: the lock may be held for ever, and the workers are the parent's."""
+        self._box = NULL
+
+
+_pools = {}                             # by device; kept for the life of the process
+
+
+cdef class Pool:
+    """The threads of one device; ``config.threads`` of them at most."""
+
+    def __cinit__(self, device):
+        global _newest
+        self.device = device
+        self._pool = <pool *>calloc(1, sizeof(pool))
+        if self._pool == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self._pool.lock, NULL)
+        pthread_cond_init(&self._pool.wanted, NULL)
+        self._pool.older = _newest
+        _newest = self._pool            # never freed: its threads wait on it
+
+    @property
+    def threads(self):
+        """How many were started."""
+        return self._pool.threads
+
+    @property
+    def queued(self):
+        """How many calls wait for a thread."""
+        return self._pool.queued
+
+    cdef bint all_busy(self) noexcept:
+        """Whether a call would have to wait for a thread."""
+        return _all_busy(self._pool)
+
+    cdef int submit(self, Request request, Inbox inbox) except -1:
+        """Queue the call of *request*, first in, first out. Raises RuntimeError if there is no thread, and
+        none can be started: then nothing is queued."""
+        cdef pool *home = self._pool
+        cdef job *one = <job *>request._job
+        cdef bint more, failed = False
+        home.limit = config.threads
+        one.home, one.back, one.previous, one.next = home, inbox._box, NULL, NULL
+        pthread_mutex_lock(&inbox._box.lock)
+        inbox._box.out += 1
+        pthread_mutex_unlock(&inbox._box.lock)
+        pthread_mutex_lock(&home.lock)
+        one.previous = home.last
+        if home.last != NULL:
+            home.last.next = one
+        else:
+            home.first = one
+        home.last = one
+        one.waiting = True
+        home.queued += 1
+        more = home.queued > home.idle and home.threads < home.limit
+        if more:
+            home.threads += 1
+        elif home.idle:
+            pthread_cond_signal(&home.wanted)
+        pthread_mutex_unlock(&home.lock)
+        if more:
+            error = start_worker(_work, home)
+            if error:
+                pthread_mutex_lock(&home.lock)
+                home.threads -= 1
+                failed = home.threads == 0
+                pthread_mutex_unlock(&home.lock)
+                if failed and withdraw(request):
+                    raise RuntimeError(f"can't start a thread for device {self.device}: "
+                                       f'{os.strerror(error)}; pids.max, ulimit -u?')
+        return 0
+
+
+cdef bint _all_busy(pool *one) noexcept nogil:
+    # Read without the lock: workers only make it better.
+    return one.limit > 0 and one.queued + one.threads - one.idle >= one.limit
+
+
+cdef bint any_busy() noexcept:
+    """Whether some pool is all busy."""
+    cdef pool *one = _newest
+    while one != NULL:
+        if _all_busy(one):
+            return True
+        one = one.older
+    return False
+
+
+cdef Pool pool_of(device):
+    """The pool of *device*, an ``st_dev``."""
+    found = _pools.get(device)
+    if found is None:
+        found = _pools[device] = Pool(device)
+    return found
+
+
+def pools():
+    """Return all pools there are."""
+    return list(_pools.values())
+
+
+def after_fork_in_child():
+    """Start anew: the threads stayed with the parent, and may have held any lock."""
+    global _newest
+    _newest = NULL
+    _pools.clear()

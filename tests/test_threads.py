@@ -1,0 +1,392 @@
+"""What native AIO can't do: in line where the page cache has it, else by a native thread of its device."""
+
+import errno
+import os
+import socket
+import threading
+import time
+
+import gevent
+import pytest
+from conftest import MIB, missing, pattern, run_python
+from greenlet import settrace
+
+import greenaio.os
+from greenaio import File, _hub, _threads, config
+
+
+@pytest.fixture
+def engine():
+    return _hub.get_driver().engine
+
+
+@pytest.fixture
+def cold_file(disk_folder):
+    """A file on a disk, and a function that throws bytes of it out of the page cache."""
+    path = os.path.join(disk_folder, 'cold')
+    with open(path, 'wb') as file:
+        file.write(pattern(MIB))
+        file.flush()
+        os.fsync(file.fileno())
+    fd = os.open(path, os.O_RDONLY)
+
+    def forget(offset=0, nbytes=0):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    forget()
+    yield fd, forget
+    os.close(fd)
+
+
+class Plug:
+    """Keeps threads of one device busy: each opens a FIFO that nobody writes."""
+
+    def __init__(self, folder, count):
+        self.path = os.path.join(folder, 'plug')
+        os.mkfifo(self.path)
+        self.greenlets = [gevent.spawn(greenaio.os.open, self.path, os.O_RDONLY) for _ in range(count)]
+        gevent.sleep(0.05)
+
+    def pull(self):
+        writer = os.open(self.path, os.O_RDWR)      # lets all of them through
+        gevent.joinall(self.greenlets, timeout=10)
+        os.close(writer)
+        for greenlet in self.greenlets:
+            if isinstance(greenlet.value, int):
+                os.close(greenlet.value)
+
+
+def test_page_cache_hit_never_switches(data_file, engine):
+    fd = os.open(data_file, os.O_RDONLY)
+    buffers = [bytearray(100), bytearray(5000)]
+    file = File(data_file)
+    os.pread(fd, MIB, 0)
+    gevent.sleep(0.01)
+    lent, switches = engine.lent_total, []
+    settrace(lambda event, pair: switches.append(event))
+    try:
+        data = greenaio.os.pread(fd, 5000, 777), file.pread(5000, 777)
+        file.preadv(buffers, 4000)
+    finally:
+        settrace(None)
+    assert data == (pattern(MIB)[777:5777],) * 2
+    assert b''.join(buffers) == pattern(MIB)[4000:9100]
+    assert switches == []
+    assert engine.lent_total == lent
+    file.close()
+    os.close(fd)
+
+
+def test_greenlet_that_only_hits_starves_nobody(data_file):
+    ticks, end = [], time.monotonic() + 0.5
+
+    def tick():
+        while True:
+            gevent.sleep(0.001)
+            ticks.append(1)
+
+    ticker = gevent.spawn(tick)
+    with File(data_file) as file:
+        while time.monotonic() < end:
+            file.pread(4096, 0)
+    ticker.kill()
+    assert len(ticks) > 20
+
+
+def test_miss_takes_a_thread_of_its_device(cold_file, engine):
+    fd, _ = cold_file
+    before = engine.lent_total
+    assert greenaio.os.pread(fd, 4096, 65536) == pattern(MIB)[65536:65536 + 4096]
+    assert engine.lent_total == before + 1
+    assert greenaio.os.pread(fd, 4096, 65536) == pattern(MIB)[65536:65536 + 4096]
+    assert engine.lent_total == before + 1          # it is in the cache now
+    assert os.stat(fd).st_dev in [pool.device for pool in _threads.pools()]
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_part_that_was_there_is_kept(cold_file, engine, count):
+    fd, forget = cold_file
+    n = 65536
+    os.pread(fd, n // 2, 0)
+    before = engine.lent_total
+    if count == 1:
+        assert greenaio.os.pread(fd, n, 0) == pattern(MIB)[:n]
+    else:
+        buffers = [bytearray(n // 4), bytearray(n // 4 + 999), bytearray(n // 2 - 999)]
+        assert greenaio.os.preadv(fd, buffers, 0) == n
+        assert b''.join(buffers) == pattern(MIB)[:n]
+    assert engine.lent_total == before + 1
+
+
+def test_end_of_the_file_needs_no_thread(cold_file, engine):
+    fd, _ = cold_file
+    os.pread(fd, MIB, 0)
+    before = engine.lent_total
+    assert greenaio.os.pread(fd, 4096, MIB - 100) == pattern(MIB)[-100:]
+    assert greenaio.os.pread(fd, 4096, MIB) == b''
+    assert engine.lent_total == before
+
+
+def test_large_read_is_copied_by_a_thread(data_file, engine):
+    with File(data_file) as file:
+        before = engine.lent_total
+        assert file.pread(MIB, 0) == pattern(MIB)
+    assert engine.lent_total == before + 1
+
+
+ONE_THREAD = '''
+import os, sys, gevent, greenaio.os
+from greenaio import _hub, _threads
+folder = sys.argv[1]
+os.mkfifo(folder + '/plug')
+plug = gevent.spawn(greenaio.os.open, folder + '/plug', os.O_RDONLY)    # opens when somebody writes
+gevent.sleep(0.05)
+def pull():
+    writer = os.open(folder + '/plug', os.O_RDWR)
+    plug.get(timeout=10)
+    gevent.sleep(0.05)
+'''
+
+
+def test_threads_are_bounded_and_first_in_first_out(folder):
+    run_python(ONE_THREAD + '''
+order = []
+def create(i):
+    with greenaio.File(folder + '/log', os.O_WRONLY | os.O_CREAT):
+        order.append(i)
+greenlets = [gevent.spawn(create, i) for i in range(20)]
+gevent.sleep(0.05)
+assert order == []
+pool, = _threads.pools()
+assert (pool.threads, pool.queued, pool.device) == (1, 20, os.stat(folder).st_dev)
+pull()
+gevent.joinall(greenlets, timeout=10, raise_error=True)
+assert order == list(range(20))
+assert (pool.threads, pool.queued) == (1, 0)
+''', folder, env={'GREENAIO_THREADS': '1'})
+
+
+def test_killed_before_a_thread_began_it_never_happens(folder):
+    run_python(ONE_THREAD + '''
+path = folder + '/never'
+with gevent.Timeout(0.01, False):
+    greenaio.os.open(path, os.O_WRONLY | os.O_CREAT)
+greenlet = gevent.spawn(greenaio.os.open, path, os.O_WRONLY | os.O_CREAT)
+gevent.sleep(0.01)
+greenlet.kill()
+assert len(_hub.get_driver().engine.lent) == 1                  # the plug's
+pull()
+assert not os.path.exists(path)
+''', folder, env={'GREENAIO_THREADS': '1'})
+
+
+def test_device_that_hangs_holds_up_no_other(cold_file):
+    fd, forget = cold_file
+    folder = '/dev/shm' if os.path.isdir('/dev/shm') else missing('no /dev/shm')
+    plug = Plug(folder, config.threads + 20)
+    try:
+        with gevent.Timeout(5):
+            for i in range(20):
+                forget()
+                assert greenaio.os.pread(fd, 4096, i * 4096) == pattern(MIB)[i * 4096:(i + 1) * 4096]
+            socket.getaddrinfo('localhost', 80)
+            gevent.get_hub().threadpool.apply(time.sleep, (0,))
+    finally:
+        plug.pull()
+        os.unlink(plug.path)
+
+
+def test_called_in_the_hub_it_raises_and_opens_nothing(data_file):
+    caught = []
+
+    def callback():
+        for call in (lambda: greenaio.os.open(data_file, os.O_RDONLY), lambda: File(data_file)):
+            try:
+                call()
+            except gevent.exceptions.BlockingSwitchOutError:
+                caught.append(1)
+
+    gevent.get_hub().loop.run_callback(callback)
+    gevent.sleep(0.01)
+    assert caught == [1, 1]
+
+
+@pytest.mark.parametrize('path, kind', [
+    ('/no/such/file', FileNotFoundError), ('/etc/passwd/x', NotADirectoryError),
+    ('/proc', IsADirectoryError)])
+def test_open_fails_as_os_does(path, kind):
+    with pytest.raises(kind) as theirs:
+        os.open(path, os.O_RDWR)
+    for opener in (greenaio.os.open, File):
+        with pytest.raises(kind) as ours:
+            opener(path, os.O_RDWR)
+        assert ours.value.args == theirs.value.args
+        assert ours.value.filename == theirs.value.filename
+
+
+def test_open_takes_what_os_open_takes(folder):
+    fd = greenaio.os.open(os.fsencode(folder), os.O_RDONLY | os.O_DIRECTORY)
+    inner = greenaio.os.open('new', os.O_RDWR | os.O_CREAT, 0o640, dir_fd=fd)
+    assert os.fstat(inner).st_mode & 0o777 == 0o640 & ~_umask()
+    assert not os.get_inheritable(inner)
+    with pytest.raises(ValueError, match='null'):
+        greenaio.os.open('a\0b', os.O_RDONLY)
+    with pytest.raises(TypeError):
+        greenaio.os.open(1.5, os.O_RDONLY)
+    os.close(inner)
+    os.close(fd)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_several_hubs_share_the_threads_of_a_device(data_file):
+    def work():
+        try:
+            with File(data_file) as file:
+                jobs = [gevent.spawn(file.pread, MIB, 0) for _ in range(20)]
+                gevent.joinall(jobs, raise_error=True)
+                results.append({job.value == pattern(MIB) for job in jobs})
+        finally:
+            gevent.get_hub().destroy(True)
+
+    results = []
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        gevent.sleep(0.01)
+    assert results == [{True}] * 4
+    device = os.stat(data_file).st_dev
+    assert [1 for pool in _threads.pools() if pool.device == device and pool.threads <= config.threads]
+
+
+def test_hub_destroyed_with_a_call_at_a_thread_leaks_nothing(folder):
+    run_python('''
+        import os, sys, time, threading, gevent, greenaio.os
+        from greenaio import _hub
+        fifo = sys.argv[1] + '/fifo'
+        os.mkfifo(fifo)
+        fds = lambda: len(os.listdir('/proc/self/fd'))
+        def work():
+            gevent.spawn(greenaio.os.open, fifo, os.O_RDONLY)
+            gevent.sleep(0.05)
+            assert len(_hub.get_driver().engine.lent) == 1
+            gevent.get_hub().destroy(True)
+        def once():
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            writer = os.open(fifo, os.O_RDWR)
+            time.sleep(0.1)
+            os.close(writer)
+        once()
+        before = fds()
+        once()
+        end = time.monotonic() + 5
+        while fds() > before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert fds() == before, (fds(), before)
+    ''', folder)
+
+
+def test_forked_child_has_threads_of_its_own_and_the_parent_loses_nothing(folder):
+    run_python('''
+        import errno, os, sys, gevent, greenaio.os
+        folder = sys.argv[1]
+        os.mkfifo(folder + '/fifo')
+        def wait():
+            try:
+                return greenaio.os.open(folder + '/fifo', os.O_RDONLY)
+            except OSError as error:
+                return -error.errno
+        waiting = gevent.spawn(wait)
+        gevent.sleep(0.05)
+        pid = gevent.os.fork()
+        if pid == 0:
+            assert waiting.get(timeout=5) == -errno.ECANCELED
+            with greenaio.File(folder + '/child', os.O_WRONLY | os.O_CREAT) as file:
+                file.pwrite(b'child', 0)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]) == 0
+        assert open(folder + '/child').read() == 'child'
+        writer = os.open(folder + '/fifo', os.O_RDWR)
+        os.close(waiting.get(timeout=5))
+    ''', folder)
+
+
+def test_no_thread_to_be_had_is_a_clear_error_and_nothing_is_lost(folder):
+    group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
+    if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
+        missing('needs root and the pids controller of cgroup v1')
+    os.mkdir(group)
+    try:
+        run_python('''
+            import os, sys, gevent, greenaio.os
+            folder, group = sys.argv[1:]
+            fd = os.open(folder + '/data', os.O_RDWR | os.O_CREAT)
+            greenaio.os.pread(fd, 1, 0)             # the hub's driver is there
+            open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
+            tasks = len(os.listdir('/proc/self/task'))
+            open(group + '/pids.max', 'w').write(str(tasks))
+            for _ in range(3):
+                try:
+                    greenaio.os.open(folder + '/new', os.O_WRONLY | os.O_CREAT)
+                except RuntimeError as error:
+                    assert "can't start a thread" in str(error), error
+                else:
+                    raise AssertionError
+            assert not os.path.exists(folder + '/new')
+            open(group + '/pids.max', 'w').write('max')
+            os.close(greenaio.os.open(folder + '/new', os.O_WRONLY | os.O_CREAT))
+            open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
+        ''', folder, group)
+    finally:
+        os.rmdir(group)
+
+
+def test_write_beyond_the_end_and_append_keep_their_order(disk_folder, engine):
+    path = os.path.join(disk_folder, 'log')
+    with File(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT) as file:
+        block = greenaio.aligned_buffer(4096)
+        before = engine.lent_total
+        for i in range(16):
+            block[:] = bytes([i]) * 4096
+            assert file.pwrite(block, i * 4096) == 4096         # longer by a block each: by a thread
+        assert engine.lent_total - before == 16
+        file.fsync()
+        before = engine.lent_total
+        for i in range(15, -1, -1):
+            block[:] = bytes([i + 100]) * 4096
+            assert file.pwrite(block, i * 4096) == 4096         # over what is there: native AIO
+        assert engine.lent_total - before <= 8
+        assert file.pread(65536, 0) == b''.join(bytes([i + 100]) * 4096 for i in range(16))
+
+
+def test_dirty_pages_under_a_direct_read_are_left_to_a_thread(disk_folder, engine):
+    path = os.path.join(disk_folder, 'dirty')
+    with open(path, 'wb') as file:
+        file.write(pattern(MIB))
+        file.flush()
+        with File(path, os.O_RDONLY | os.O_DIRECT) as direct:
+            before = engine.lent_total
+            assert direct.pread(MIB, 0) == pattern(MIB)
+            assert engine.lent_total > before
+
+
+@pytest.mark.parametrize('code', ['EBADF', 'EISDIR', 'ESPIPE'])
+def test_every_way_gives_the_same_errno(folder, code):
+    fd = {'EBADF': lambda: os.open(os.path.join(folder, 'w'), os.O_WRONLY | os.O_CREAT),
+          'EISDIR': lambda: os.open(folder, os.O_RDONLY), 'ESPIPE': lambda: os.pipe()[0]}[code]()
+    for call in (lambda: greenaio.os.pread(fd, 10, 0), lambda: greenaio.os.preadv(fd, [bytearray(10)], 0),
+                 lambda: greenaio.os.preadv(fd, [bytearray(MIB)], 0), lambda: File.from_fd(fd).pread(10, 0)):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == getattr(errno, code)
+    os.close(fd)
+    if code == 'ESPIPE':
+        os.close(fd + 1)
