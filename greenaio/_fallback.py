@@ -11,7 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
+import stat as _stat
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -190,12 +190,12 @@ class File:
 
     @property
     def kind(self) -> int:
-        return stat.S_IFMT(os.fstat(self.fileno()).st_mode)
+        return _stat.S_IFMT(os.fstat(self.fileno()).st_mode)
 
     @property
     def device(self) -> int:
         st = os.fstat(self.fileno())
-        return st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev
+        return st.st_rdev if _stat.S_ISBLK(st.st_mode) else st.st_dev
 
     @property
     def alignment(self) -> int:
@@ -284,3 +284,38 @@ def fdatasync(fd: int) -> None:
     call(os.fdatasync, fd)
 
 
+def ftruncate(fd: int, length: int) -> None:
+    call(os.ftruncate, fd, length)
+
+
+def posix_fallocate(fd: int, offset: int, length: int) -> None:
+    call(os.posix_fallocate, fd, offset, length)
+
+
+def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = None,
+                    offset_dst: int | None = None) -> int:
+    return cast(int, call(os.copy_file_range, src, dst, count, offset_src, offset_dst))
+
+
+def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return cast(int, call(os.sendfile, out_fd, in_fd, offset, count))
+        hub = get_hub()
+        hub.wait(hub.loop.io(out_fd, 2))
+
+
+def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
+    def work(_: int) -> os.stat_result:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    return cast(os.stat_result, call(work, -1))
+
+
+def fstat(fd: int) -> os.stat_result:
+    return cast(os.stat_result, call(os.fstat, fd))
+
+
+def facts(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_mode, st.st_size

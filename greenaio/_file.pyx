@@ -8,77 +8,42 @@ there: only the system call gives the true answer. The functions at the end are 
 of which nothing is remembered: numbers are reused.
 """
 
-import fcntl
 import os
 import stat
-import struct
-import sys
 import warnings
 
 from greenaio import _fallback
-from greenaio._hub import all_drivers, driver_if_exists
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 
+from greenaio._calls cimport AT_FDCWD, close_file, open_file
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
-from greenaio._route cimport ASK, PLAIN, THREAD, Device, Nowait, Way, device_of
+from greenaio._route cimport (
+    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Known, Nowait, Way, failed, file_size,
+    in_line, know,
+)
 from greenaio._threads cimport any_busy, as_call, new_call
 
 from greenaio._memory import aligned_buffer
-from greenaio._route import mounted_at
 
 cdef extern from *:
     """
-    #include <fcntl.h>
-    #include <string.h>
-    #include <sys/stat.h>
-    #include <sys/syscall.h>
-    #include <unistd.h>
-
     #include <errno.h>
+    #include <fcntl.h>
+    #include <sys/syscall.h>
     #include <sys/uio.h>
-
-    enum { STORED = 1,      /* a regular file or block device: fsync by AIO */
-           DIRECT = 2,      /* and open with O_DIRECT: reads and writes too */
-           APPEND = 4,      /* every write makes it longer */
-           REGULAR = 8,
-           UNSURE = 16,     /* a character device: who knows what it waits for */
-           WRITABLE = 32 };
+    #include <unistd.h>
 
     #define RESULT(call) ({ long r_ = (call); r_ < 0 ? -(long)errno : r_; })
 
-    /* What kind of file an fd is, or minus the errno; and the device that its bytes are on. */
-    static inline int file_kind(int fd, uint64_t *device)
-    {
-        struct stat st;
-        int flags, kind;
-        if (fstat(fd, &st) < 0)
-            return -errno;
-        flags = fcntl(fd, F_GETFL);
-        *device = S_ISBLK(st.st_mode) ? st.st_rdev : st.st_dev;
-        if (S_ISCHR(st.st_mode))
-            return UNSURE;
-        if (!(S_ISREG(st.st_mode) || S_ISBLK(st.st_mode)) || flags & O_PATH)
-            return 0;
-        kind = STORED;
-        kind |= S_ISREG(st.st_mode) ? REGULAR : 0;
-        kind |= flags & O_DIRECT ? DIRECT : 0;
-        kind |= flags & O_APPEND ? APPEND : 0;
-        kind |= (flags & O_ACCMODE) != O_RDONLY ? WRITABLE : 0;
-        return kind;
-    }
-
     static inline int fd_is_direct(int fd)      /* no for what is no open file: a read will say so */
     { int flags = fcntl(fd, F_GETFL); return flags >= 0 && flags & O_DIRECT; }
-
-    static inline int64_t file_size(int fd)
-    { struct stat st; return fstat(fd, &st) < 0 ? 0 : st.st_size; }
 
     static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
     {
@@ -94,58 +59,17 @@ cdef extern from *:
     static inline long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
     { return flags ? buffer_now(1, fd, at, n, offset, flags) : RESULT(pread(fd, at, n, offset)); }
 
-    /* The device that a path leads to, as far as that is cached: 0 when it is not, without a wait. */
-    static inline uint64_t path_device(int dir, const char *path)
-    {
-        struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC, 0, 0x20 /* RESOLVE_CACHED */ };
-        struct stat st;
-        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
-        int known;
-        if (fd < 0)
-            return 0;
-        known = fstat((int)fd, &st) == 0;
-        close((int)fd);
-        return known ? st.st_dev : 0;
-    }
-
-    /* statx(STATX_DIOALIGN), Linux 6.1, which the C library's headers may not know yet. */
-    static inline int file_dio_align(int fd, unsigned *memory, unsigned *offset)
-    {
-        unsigned char buffer[256];
-        unsigned mask;
-        if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, 0x2000u, buffer) < 0)
-            return 0;
-        memcpy(&mask, buffer, 4);
-        if (!(mask & 0x2000u))
-            return 0;
-        memcpy(memory, buffer + 0x98, 4);
-        memcpy(offset, buffer + 0x9c, 4);
-        return 1;
-    }
-
     /* A memoryview that owns nothing pins nothing: io.BufferedReader hands those out, and frees the
        memory while the kernel is still at it. */
     static inline int is_ownerless(PyObject *buffer)
     { return PyMemoryView_Check(buffer) && PyMemoryView_GET_BASE(buffer) == NULL; }
     """
-    const int STORED
-    const int DIRECT
-    const int APPEND
-    const int REGULAR
-    const int UNSURE
-    const int WRITABLE
     const long SYS_pread64
-    const long SYS_openat
-    const int AT_FDCWD
     bint is_ownerless(object buffer)
-    int file_kind(int fd, uint64_t *device)
     bint fd_is_direct(int fd)
-    int64_t file_size(int fd)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
     long buffer_now(bint reading, int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
     long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
-    uint64_t path_device(int dir, const char *path)
-    int file_dio_align(int fd, unsigned int *memory, unsigned int *offset)
 
 cdef set _closing = _fallback._closing
 
@@ -153,17 +77,6 @@ cdef enum:
     RWF_HIPRI = 1               # AIO would drop it
     RWF_NOWAIT = 8
     RWF_APPEND = 16
-    IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long
-
-BLKSSZGET = 0x1268
-
-
-@cython.final
-cdef class Known:
-    """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
-
-    cdef int kind
-    cdef Device device
 
 
 @cython.final
@@ -193,8 +106,8 @@ cdef class File:
         self._set_max_batch(max_batch)
         self.name = os.fspath(path)
         self._closefd = True
-        self._fd = _open(self.name, flags, mode, AT_FDCWD)
-        self._known = _know(self._fd, self.name)
+        self._fd = open_file(self.name, flags, mode, AT_FDCWD)
+        self._known = know(self._fd, self.name)
 
     @staticmethod
     def from_fd(int fd, closefd=False, *, int max_batch=BATCH_MAX):
@@ -203,7 +116,7 @@ cdef class File:
         cdef File self = File.__new__(File)
         self._set_max_batch(max_batch)
         self.name = fd
-        self._known = _know(fd, fd)
+        self._known = know(fd, fd)
         self._fd = fd
         self._closefd = closefd
         return self
@@ -269,26 +182,34 @@ cdef class File:
     @property
     def kind(self):
         """The file's type, as ``stat.S_IFMT`` gives it."""
-        return stat.S_IFMT(os.fstat(self._open_fd()).st_mode)
+        self._open_fd()
+        return stat.S_IFMT(self._known.mode)
 
     @property
     def device(self):
         """The device that the bytes are on: ``st_dev``, or ``st_rdev`` of a block device."""
-        st = os.fstat(self._open_fd())
-        return st.st_rdev if stat.S_ISBLK(st.st_mode) else st.st_dev
+        self._open_fd()
+        return self._known.device.number
 
     @property
     def alignment(self):
         """What O_DIRECT wants memory, offsets and lengths to be multiples of, in bytes; 1 for a file
         that is not O_DIRECT."""
-        return _alignment(self._open_fd()) if self._known.kind & DIRECT else 1
+        self._open_fd()
+        return self._known.align if self._known.kind & DIRECT else 1
 
     def close(self):
-        """Close the file; twice is fine. Waits for nobody: requests in flight go on to their end."""
+        """Close the file; twice is fine. Waits for no request: those in flight go on to their end. Waits for
+        the close itself where the file was open for writing, for that may have something to write; but not
+        in the hub."""
+        self._close(True)
+
+    cdef int _close(self, bint may_wait) except -1:
         cdef int fd = self._fd
         self._fd = -1
         if fd >= 0 and self._closefd:
-            close(fd)
+            close_file(fd, may_wait)
+        return 0
 
     def __enter__(self):
         self._open_fd()
@@ -302,30 +223,13 @@ cdef class File:
             try:
                 warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self)
             finally:                    # a warning may be an error
-                self.close()
+                self._close(False)
 
     def __repr__(self):
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'
 
 
 # The ways ----------------------------------------------------------------------------------------
-
-cdef object _failed(long code, name):
-    if name is None or isinstance(name, int):
-        return OSError(-code, os.strerror(-code))
-    return OSError(-code, os.strerror(-code), name)
-
-
-cdef Known _know(int fd, object name):
-    """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
-    cdef Known known = Known.__new__(Known)
-    cdef uint64_t device = 0
-    known.kind = file_kind(fd, &device)
-    if known.kind < 0:
-        raise _failed(known.kind, name)
-    known.device = device_of(device)
-    return known
-
 
 cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
     as_call(request)
@@ -390,13 +294,6 @@ cdef bint _extends(Request request, Known known) except -1:
     return known.kind & REGULAR and request.offset + <int64_t>request.nbytes > file_size(request.fd)
 
 
-cdef bint _in_line(Known known, uint64_t nbytes) except -1:
-    """Whether the plain system call will do, here and now: it has no disk to wait for."""
-    if nbytes > IN_LINE_MAX or known.kind & UNSURE:
-        return False
-    return not known.kind & STORED or known.device.in_memory
-
-
 cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
     cdef AlignedBuffer memory
     cdef Driver driver = current_driver()
@@ -405,17 +302,17 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
     if _closing:
         _fallback.check_open(fd)
     if n < 0 or offset < 0:
-        raise _failed(-EINVAL, name)
+        raise failed(-EINVAL, name)
     if not (fd_is_direct(fd) if known is None else known.kind & DIRECT):
         return _pread_buffered(driver, fd, known, n, offset, name)
     if known is None:
-        known = _know(fd, name)
+        known = know(fd, name)
     memory = scratch(n)         # ours: nobody sees an abandoned read land
     request = new_request(PREAD, fd, offset, 0, max_batch)
     request.pin(memory)
     got = _direct(driver, request, known, memory)
     if got < 0:
-        raise _failed(got, name)
+        raise failed(got, name)
     return PyBytes_FromStringAndSize(memory.address, got)
 
 
@@ -426,7 +323,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     cdef Request request
     driver.check_caller()
     if known is None and any_busy():
-        known = _know(fd, name)
+        known = know(fd, name)
     if n <= IN_LINE_MAX and (known is None or not known.device.pool().all_busy()):
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
@@ -440,17 +337,17 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
             driver.end_in_line()
             return data[:got]
         if more != -EAGAIN and more != -EOPNOTSUPP:
-            raise _failed(more, name)
+            raise failed(more, name)
     if known is None:
-        known = _know(fd, name)
-    if _in_line(known, n):
+        known = know(fd, name)
+    if in_line(known, n):
         more = read_now(fd, at + got, n - got, offset + got, 0)
         driver.end_in_line()
     else:
         request = new_call(fd, data, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and got == 0:
-        raise _failed(more, name)
+        raise failed(more, name)
     if more > 0:
         got += more
     return data if got == n else data[:got]
@@ -474,7 +371,7 @@ cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset
     else:
         steady = _steady(buffers, reading)
     if known is None:
-        known = _know(fd, name)
+        known = know(fd, name)
     if count == 1:
         request = new_request(PREAD if reading else PWRITE, fd, offset, flags, max_batch)
         memory = steady[0]
@@ -489,7 +386,7 @@ cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset
     else:
         got = _write_buffered(driver, request, known)
     if got < 0:
-        raise _failed(got, name)
+        raise failed(got, name)
     if reading and steady is not buffers:
         _copy_back(steady, buffers, got)
     return got
@@ -499,7 +396,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known) except?
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
     driver.check_caller()
-    if request.flags & RWF_NOWAIT or _in_line(known, wanted):
+    if request.flags & RWF_NOWAIT or in_line(known, wanted):
         return _done_in_line(driver, _now(request, request.flags))
     if wanted <= IN_LINE_MAX and not known.kind & DIRECT and not known.device.pool().all_busy():
         while True:
@@ -520,7 +417,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known) except?
 
 cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
     driver.check_caller()
-    if request.flags & RWF_NOWAIT or _in_line(known, request.nbytes):
+    if request.flags & RWF_NOWAIT or in_line(known, request.nbytes):
         return _done_in_line(driver, _now(request, request.flags))
     return _by_thread(driver, request, known)
 
@@ -547,8 +444,8 @@ cdef object _sync(int fd, Known known, int opcode, name):
     if fd < 0:
         raise ValueError(f'file descriptor cannot be a negative integer ({fd})')
     if known is None:
-        known = _know(fd, name)
-    if _in_line(known, 0):
+        known = know(fd, name)
+    if in_line(known, 0):
         driver.check_caller()
         (os.fdatasync if opcode == FDSYNC else os.fsync)(fd)
         driver.end_in_line()
@@ -558,43 +455,12 @@ cdef object _sync(int fd, Known known, int opcode, name):
         result = _by_aio(driver, request, known)
         if not request.refused:
             if result < 0:
-                raise _failed(result, name)
+                raise failed(result, name)
             return
         request = _again(request)
     result = _by_thread(driver, request, known)
     if result < 0:
-        raise _failed(result, name)
-
-
-# Paths -------------------------------------------------------------------------------------------
-
-cdef int _open(object path, int flags, int mode, int dir_fd) except -1:
-    """As ``os.open``, by a thread. If the greenlet is killed meanwhile, the fd is closed."""
-    cdef bytes encoded = os.fsencode(path)
-    cdef Driver driver = current_driver()
-    cdef Request request
-    cdef int64_t fd
-    if b'\0' in encoded:
-        raise ValueError('embedded null byte')
-    sys.audit('open', path, None, flags)
-    request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
-    request.gives_fd = True
-    fd = driver.perform_by_thread(request, _device_of_path(encoded, dir_fd).pool())
-    if fd < 0:
-        raise _failed(fd, path)
-    return fd
-
-
-cdef Device _device_of_path(bytes path, int dir_fd):
-    """The device that *path* is on: as the kernel has it in memory, else by its longest mount point."""
-    cdef uint64_t device = path_device(dir_fd, path)
-    cdef bytes folder
-    if device == 0:                     # it may be about to be created
-        folder = os.path.dirname(path) or b'.'
-        device = path_device(dir_fd, folder)
-    if device == 0:
-        device = mounted_at(os.path.abspath(path))
-    return device_of(device)
+        raise failed(result, name)
 
 
 cdef object _steady(buffers, bint reading):
@@ -622,21 +488,7 @@ cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
         nbytes -= n
 
 
-def _alignment(int fd):
-    cdef unsigned int memory = 0, offset = 0
-    if file_dio_align(fd, &memory, &offset) and offset:
-        return max(memory, offset)
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        return struct.unpack('i', fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
-    return 512
-
-
 # The same for a raw fd ---------------------------------------------------------------------------
-
-def open(path, int flags, int mode=0o777, *, dir_fd=None):
-    name = os.fspath(path)
-    return _open(name, flags, mode, AT_FDCWD if dir_fd is None else dir_fd)
-
 
 def pread(int fd, Py_ssize_t n, int64_t offset):
     return _pread(fd, None, n, offset, None, BATCH_MAX)
@@ -660,10 +512,3 @@ def fsync(int fd):
 
 def fdatasync(int fd):
     _sync(fd, None, FDSYNC, None)
-
-
-def close(int fd):
-    driver = driver_if_exists()
-    if driver is not None:
-        driver.submit_now()
-    _fallback.close(fd, [request for driver in all_drivers() for request in driver.engine.queued(fd)])

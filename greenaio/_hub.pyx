@@ -235,6 +235,9 @@ cdef class Driver:
         self._caller()
         return 0
 
+    cdef bint in_hub(self) except -1:
+        return greenlet_current() is self.hub
+
     cdef object _caller(self):
         current = greenlet_current()
         if current is self.hub:

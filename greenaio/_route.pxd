@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._threads cimport Pool
 
@@ -27,3 +27,27 @@ cdef class Device:
     cdef Way way(self, Nowait direction) noexcept
 
 cdef Device device_of(uint64_t number)
+
+cdef enum:
+    IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long
+
+cdef enum:          # what kind of file
+    STORED = 1      # a regular file or block device: fsync by AIO
+    DIRECT = 2      # and open with O_DIRECT: reads and writes too
+    APPEND = 4      # every write makes it longer
+    REGULAR = 8
+    UNSURE = 16     # a character device: who knows what it waits for
+    WRITABLE = 32
+
+cdef class Known:
+    cdef int kind                       # STORED | DIRECT | ...
+    cdef unsigned int mode              # st_mode
+    cdef unsigned int align             # of O_DIRECT, in bytes
+    cdef uint64_t inode
+    cdef Device device
+
+cdef Known know(int fd, name)
+cdef bint in_line(Known known, uint64_t nbytes) except -1
+cdef int64_t file_size(int fd) noexcept
+cdef Device device_of_path(bytes path, int dir_fd)
+cdef object failed(long code, name)

@@ -7,18 +7,66 @@ the answers, and forgotten again.
 """
 
 import contextlib
+import fcntl
 import os
 import re
+import stat
+import struct
 
-from libc.stdint cimport uint64_t
+cimport cython
+from libc.stdint cimport int64_t, uint64_t
+from posix.stat cimport S_ISBLK, S_ISCHR, S_ISREG
 
 from greenaio._context cimport monotonic_ns
 from greenaio._threads cimport Pool, pool_of
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
+    #include <stdint.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <sys/sysmacros.h>
+    #include <unistd.h>
+
+    /* What the kernel has in memory of a file: DONT_SYNC, for a frozen FUSE or network file system would
+       have to be asked else. */
+    struct facts { uint64_t device, inode, size; unsigned mode, align; };
+
+    static inline int facts_of(int dir, const char *path, struct facts *f)
+    {
+        struct { unsigned mask, blksize; uint64_t attributes; unsigned nlink, uid, gid; uint16_t mode, spare;
+                 uint64_t ino, size, blocks, attributes_mask; uint64_t times[8];
+                 unsigned rdev_major, rdev_minor, dev_major, dev_minor; uint64_t mnt_id;
+                 unsigned dio_mem_align, dio_offset_align; uint64_t more[16]; } st = { 0 };
+        if (syscall(SYS_statx, dir, path, 0x1000 /* AT_EMPTY_PATH */ | 0x4000 /* AT_STATX_DONT_SYNC */,
+                    0x7ffu | 0x2000u /* STATX_BASIC_STATS, STATX_DIOALIGN: Linux 6.1 */, &st) < 0)
+            return -errno;
+        f->mode = st.mode;
+        f->inode = st.ino;
+        f->size = st.size;
+        f->device = S_ISBLK(st.mode) ? makedev(st.rdev_major, st.rdev_minor)
+                                     : makedev(st.dev_major, st.dev_minor);
+        f->align = !(st.mask & 0x2000u) ? 0 : st.dio_mem_align > st.dio_offset_align
+                   ? st.dio_mem_align : st.dio_offset_align;
+        return 0;
+    }
+
+    /* The device that a path leads to, as far as that is cached: 0 when it is not, without a wait. */
+    static inline uint64_t path_device(int dir, const char *path)
+    {
+        struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC, 0, 0x20 /* RESOLVE_CACHED */ };
+        struct facts f = { 0 };
+        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
+        int error;
+        if (fd < 0)
+            return 0;
+        error = facts_of((int)fd, "", &f);
+        close((int)fd);
+        return error ? 0 : f.device;
+    }
 
     /* Whether the list of mounts that *fd* is open on has changed since this was last asked. */
     static inline int mounts_changed(int fd)
@@ -27,14 +75,32 @@ cdef extern from *:
         return fd < 0 || (poll(&one, 1, 0) == 1 && one.revents & (POLLPRI | POLLERR));
     }
     """
+    struct facts:
+        uint64_t device
+        uint64_t inode
+        uint64_t size
+        unsigned int mode
+        unsigned int align
+    int facts_of(int dir, const char *path, facts *found)
+    uint64_t path_device(int dir, const char *path)
     int __builtin_popcountll(unsigned long long)
     bint mounts_changed(int fd)
+
+cdef extern from "<fcntl.h>":
+    const int O_APPEND
+    const int O_DIRECT
+    const int O_PATH
+    const int O_ACCMODE
+    const int O_RDONLY
+    const int F_GETFL
+    int c_fcntl "fcntl"(int fd, int command, ...)
 
 cdef enum:
     REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
     DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
 
 cdef uint64_t PAUSE_NS = 30000000000        # then ask again
+BLKSSZGET = 0x1268
 
 # File systems in the kernel's own memory: no disk to wait for, so `os` itself will do.
 IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs', 'proc', 'sysfs', 'cgroup', 'cgroup2',
@@ -166,3 +232,74 @@ def _nr_requests(number):
 def devices():
     """Return all devices that were used."""
     return list(_devices.values())
+
+
+# Files -------------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Known:
+    """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
+
+
+cdef Known know(int fd, object name):
+    """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
+    cdef Known known = Known.__new__(Known)
+    cdef facts found
+    cdef int error = facts_of(fd, b'', &found)
+    if error:
+        raise failed(error, name)
+    known.kind = _kind(found.mode, c_fcntl(fd, F_GETFL))
+    known.mode = found.mode
+    known.inode = found.inode
+    known.device = device_of(found.device)
+    if known.kind & DIRECT:
+        known.align = found.align or _sector_size(fd, found.mode)
+    return known
+
+
+cdef int _kind(unsigned int mode, int flags) noexcept:
+    if S_ISCHR(mode):
+        return UNSURE
+    if not (S_ISREG(mode) or S_ISBLK(mode)) or flags & O_PATH:
+        return 0
+    return (STORED | (REGULAR if S_ISREG(mode) else 0) | (DIRECT if flags & O_DIRECT else 0)
+            | (APPEND if flags & O_APPEND else 0) | (WRITABLE if flags & O_ACCMODE != O_RDONLY else 0))
+
+
+cdef unsigned int _sector_size(int fd, unsigned int mode) except 0:
+    """What O_DIRECT wants, where statx does not tell: before Linux 6.1, or in memory."""
+    if stat.S_ISBLK(mode):
+        return struct.unpack('i', fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
+    return 512
+
+
+cdef bint in_line(Known known, uint64_t nbytes) except -1:
+    """Whether the plain system call will do, here and now: it has no disk to wait for."""
+    if nbytes > IN_LINE_MAX or known.kind & UNSURE:
+        return False
+    return not known.kind & STORED or known.device.in_memory
+
+
+cdef int64_t file_size(int fd) noexcept:
+    """In bytes; 0 for what has none."""
+    cdef facts found
+    return 0 if facts_of(fd, b'', &found) else found.size
+
+
+cdef Device device_of_path(bytes path, int dir_fd):
+    """The device that *path* is on: as the kernel has it in memory, else by its longest mount point."""
+    cdef uint64_t device = path_device(dir_fd, path)
+    cdef bytes folder
+    if device == 0:                     # it may be about to be created
+        folder = os.path.dirname(path) or b'.'
+        device = path_device(dir_fd, folder)
+    if device == 0:
+        device = mounted_at(os.path.abspath(path))
+    return device_of(device)
+
+
+cdef object failed(long code, name):
+    """The exception for minus the errno *code*, with the file's name where it has one."""
+    if name is None or isinstance(name, int):
+        return OSError(-code, os.strerror(-code))
+    return OSError(-code, os.strerror(-code), name)

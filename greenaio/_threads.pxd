@@ -1,5 +1,8 @@
 from greenaio._engine cimport Engine, Request
 
+cdef enum:
+    POSIX_FALLOCATE = -1            # in place of a system call's number
+
 cdef struct mailbox
 cdef struct pool
 

@@ -23,6 +23,7 @@ from greenaio._engine cimport CALL, Engine, Request, iovec, new_request
 cdef extern from *:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <pthread.h>
     #include <signal.h>
     #include <sys/syscall.h>
@@ -53,6 +54,7 @@ cdef extern from *:
     const long SYS_pwritev2
     const long SYS_fsync
     const long SYS_fdatasync
+    int posix_fallocate(int fd, long offset, long length) nogil
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -140,6 +142,14 @@ cdef void _post(job *one) noexcept nogil:
         free(box)
 
 
+cdef long _make(job *one) noexcept nogil:
+    cdef long result
+    if one.number == POSIX_FALLOCATE:   # the C library's, which can do without the file system's help
+        return -posix_fallocate(<int>one.args[0], one.args[1], one.args[2])
+    result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3], one.args[4], one.args[5])
+    return -c_errno if result < 0 else result
+
+
 cdef void *_work(void *arg) noexcept nogil:
     cdef pool *home = <pool *>arg
     cdef job *one
@@ -152,10 +162,7 @@ cdef void *_work(void *arg) noexcept nogil:
         one = home.first
         _unlink(home, one)
         pthread_mutex_unlock(&home.lock)
-        one.result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3],
-                             one.args[4], one.args[5])
-        if one.result < 0:
-            one.result = -c_errno
+        one.result = _make(one)
         _post(one)
         pthread_mutex_lock(&home.lock)
 

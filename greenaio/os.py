@@ -1,9 +1,9 @@
-"""The positional calls of `os`, cooperative: this greenlet waits, the hub does not.
+"""The file calls of `os`, cooperative: this greenlet waits, the hub does not.
 
-Same signatures, results and errors. An fd that was opened with ``os.O_DIRECT`` takes native AIO, as
-does fsync; anything else takes a thread of ours, so every fd gets the answer that `os` would give. What
-kind of file an fd is, is asked at each call: `greenaio.File` remembers it, and is the fast way. Called in
-the hub itself these raise BlockingSwitchOutError; only `close` works there.
+Same signatures, results and errors, for every fd. One that was opened with ``os.O_DIRECT`` takes native AIO,
+as does fsync; what the page cache has is read at once; anything that may wait takes a native thread of its
+device. What kind of file an fd is, is asked at each call: `greenaio.File` remembers it, and is the fast way.
+Called in the hub itself these raise BlockingSwitchOutError; only `close` works there.
 
 If the greenlet is killed or timed out while it waits, a write may still happen, and a read may still write
 into the caller's buffers, which stay pinned until it has; `pread` reads into memory of ours.
@@ -15,12 +15,16 @@ import os as _os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from greenaio import _position
+
 try:
-    from greenaio import _file
+    from greenaio import _calls, _file
 except ImportError:
+    from greenaio import _fallback as _calls  # type: ignore[no-redef]
     from greenaio import _fallback as _file  # type: ignore[no-redef]
 
-__all__ = ['close', 'fdatasync', 'fsync', 'open', 'pread', 'preadv', 'pwrite', 'pwritev']
+__all__ = ['close', 'copy_file_range', 'fdatasync', 'fstat', 'fsync', 'ftruncate', 'open', 'posix_fallocate',
+           'pread', 'preadv', 'pwrite', 'pwritev', 'read', 'readv', 'sendfile', 'stat', 'write', 'writev']
 
 
 StrPath = str | bytes | _os.PathLike[str] | _os.PathLike[bytes]
@@ -35,7 +39,33 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
     If the greenlet is killed meanwhile, the fd is closed when it comes.
     """
-    return _file.open(path, flags, mode, dir_fd=dir_fd)
+    return _calls.open(path, flags, mode, dir_fd=dir_fd)
+
+
+def read(fd: int, n: int, /) -> bytes:
+    """Read at most *n* bytes at the file's own position, which the kernel keeps and this moves on.
+
+    Pipes, sockets and terminals: waits in the loop until there is something. Raises OSError.
+    """
+    return _position.read(fd, n)
+
+
+def readv(fd: int, buffers: Sequence[Any], /) -> int:
+    """`read` into a sequence of writable *buffers*; return the number of bytes read."""
+    return _position.readv(fd, buffers)
+
+
+def write(fd: int, data: Any, /) -> int:
+    """Write bytes-like *data* at the file's own position; return the number of bytes written.
+
+    Greenlets that use one fd take turns. Raises OSError.
+    """
+    return _position.write(fd, data)
+
+
+def writev(fd: int, buffers: Sequence[Any], /) -> int:
+    """`write` of a sequence of *buffers*; return the number of bytes written."""
+    return _position.writev(fd, buffers)
 
 
 def pread(fd: int, n: int, offset: int, /) -> bytes:
@@ -77,9 +107,49 @@ def fdatasync(fd: int | _HasFileno) -> None:
     _file.fdatasync(_fileno(fd))
 
 
+def ftruncate(fd: int, length: int, /) -> None:
+    """Make the file *length* bytes long. Raises OSError."""
+    _calls.ftruncate(fd, length)
+
+
+def posix_fallocate(fd: int, offset: int, length: int, /) -> None:
+    """Allocate *length* bytes at *offset*, so that writing there can't run out of space. Raises OSError."""
+    _calls.posix_fallocate(fd, offset, length)
+
+
+def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = None,
+                    offset_dst: int | None = None) -> int:
+    """Copy up to *count* bytes between files in the kernel; return how many. Without an offset, the file's
+    own position is used and moved on. Raises OSError."""
+    return _calls.copy_file_range(src, dst, count, offset_src, offset_dst)
+
+
+def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
+    """Send up to *count* bytes of a file to a socket; return how many, 0 at the end of the file.
+
+    Waits in the loop while a non-blocking socket is full. A *blocking* socket that is full keeps a thread of
+    the file's device waiting for its peer: make it non-blocking, as gevent's are. Raises OSError.
+    """
+    return _calls.sendfile(out_fd, in_fd, offset, count)
+
+
+def stat(path: int | StrPath, *, dir_fd: int | None = None,
+         follow_symlinks: bool = True) -> _os.stat_result:
+    """The os.stat_result of a path or an fd. Arguments and errors are those of os.stat."""
+    return _calls.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+
+def fstat(fd: int) -> _os.stat_result:
+    """The os.stat_result of *fd*. Raises OSError."""
+    return _calls.fstat(fd)
+
+
 def close(fd: int) -> None:
-    """Close *fd*. What is queued on it is submitted first; waits for nobody. Raises OSError."""
-    _file.close(fd)
+    """Close *fd*. What is queued on it is submitted first, and goes on to its end.
+
+    Waits for the close itself where the file was open for writing, but not in the hub. Raises OSError.
+    """
+    _calls.close(fd)
 
 
 def _fileno(fd: int | _HasFileno) -> int:

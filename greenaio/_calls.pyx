@@ -1,0 +1,234 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The system calls on files that are neither a read nor a write, each by a thread of its device.
+
+Any of them may wait for a disk: a path that is not cached, a journal that is full, a close that has pages to
+write. In line go only those on files that have no disk.
+"""
+
+import os
+import sys
+
+from gevent import get_hub
+
+from libc.errno cimport EAGAIN
+from libc.stdint cimport int64_t, uint64_t
+
+from greenaio import _fallback
+from greenaio._hub import all_drivers, driver_if_exists
+
+from greenaio._engine cimport Request
+from greenaio._hub cimport Driver, current_driver
+from greenaio._memory cimport AlignedBuffer, scratch
+from greenaio._route cimport STORED, WRITABLE, Device, Known, device_of_path, failed, file_size, in_line, know
+from greenaio._threads cimport POSIX_FALLOCATE, new_call
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    """
+    const long SYS_openat
+    const long SYS_close
+    const long SYS_ftruncate
+    const long SYS_copy_file_range
+    const long SYS_sendfile
+    const long SYS_newfstatat
+    const int AT_EMPTY_PATH
+    const int AT_SYMLINK_NOFOLLOW
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    struct c_stat "stat":
+        uint64_t st_dev
+        uint64_t st_ino
+        unsigned int st_mode
+        uint64_t st_nlink
+        unsigned int st_uid
+        unsigned int st_gid
+        uint64_t st_rdev
+        int64_t st_size
+        long st_blksize
+        int64_t st_blocks
+        timespec st_atim
+        timespec st_mtim
+        timespec st_ctim
+
+
+cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0,
+                   int other_fd=-1) except? -4096:
+    """The answer of a system call that a thread of *device* makes, or minus its errno."""
+    cdef Driver driver = current_driver()
+    cdef Request request = new_call(fd, keep, number, a, b, c, d, e)
+    request.other_fd = other_fd
+    return driver.perform_by_thread(request, device.pool())
+
+
+cdef Known _open_file(int fd):
+    """What is known of *fd*; raises EBADF also for one that is closed but for what is queued on it."""
+    _fallback.check_open(fd)
+    return know(fd, None)
+
+
+# Paths -------------------------------------------------------------------------------------------
+
+cdef bytes _encoded(path):
+    cdef bytes encoded = os.fsencode(path)
+    if b'\0' in encoded:
+        raise ValueError('embedded null byte')
+    return encoded
+
+
+cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
+    cdef bytes encoded = _encoded(path)
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t fd
+    sys.audit('open', path, None, flags)
+    request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
+    request.gives_fd = True
+    fd = driver.perform_by_thread(request, device_of_path(encoded, dir_fd).pool())
+    if fd < 0:
+        raise failed(fd, path)
+    return fd
+
+
+def open(path, int flags, int mode=0o777, *, dir_fd=None):
+    return open_file(os.fspath(path), flags, mode, AT_FDCWD if dir_fd is None else dir_fd)
+
+
+def stat(path, *, dir_fd=None, follow_symlinks=True):
+    cdef bytes encoded
+    cdef int flags = 0 if follow_symlinks else AT_SYMLINK_NOFOLLOW
+    if isinstance(path, int):
+        if dir_fd is not None:
+            raise ValueError("stat: can't specify dir_fd without matching path")
+        if not follow_symlinks:
+            raise ValueError('stat: cannot use fd and follow_symlinks together')
+        return fstat(path)
+    encoded = _encoded(path)
+    return _stat(-1, AT_FDCWD if dir_fd is None else dir_fd, encoded, flags,
+                 device_of_path(encoded, AT_FDCWD if dir_fd is None else dir_fd), path)
+
+
+def fstat(int fd):
+    cdef Known known = _open_file(fd)
+    if in_line(known, 0):
+        return os.fstat(fd)
+    return _stat(fd, fd, b'', AT_EMPTY_PATH, known.device, None)
+
+
+cdef object _stat(int fd, int dir_fd, bytes path, int flags, Device device, name):
+    cdef AlignedBuffer memory = scratch(sizeof(c_stat))
+    cdef c_stat *st = <c_stat *>memory.address
+    cdef int64_t result = _call(fd, device, (path, memory), SYS_newfstatat, dir_fd, <long><char *>path,
+                                <long>st, flags)
+    if result < 0:
+        raise failed(result, name)
+    atime, mtime, ctime = _ns(st.st_atim), _ns(st.st_mtim), _ns(st.st_ctim)
+    return os.stat_result(
+        (st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid, st.st_size,
+         st.st_atim.tv_sec, st.st_mtim.tv_sec, st.st_ctim.tv_sec),
+        {'st_atime': _seconds(st.st_atim), 'st_mtime': _seconds(st.st_mtim),
+         'st_ctime': _seconds(st.st_ctim), 'st_atime_ns': atime, 'st_mtime_ns': mtime,
+         'st_ctime_ns': ctime, 'st_blksize': st.st_blksize, 'st_blocks': st.st_blocks,
+         'st_rdev': st.st_rdev})
+
+
+cdef object _ns(timespec when):
+    return <object>when.tv_sec * 1000000000 + when.tv_nsec
+
+
+cdef double _seconds(timespec when) noexcept:
+    return <double>when.tv_sec + 1e-9 * when.tv_nsec
+
+
+def facts(int fd):
+    """The st_mode and st_size of *fd*, as far as the kernel has them in memory: asks nothing that could wait."""
+    return _open_file(fd).mode, file_size(fd)
+
+
+# Descriptors -------------------------------------------------------------------------------------
+
+def ftruncate(int fd, int64_t length):
+    cdef Known known = _open_file(fd)
+    cdef int64_t result
+    if in_line(known, 0):
+        return os.ftruncate(fd, length)
+    result = _call(fd, known.device, None, SYS_ftruncate, fd, length)
+    if result < 0:
+        raise failed(result, None)
+
+
+def posix_fallocate(int fd, int64_t offset, int64_t length):
+    cdef Known known = _open_file(fd)
+    cdef int64_t result
+    result = _call(fd, known.device, None, POSIX_FALLOCATE, fd, offset, length)
+    if result < 0:
+        raise failed(result, None)
+
+
+def copy_file_range(int src, int dst, Py_ssize_t count, offset_src=None, offset_dst=None):
+    cdef Known known = _open_file(src)
+    cdef AlignedBuffer memory = scratch(16)
+    cdef int64_t *offsets = <int64_t *>memory.address
+    cdef int64_t result
+    if count < 0:
+        raise ValueError('negative value for \'count\' not allowed')
+    _open_file(dst)
+    offsets[0] = 0 if offset_src is None else offset_src
+    offsets[1] = 0 if offset_dst is None else offset_dst
+    result = _call(src, known.device, memory, SYS_copy_file_range,
+                   src, 0 if offset_src is None else <long>&offsets[0],
+                   dst, 0 if offset_dst is None else <long>&offsets[1], count, dst)
+    if result < 0:
+        raise failed(result, None)
+    return result
+
+
+def sendfile(int out_fd, int in_fd, offset, Py_ssize_t count):
+    cdef Known known = _open_file(in_fd)
+    cdef AlignedBuffer memory = scratch(8)
+    cdef int64_t *at = <int64_t *>memory.address
+    cdef int64_t result
+    _open_file(out_fd)
+    at[0] = 0 if offset is None else offset
+    while True:
+        result = _call(in_fd, known.device, memory, SYS_sendfile, out_fd, in_fd,
+                       0 if offset is None else <long>at, count, 0, out_fd)
+        if result != -EAGAIN:
+            break
+        hub = get_hub()                 # a non-blocking socket that is full, as gevent's are
+        hub.wait(hub.loop.io(out_fd, 2))
+    if result < 0:
+        raise failed(result, None)
+    return result
+
+
+def close(int fd):
+    close_file(fd, True)
+
+
+cdef int close_file(int fd, bint may_wait) except -1:
+    """Close *fd*. What is queued on it is submitted first. A file that was open for writing is closed by a
+    thread, for which this greenlet waits if it can and *may_wait*: in the hub and in finalizers it does not."""
+    cdef Known known
+    cdef Request request
+    cdef int64_t result
+    driver = driver_if_exists()
+    if driver is not None:
+        driver.submit_now()
+    queued = [request for driver in all_drivers() for request in driver.engine.queued(fd)]
+    if queued or not may_wait or driver is None or (<Driver>driver).in_hub():
+        _fallback.close(fd, queued)
+        return 0
+    known = _open_file(fd)
+    if in_line(known, 0) or not known.kind & WRITABLE:
+        _fallback.close(fd)
+        return 0
+    request = new_call(-1, None, SYS_close, fd)     # on no fd: it is not to keep its own number taken
+    request.must_run = True
+    result = (<Driver>driver).perform_by_thread(request, known.device.pool())
+    if result < 0:
+        raise failed(result, None)
+    return 0

@@ -1,0 +1,275 @@
+"""greenaio.os beside os: all calls but the positional reads and writes."""
+
+import contextlib
+import errno
+import os
+import socket
+
+import gevent
+import pytest
+from conftest import MIB, pattern, run_python
+
+import greenaio.os
+from greenaio import File, _hub
+
+
+def outcome(function, *args, **kwargs):
+    """What a call comes to: its value, or the kind of exception and its errno and filename."""
+    try:
+        return function(*args, **kwargs)
+    except OSError as error:
+        return type(error), error.errno, error.strerror, error.filename
+    except Exception as error:
+        return type(error)
+
+
+@pytest.fixture
+def two(folder):
+    """Two files alike, to do to one by os what is done to the other by greenaio.os."""
+    fds = []
+    for name in ('ours', 'theirs'):
+        fd = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT)
+        os.write(fd, pattern(65536))
+        os.lseek(fd, 0, os.SEEK_SET)
+        fds.append(fd)
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def alike(two, name, *args):
+    """Call *name* of both modules, each on its file; they must agree in result, position, size, bytes."""
+    ours, theirs = two
+    results = [outcome(getattr(module, name), fd, *args) for module, fd in ((greenaio.os, ours), (os, theirs))]
+    states = [(os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size, os.pread(fd, 1 << 20, 0))
+              for fd in two]
+    assert results[0] == results[1]
+    assert states[0] == states[1]
+    return results[0]
+
+
+@pytest.mark.parametrize('name, args', [
+    ('ftruncate', (100,)), ('ftruncate', (1 << 20,)), ('ftruncate', (-1,)), ('ftruncate', (0,)),
+    ('posix_fallocate', (0, 200000)), ('posix_fallocate', (60000, 10000)), ('posix_fallocate', (0, 0)),
+    ('posix_fallocate', (-1, 10)), ('read', (1000,)), ('read', (0,)), ('read', (-1,)), ('read', (1 << 20,)),
+    ('write', (b'abc',)), ('write', (b'',)), ('write', ('text',)), ('writev', ([b'ab', b'', b'cd'],)),
+    ('writev', ([],)), ('read', ('x',)), ('readv', (7,)),
+])
+def test_same_as_os(two, name, args):
+    alike(two, name, *args)
+
+
+def test_same_as_os_on_what_is_no_open_file():
+    for name, args in (('ftruncate', (1,)), ('posix_fallocate', (0, 1)), ('read', (1,)), ('write', (b'x',)),
+                       ('readv', ([bytearray(1)],)), ('writev', ([b'x'],)), ('fstat', ()), ('close', ())):
+        for fd in (9999, -1):
+            assert (outcome(getattr(greenaio.os, name), fd, *args)
+                    == outcome(getattr(os, name), fd, *args)), (name, fd)
+
+
+def test_read_and_write_move_the_position_of_the_kernel(two):
+    for step in (('read', 5000), ('write', b'x' * 100), ('read', 10), ('writev', [b'1', b'2' * 4096]),
+                 ('read', 60000), ('read', 60000), ('read', 10), ('write', b'the end'), ('read', 1)):
+        alike(two, *step)
+
+
+def test_readv_fills_the_buffers_and_moves_the_position(two):
+    buffers = [[bytearray(10), bytearray(5000)] for _ in two]
+    assert greenaio.os.readv(two[0], buffers[0]) == os.readv(two[1], buffers[1]) == 5010
+    assert buffers[0] == buffers[1]
+    assert os.lseek(two[0], 0, os.SEEK_CUR) == 5010
+
+
+def test_append_lands_at_the_end(folder):
+    path = os.path.join(folder, 'log')
+    fds = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) for _ in range(2)]
+
+    def log(fd, i):
+        assert greenaio.os.write(fd, f'{i:07}\n'.encode()) == 8
+
+    gevent.joinall([gevent.spawn(log, fds[i % 2], i) for i in range(100)], raise_error=True)
+    with open(path) as file:
+        assert sorted(file.read().split()) == [f'{i:07}' for i in range(100)]
+    assert greenaio.os.write(fds[0], b'last') == 4
+    assert os.lseek(fds[0], 0, os.SEEK_CUR) == 804
+    for fd in fds:
+        os.close(fd)
+
+
+def test_greenlets_that_read_one_fd_get_each_its_own_part(disk_folder):
+    path = os.path.join(disk_folder, 'shared')
+    with open(path, 'wb') as file:
+        file.write(pattern(MIB))
+        os.fsync(file.fileno())
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    parts = [gevent.spawn(greenaio.os.read, fd, 4096) for _ in range(MIB // 4096)]
+    gevent.joinall(parts, raise_error=True)
+    assert sorted(part.value for part in parts) == sorted(
+        pattern(MIB)[at:at + 4096] for at in range(0, MIB, 4096))
+    os.close(fd)
+
+
+@pytest.mark.parametrize('follow_symlinks', [True, False])
+def test_stat_tells_what_os_stat_tells(folder, follow_symlinks):
+    path = os.path.join(folder, 'file')
+    with open(path, 'w') as file:
+        file.write('x' * 5000)
+    link = os.path.join(folder, 'link')
+    os.symlink(path, link)
+    os.utime(path, ns=(1234567890123456789, 987654321987654321))
+    fd = os.open(folder, os.O_RDONLY)
+    for args, kwargs in ((path, {}), (os.fsencode(link), {}), ('file', {'dir_fd': fd}), (folder, {}),
+                         ('/dev/null', {}), ('/proc/self/status', {}), ('/no/such', {}), ('', {})):
+        kwargs['follow_symlinks'] = follow_symlinks
+        ours, theirs = outcome(greenaio.os.stat, args, **kwargs), outcome(os.stat, args, **kwargs)
+        assert ours == theirs
+        for name in dir(theirs):
+            if name.startswith('st_') and '/proc' not in str(args):
+                assert getattr(ours, name) == getattr(theirs, name), name
+    assert greenaio.os.fstat(fd) == os.fstat(fd)
+    os.close(fd)
+    with open(path) as file:
+        assert greenaio.os.stat(file.fileno()) == greenaio.os.fstat(file.fileno()) == os.stat(path)
+
+
+def test_copy_file_range_between_positions_and_offsets(folder):
+    paths = [os.path.join(folder, name) for name in 'ab']
+    with open(paths[0], 'wb') as file:
+        file.write(pattern(65536))
+    source, target = os.open(paths[0], os.O_RDONLY), os.open(paths[1], os.O_RDWR | os.O_CREAT)
+    assert greenaio.os.copy_file_range(source, target, 1000) == 1000
+    assert greenaio.os.copy_file_range(source, target, 500, offset_src=3000) == 500
+    assert greenaio.os.copy_file_range(source, target, 70000, 60000, 10) == 5536
+    assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in (source, target)] == [1000, 1500]
+    want = bytearray(pattern(65536)[:1000] + pattern(65536)[3000:3500])
+    want[10:10 + 5536] = pattern(65536)[60000:]
+    assert os.pread(target, 10000, 0) == want
+    for args in ((source, source, 10, 0, 5), (source, 9999, 1), (target, source, 1), (source, target, -1)):
+        assert (outcome(greenaio.os.copy_file_range, *args)
+                == outcome(os.copy_file_range, *args))
+    os.close(source)
+    os.close(target)
+
+
+def test_sendfile_waits_in_the_loop_for_a_socket_that_is_full(data_file):
+    fd = os.open(data_file, os.O_RDONLY)
+    sender, receiver = socket.socketpair()
+    sender.setblocking(False)
+    ticks, received = [], bytearray()
+
+    def send():
+        at = 0
+        while at < MIB:
+            at += greenaio.os.sendfile(sender.fileno(), fd, at, MIB - at)
+        return at
+
+    def receive():
+        receiver.setblocking(False)
+        while len(received) < MIB:
+            gevent.sleep(0.002)
+            ticks.append(1)
+            with contextlib.suppress(BlockingIOError):
+                received.extend(receiver.recv(65536))
+
+    job = gevent.spawn(send)
+    gevent.spawn(receive).get(timeout=20)
+    assert job.get(timeout=5) == MIB
+    assert received == pattern(MIB)
+    assert greenaio.os.sendfile(sender.fileno(), fd, MIB, 10) == 0
+    assert len(ticks) > 5
+    sender.close()
+    receiver.close()
+    os.close(fd)
+
+
+def test_pipe_waits_in_the_loop_both_ways():
+    reader, writer = os.pipe()
+    data = os.urandom(300000)
+
+    def drain():
+        got = bytearray()
+        while len(got) < len(data):
+            got += greenaio.os.read(reader, 65536)
+        return got
+
+    job = gevent.spawn(drain)
+    gevent.sleep(0.01)                      # it waits, and the hub does not
+    lent = _hub.get_driver().engine.lent_total
+    assert greenaio.os.write(writer, data) == len(data)
+    assert job.get(timeout=10) == data
+    assert _hub.get_driver().engine.lent_total == lent
+    os.close(writer)
+    assert greenaio.os.read(reader, 10) == b''
+    os.close(reader)
+
+
+@pytest.mark.parametrize('path', ['/dev/null', '/dev/zero'])
+def test_memory_devices_answer_at_once(path):
+    fd = os.open(path, os.O_RDWR)
+    assert greenaio.os.read(fd, 10) == os.read(fd, 10)
+    assert greenaio.os.write(fd, b'abc') == 3
+    os.close(fd)
+
+
+def test_proc_is_read_as_os_reads_it():
+    fd = os.open('/proc/self/status', os.O_RDONLY)
+    data = b''
+    while chunk := greenaio.os.read(fd, 100):
+        data += chunk
+    assert data.startswith(b'Name:') and len(data) > 500
+    os.close(fd)
+
+
+def test_close_of_a_written_file_is_left_to_a_thread(disk_folder):
+    engine = _hub.get_driver().engine
+    path = os.path.join(disk_folder, 'written')
+    file = File(path, os.O_WRONLY | os.O_CREAT)
+    file.pwrite(b'x', 0)
+    fd, before = file.fileno(), engine.lent_total
+    file.close()
+    assert engine.lent_total == before + 1
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    fd = os.open(path, os.O_RDONLY)
+    before = engine.lent_total
+    greenaio.os.close(fd)
+    assert engine.lent_total == before
+    fd = os.open(path, os.O_WRONLY)
+    gevent.get_hub().loop.run_callback(greenaio.os.close, fd)
+    gevent.sleep(0.01)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_same(disk_folder):
+    run_python('''
+        import os, sys, gevent, greenaio.os
+        from greenaio import _threads
+        folder = sys.argv[1]
+        os.mkfifo(folder + '/plug')
+        file = greenaio.File(folder + '/x', os.O_WRONLY | os.O_CREAT)
+        fd = file.fileno()
+        plug = gevent.spawn(greenaio.os.open, folder + '/plug', os.O_RDONLY)
+        gevent.sleep(0.05)
+        closing = gevent.spawn(file.close)
+        gevent.sleep(0.01)
+        closing.kill()
+        os.fstat(fd)
+        writer = os.open(folder + '/plug', os.O_RDWR)
+        plug.get(timeout=5)
+        gevent.sleep(0.05)
+        try:
+            os.fstat(fd)
+        except OSError:
+            pass
+        else:
+            raise AssertionError('still open')
+    ''', disk_folder, env={'GREENAIO_THREADS': '1'})
+
+
+def test_close_of_no_open_file_is_ebadf():
+    for fd in (9999, -1):
+        with pytest.raises(OSError) as caught:
+            greenaio.os.close(fd)
+        assert caught.value.errno == errno.EBADF
