@@ -8,8 +8,6 @@ write. In line go only those on files that have no disk.
 import os
 import sys
 
-from gevent import get_hub
-
 from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint64_t
 
@@ -198,8 +196,7 @@ def sendfile(int out_fd, int in_fd, offset, Py_ssize_t count):
                        0 if offset is None else <long>at, count, 0, out_fd)
         if result != -EAGAIN:
             break
-        hub = get_hub()                 # a non-blocking socket that is full, as gevent's are
-        hub.wait(hub.loop.io(out_fd, 2))
+        _fallback.wait_for(out_fd, 2)   # a non-blocking socket that is full, as gevent's are
     if result < 0:
         raise failed(result, None)
     return result

@@ -115,6 +115,18 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
         raise
 
 
+def wait_for(fd: int, event: int) -> None:
+    """Wait in the loop until *fd*, one that epoll accepts, is readable (1) or writable (2)."""
+    hub = get_hub()
+    blocking = os.get_blocking(fd)
+    watcher = hub.loop.io(fd, event)
+    try:
+        hub.wait(watcher)
+    finally:
+        watcher.close()
+        os.set_blocking(fd, blocking)   # libuv changes that
+
+
 def check_open(fd: int) -> None:
     """Raise EBADF for an fd that was closed, though what was queued on it keeps its number taken."""
     if fd in _closing:
@@ -301,8 +313,7 @@ def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
     while True:
         with contextlib.suppress(BlockingIOError):
             return cast(int, call(os.sendfile, out_fd, in_fd, offset, count))
-        hub = get_hub()
-        hub.wait(hub.loop.io(out_fd, 2))
+        wait_for(out_fd, 2)
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:

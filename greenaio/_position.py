@@ -14,8 +14,9 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gevent import get_hub
 from gevent.lock import RLock
+
+from greenaio._fallback import wait_for
 
 try:
     from greenaio import _calls, _file
@@ -49,8 +50,7 @@ def _wait(fd: int, mode: int, event: int) -> bool:
     if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) and os.major(os.fstat(fd).st_rdev) == MEMORY:
         return False                    # os itself: an error, or /dev/null and the like
     if os.get_blocking(fd):
-        hub = get_hub()
-        hub.wait(hub.loop.io(fd, event))
+        wait_for(fd, event)
     return True
 
 
@@ -74,10 +74,11 @@ def read(fd: int, n: int) -> bytes:
         data = _file.pread(fd, n, at)
         return len(data)
 
-    if n >= 0 and _is_stored(mode):
+    if _is_stored(mode):
         _at_position(fd, reading)
         return data
-    _wait(fd, mode, READ)
+    if n > 0:
+        _wait(fd, mode, READ)
     return os.read(fd, n)
 
 

@@ -40,7 +40,8 @@ def two(folder):
 def alike(two, name, *args):
     """Call *name* of both modules, each on its file; they must agree in result, position, size, bytes."""
     ours, theirs = two
-    results = [outcome(getattr(module, name), fd, *args) for module, fd in ((greenaio.os, ours), (os, theirs))]
+    results = [outcome(getattr(module, name), fd, *args)
+               for module, fd in ((greenaio.os, ours), (os, theirs))]
     states = [(os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size, os.pread(fd, 1 << 20, 0))
               for fd in two]
     assert results[0] == results[1]
