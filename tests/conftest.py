@@ -6,10 +6,13 @@ import ctypes
 import gc
 import itertools
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections import deque
 
 import gevent
@@ -256,3 +259,72 @@ def held_disk(disk_folder):
             break
         except OSError:
             gevent.sleep(0.02)
+
+
+def run(*command):
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+
+
+class FreezableDisk:
+    """A disk that stands still on demand: nbdkit serves it, nbdfuse makes it a file, and on that file there may
+    be a loop device with a file system. ``path`` is a folder on it, or the file itself; whoever sends ``pid``
+    SIGSTOP freezes it, SIGCONT thaws it."""
+
+    def __init__(self, folder, file_system=None, size='512M'):
+        self._undo = []
+        try:
+            self._make(folder, file_system, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, folder, file_system, size):
+        socket, pidfile, mount = (os.path.join(folder, name) for name in ('sock', 'pid', 'mnt'))
+        os.mkdir(mount)
+        run('nbdkit', '-P', pidfile, '-U', socket, 'memory', size)
+        with open(pidfile) as file:
+            self.pid = int(file.read())
+        self._undo.append(lambda: os.kill(self.pid, signal.SIGTERM))
+        disk = os.path.join(mount, 'disk')
+        fuse = subprocess.Popen(['nbdfuse', '-C', '4', disk, f'nbd+unix:///?socket={socket}'])
+        self._undo.append(lambda: (run('umount', mount), fuse.wait(10)))
+        for _ in range(500):
+            if os.path.exists(disk):
+                break
+            time.sleep(0.01)
+        self.path = disk
+        if file_system is None:
+            return
+        loop = run('losetup', '--direct-io=on', '-f', '--show', disk).strip()
+        self._undo.append(lambda: run('losetup', '-d', loop))
+        run(f'mkfs.{file_system}', '-q', loop)
+        self.path = os.path.join(folder, 'fs')
+        os.mkdir(self.path)
+        run('mount', loop, self.path)
+        self._undo.append(lambda: run('umount', self.path))
+
+    def close(self):
+        if hasattr(self, 'pid'):
+            os.kill(self.pid, signal.SIGCONT)
+        while self._undo:
+            for attempt in range(50):       # busy for as long as the last requests come home
+                try:
+                    self._undo[-1]()
+                    break
+                except (OSError, subprocess.CalledProcessError):
+                    if attempt == 49:
+                        raise
+                    time.sleep(0.1)
+            self._undo.pop()
+
+
+@pytest.fixture(params=['fuse', 'ext4', 'xfs'])
+def freezable(request, tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    for tool in ('nbdkit', 'nbdfuse', 'losetup', 'mkfs.xfs', 'mkfs.ext4'):
+        if shutil.which(tool) is None:
+            missing(f'needs {tool}')
+    disk = FreezableDisk(str(tmp_path), None if request.param == 'fuse' else request.param)
+    yield disk
+    disk.close()

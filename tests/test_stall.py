@@ -1,0 +1,153 @@
+"""A disk stands still for a second. Nobody but those who use it may notice.
+
+Each case runs in a process of its own, under a watchdog, for a hub that hangs in the kernel can't be interrupted
+from inside. Another process ticks beside it: what it loses, the machine took.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import pattern, run_python
+
+FROZEN = 1.0        # seconds
+
+CONTROL = '''
+import sys, time
+end, worst = time.monotonic() + float(sys.argv[1]), 0
+while (now := time.monotonic()) < end:
+    time.sleep(0.001)
+    worst = max(worst, time.monotonic() - now - 0.001)
+print(worst)
+'''
+
+FREEZE = '''
+import gevent, os, signal, socket, subprocess, sys, time
+import greenaio, greenaio.os
+from greenaio import File, _hub, aligned_buffer
+path, healthy, pid, frozen = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+MANY = 4 * 128                  # four times what a device's queue holds
+operations, prepared = [], []
+
+def frozen_for_a_while():
+    """What happens meanwhile: the worst gap of a greenlet that ticks, of DNS, of reads on another disk."""
+    gaps, names, reads, end = [0], [0], [0], time.monotonic() + frozen
+    def tick():
+        while (now := time.monotonic()) < end:
+            gevent.sleep(0.001)
+            gaps.append(time.monotonic() - now - 0.001)
+    def look_up():
+        while (now := time.monotonic()) < end:
+            socket.getaddrinfo('localhost', 80)
+            names.append(time.monotonic() - now)
+            gevent.sleep(0.02)
+    def read():
+        with File(healthy, os.O_RDONLY | os.O_DIRECT) as file:
+            while (now := time.monotonic()) < end:
+                file.pread(4096, 0)
+                reads.append(time.monotonic() - now)
+                gevent.sleep(0.002)
+    others = [gevent.spawn(what) for what in (tick, look_up, read)]
+    gevent.sleep(0.05)
+    thaw = subprocess.Popen(['sh', '-c', f'sleep {frozen + 0.3}; kill -CONT {pid}'])
+    os.kill(pid, signal.SIGSTOP)
+    jobs = [gevent.spawn(operation) for operation in operations]
+    gevent.joinall(others, raise_error=True)
+    waiting = sum(not job.ready() for job in jobs)
+    thaw.wait()
+    gevent.joinall(jobs, timeout=30, raise_error=True)
+    assert all(job.ready() for job in jobs), 'some never ended'
+    _hub.get_driver().engine._check()
+    print(max(gaps), max(names), max(reads), waiting)
+
+import gevent.monkey
+gevent.monkey.patch_socket()
+gevent.monkey.patch_dns()
+size = 8 << 20
+'''
+
+CASES = {
+    'direct': '''
+file = File(path, os.O_RDWR | os.O_DIRECT)
+operations += [lambda i=i: file.pread(4096, i * 4096) for i in range(MANY)]
+''',
+    'overwrite': '''
+file = File(path, os.O_RDWR | os.O_DIRECT)
+memory = aligned_buffer(4096)
+operations += [lambda i=i: file.pwrite(memory, i * 4096) for i in range(MANY)]
+''',
+    'extending': '''
+file = File(path, os.O_RDWR | os.O_DIRECT)
+memory = aligned_buffer(4096)
+operations += [lambda i=i: file.pwrite(memory, size + i * 4096) for i in range(MANY)]
+''',
+    'buffered': '''
+file = File(path, os.O_RDONLY)
+os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+operations += [lambda i=i: file.pread(4096, i * 16384) for i in range(MANY)]
+''',
+    'buffered raw': '''
+fd = os.open(path, os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+operations += [lambda i=i: greenaio.os.pread(fd, 4096, i * 16384) for i in range(MANY)]
+''',
+    'dirty': '''
+fd = os.open(path, os.O_WRONLY)
+os.pwrite(fd, bytes(MANY * 4096), 0)
+file = File(path, os.O_RDONLY | os.O_DIRECT)
+operations += [lambda i=i: file.pread(4096, i * 4096) for i in range(MANY)]
+''',
+    'fsync': '''
+file = File(path, os.O_RDWR)
+os.pwrite(file.fileno(), bytes(size), 0)
+operations += [file.fsync if i % 2 else file.fdatasync for i in range(MANY)]
+''',
+    'written': '''
+file = File(path, os.O_RDWR)
+operations += [lambda i=i: file.pwrite(bytes(4096), i * 4096) for i in range(MANY)] + [file.fsync]
+''',
+    'paths': '''
+folder = os.path.dirname(path)
+def path_calls(i):
+    greenaio.os.stat(path)
+    with File(path) as file:
+        greenaio.os.fstat(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        greenaio.os.read(file.fileno(), 10)
+    if not path.endswith('disk'):
+        name = os.path.join(folder, f'new{i}')
+        with File(name, os.O_RDWR | os.O_CREAT) as file:
+            greenaio.os.posix_fallocate(file.fileno(), 0, 65536)
+            file.pwrite(bytes(4096), 0)
+            file.fsync()
+            greenaio.os.ftruncate(file.fileno(), 10)
+operations += [lambda i=i: path_calls(i) for i in range(60)]
+''',
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
+    path = freezable.path
+    if case == 'extending' and not os.path.isdir(path):
+        pytest.skip('the disk itself gets no longer')
+    if os.path.isdir(path):
+        path = os.path.join(path, 'data')
+        with open(path, 'wb') as file:
+            file.write(pattern(8 << 20))
+            os.fsync(file.fileno())
+    healthy = os.path.join(disk_folder, 'healthy')
+    with open(healthy, 'wb') as file:
+        file.write(bytes(4096))
+        os.fsync(file.fileno())
+    with subprocess.Popen([sys.executable, '-c', CONTROL, str(FROZEN + 1.5)], stdout=subprocess.PIPE,
+                          text=True) as control:
+        done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()', path, healthy, freezable.pid, FROZEN,
+                          timeout=60)
+        machine = float(control.stdout.read())
+    gap, names, reads, waiting = map(float, done.stdout.split())
+    assert gap < 0.05 + machine, f'the hub stood still for {gap:.3f} s, the machine for {machine:.3f} s'
+    assert names < 0.05 + machine
+    assert reads < 0.05 + machine
+    assert waiting > 0, 'nothing waited for the disk: this showed nothing'
