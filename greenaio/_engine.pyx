@@ -500,6 +500,12 @@ cdef class Engine:
                     found.append(request)
         return found
 
+    def writes(self):
+        """The writes that are not done yet."""
+        return [request for queue in (self.pending, self.in_flight, self.lent,
+                                      *[(<Share>share).held for share in self.shares.values()])
+                for request in queue if request.opcode in (PWRITE, PWRITEV)]
+
     def _check(self):
         """Assert all that must hold between two calls."""
         seen = set()

@@ -12,7 +12,9 @@ import os
 import stat
 import warnings
 
-from greenaio import _fallback
+from greenaio import _fallback, alignment
+from greenaio._calls import ftruncate
+from greenaio._hub import all_drivers
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -196,7 +198,7 @@ cdef class File:
         """What O_DIRECT wants memory, offsets and lengths to be multiples of, in bytes; 1 for a file
         that is not O_DIRECT."""
         self._open_fd()
-        return self._known.align if self._known.kind & DIRECT else 1
+        return max(self._known.align, self._known.align_memory) if self._known.kind & DIRECT else 1
 
     def close(self):
         """Close the file; twice is fine. Waits for no request: those in flight go on to their end. Waits for
@@ -298,7 +300,7 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
     cdef AlignedBuffer memory
     cdef Driver driver = current_driver()
     cdef Request request
-    cdef int64_t got
+    cdef int64_t got, before
     if _closing:
         _fallback.check_open(fd)
     if n < 0 or offset < 0:
@@ -307,13 +309,17 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
         return _pread_buffered(driver, fd, known, n, offset, name)
     if known is None:
         known = know(fd, name)
-    memory = scratch(n)         # ours: nobody sees an abandoned read land
-    request = new_request(PREAD, fd, offset, 0, max_batch)
+    before = _misfit(known, offset)
+    if before or _misfit(known, n):
+        memory = scratch(_span(known, before + n))
+    else:
+        memory = scratch(n)     # ours: nobody sees an abandoned read land
+    request = new_request(PREAD, fd, offset - before, 0, max_batch)
     request.pin(memory)
     got = _direct(driver, request, known, memory)
     if got < 0:
         raise failed(got, name)
-    return PyBytes_FromStringAndSize(memory.address, got)
+    return PyBytes_FromStringAndSize(memory.address + before, max(0, min(n, got - before)))
 
 
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
@@ -380,7 +386,17 @@ cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset
         memory = steady
     _pin(request, memory)
     if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
-        got = _direct(driver, request, known, memory)
+        if _is_misaligned(known, request) and not flags & (RWF_NOWAIT | RWF_APPEND):
+            driver.check_caller()
+            if reading:
+                got = _read_misaligned(driver, known, request, steady)
+            else:
+                got = _write_misaligned(known, request, steady)
+        elif not reading and alignment.is_held((known.device.number, known.inode)):
+            driver.check_caller()
+            got = _write_in_turn(known, request, memory)
+        else:
+            got = _direct(driver, request, known, memory)
     elif reading:
         got = _read_buffered(driver, request, known)
     else:
@@ -391,6 +407,96 @@ cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset
         _copy_back(steady, buffers, got)
     return got
 
+
+# What O_DIRECT does not take as it is ------------------------------------------------------------
+
+cdef int64_t _misfit(Known known, int64_t n) noexcept:
+    return 0 if known.device.in_memory else n & (known.align - 1)
+
+
+cdef int64_t _span(Known known, int64_t nbytes) noexcept:
+    """*nbytes* in whole sectors."""
+    return (nbytes + known.align - 1) & ~<int64_t>(known.align - 1)
+
+
+cdef bint _is_misaligned(Known known, Request request) noexcept:
+    cdef uint64_t memory = 0, length = 0
+    cdef int i
+    if known.device.in_memory or known.kind & APPEND:   # the one takes all; the other knows no offset
+        return False
+    if request._iovec == NULL:
+        memory, length = <uint64_t>request.address(), request.nbytes
+    else:
+        for i in range(request._count):
+            memory |= <uint64_t>request._iovec[i].iov_base | request._iovec[i].iov_len
+            length |= request._iovec[i].iov_len
+    return ((length | <uint64_t>request.offset) & (known.align - 1)) != 0 or memory & (known.align_memory - 1) != 0
+
+
+cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers) except? -4096:
+    """Through a buffer of ours."""
+    cdef int64_t before = _misfit(known, asked.offset)
+    cdef AlignedBuffer memory = scratch(_span(known, before + asked.nbytes))
+    cdef Request request = new_request(PREAD, asked.fd, asked.offset - before, asked.flags, asked.max_batch)
+    cdef int64_t got
+    request.pin(memory)
+    got = _direct(driver, request, known, memory)
+    if got < 0:
+        return got
+    got = max(0, min(<int64_t>asked.nbytes, got - before))
+    view = memoryview(memory)[before:before + got]
+    for buffer in buffers:
+        target = memoryview(buffer).cast('B')[:len(view)]
+        target[:] = view[:len(target)]
+        view = view[len(target):]
+    return got
+
+
+def _write_misaligned(Known known, Request asked, buffers):
+    data = b''.join([memoryview(buffer).cast('B') for buffer in buffers])
+    cdef int fd = asked.fd
+    cdef int flags = asked.flags
+    cdef int64_t offset = asked.offset, end = offset + len(data)
+    cdef int64_t start = offset - _misfit(known, offset)
+    span = aligned_buffer(_span(known, end - start))
+    inode = (known.device.number, known.inode)
+
+    def aligned(reading, memory, at):
+        request = new_request(PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
+        request.pin(memory)
+        result = _direct(current_driver(), request, known, memory)
+        if result < 0:
+            raise failed(result, None)
+        return result
+
+    def work():
+        grows = known.kind & REGULAR and start + len(span) > file_size(fd)
+        with alignment.holding(inode, start, alignment.EVERYTHING if grows else start + len(span)) as first:
+            if first:
+                alignment.wait_for_all([request for driver in all_drivers()
+                                        for request in driver.engine.writes()])
+            size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
+            return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
+                                   lambda memory, at: aligned(False, memory, at),
+                                   lambda size: ftruncate(fd, size), span)
+
+    try:
+        return alignment.shielded(work)
+    except OSError as error:
+        return -error.errno
+
+
+def _write_in_turn(Known known, Request request, memory):
+    """An aligned write, while somebody holds a part of the file."""
+    def work():
+        end = alignment.EVERYTHING if _extends(request, known) else request.offset + request.nbytes
+        with alignment.holding((known.device.number, known.inode), request.offset, end):
+            return _direct(current_driver(), request, known, memory)
+
+    return alignment.shielded(work)
+
+
+# Buffered ----------------------------------------------------------------------------------------
 
 cdef int64_t _read_buffered(Driver driver, Request request, Known known) except? -4096:
     cdef uint64_t wanted = request.nbytes

@@ -42,7 +42,8 @@ cdef enum:          # what kind of file
 cdef class Known:
     cdef int kind                       # STORED | DIRECT | ...
     cdef unsigned int mode              # st_mode
-    cdef unsigned int align             # of O_DIRECT, in bytes
+    cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
+    cdef unsigned int align_memory
     cdef uint64_t inode
     cdef Device device
 

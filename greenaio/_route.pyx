@@ -33,7 +33,7 @@ cdef extern from *:
 
     /* What the kernel has in memory of a file: DONT_SYNC, for a frozen FUSE or network file system would
        have to be asked else. */
-    struct facts { uint64_t device, inode, size; unsigned mode, align; };
+    struct facts { uint64_t device, inode, size; unsigned mode, align, align_memory; };
 
     static inline int facts_of(int dir, const char *path, struct facts *f)
     {
@@ -49,8 +49,8 @@ cdef extern from *:
         f->size = st.size;
         f->device = S_ISBLK(st.mode) ? makedev(st.rdev_major, st.rdev_minor)
                                      : makedev(st.dev_major, st.dev_minor);
-        f->align = !(st.mask & 0x2000u) ? 0 : st.dio_mem_align > st.dio_offset_align
-                   ? st.dio_mem_align : st.dio_offset_align;
+        f->align = st.mask & 0x2000u ? st.dio_offset_align : 0;
+        f->align_memory = st.mask & 0x2000u ? st.dio_mem_align : 0;
         return 0;
     }
 
@@ -81,6 +81,7 @@ cdef extern from *:
         uint64_t size
         unsigned int mode
         unsigned int align
+        unsigned int align_memory
     int facts_of(int dir, const char *path, facts *found)
     uint64_t path_device(int dir, const char *path)
     int __builtin_popcountll(unsigned long long)
@@ -254,6 +255,7 @@ cdef Known know(int fd, object name):
     known.device = device_of(found.device)
     if known.kind & DIRECT:
         known.align = found.align or _sector_size(fd, found.mode)
+        known.align_memory = found.align_memory or known.align
     return known
 
 

@@ -266,9 +266,9 @@ def run(*command):
 
 
 class FreezableDisk:
-    """A disk that stands still on demand: nbdkit serves it, nbdfuse makes it a file, and on that file there may
-    be a loop device with a file system. ``path`` is a folder on it, or the file itself; whoever sends ``pid``
-    SIGSTOP freezes it, SIGCONT thaws it."""
+    """A disk that stands still on demand: nbdkit serves it, nbdfuse makes it a file, and on that file there
+    may be a loop device with a file system. ``path`` is a folder on it, or the file itself; whoever sends
+    ``pid`` SIGSTOP freezes it, SIGCONT thaws it."""
 
     def __init__(self, folder, file_system=None, size='512M'):
         self._undo = []

@@ -143,19 +143,6 @@ def test_read_only_file_refuses_to_be_written(data_file, flags):
     os.close(fd)
 
 
-def test_misaligned_direct_request_is_einval_as_in_os(disk_folder):
-    path = os.path.join(disk_folder, 'file')
-    with open(path, 'wb') as file:
-        file.write(bytes(8192))
-    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
-    buffer = aligned_buffer(4096)
-    for n, offset in [(100, 0), (4096, 1)]:
-        theirs = outcome(os.preadv, fd, [buffer[:n]], offset)
-        assert theirs[1] == errno.EINVAL
-        assert outcome(greenaio.os.preadv, fd, [buffer[:n]], offset) == theirs
-    os.close(fd)
-
-
 def test_beyond_4_gib(disk_folder, flags):
     path = os.path.join(disk_folder, 'sparse')
     with File(path, os.O_RDWR | os.O_CREAT | flags) as file:

@@ -1,7 +1,7 @@
 """A disk stands still for a second. Nobody but those who use it may notice.
 
-Each case runs in a process of its own, under a watchdog, for a hub that hangs in the kernel can't be interrupted
-from inside. Another process ticks beside it: what it loses, the machine took.
+Each case runs in a process of its own, under a watchdog, for a hub that hangs in the kernel can't be
+interrupted from inside. Another process ticks beside it: what it loses, the machine took.
 """
 
 import os
@@ -143,8 +143,8 @@ def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
         os.fsync(file.fileno())
     with subprocess.Popen([sys.executable, '-c', CONTROL, str(FROZEN + 1.5)], stdout=subprocess.PIPE,
                           text=True) as control:
-        done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()', path, healthy, freezable.pid, FROZEN,
-                          timeout=60)
+        done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()',
+                          path, healthy, freezable.pid, FROZEN, timeout=60)
         machine = float(control.stdout.read())
     gap, names, reads, waiting = map(float, done.stdout.split())
     assert gap < 0.05 + machine, f'the hub stood still for {gap:.3f} s, the machine for {machine:.3f} s'

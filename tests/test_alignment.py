@@ -1,0 +1,156 @@
+"""O_DIRECT at any offset, length and address: the same bytes and the same size as without."""
+
+import errno
+import os
+import random
+
+import gevent
+import pytest
+from conftest import pattern
+
+import greenaio.os
+from greenaio import File, aligned_buffer, alignment
+
+
+@pytest.fixture
+def file(folder):
+    path = os.path.join(folder, 'file')
+    with open(path, 'wb') as file:
+        file.write(pattern(65536))
+        os.fsync(file.fileno())
+    with File(path, os.O_RDWR | os.O_DIRECT) as file:
+        yield file
+    assert not alignment._held
+
+
+def contents(file):
+    with open(file.name, 'rb') as plain:
+        return plain.read()
+
+
+@pytest.mark.parametrize('n, offset', [
+    (1, 0), (100, 0), (4096, 1), (511, 1), (513, 511), (10000, 777), (65536, 3), (100, 65500), (10, 65536),
+    (10, 70000), (0, 5), (512, 512)])
+def test_reads_what_is_there(file, n, offset):
+    want = pattern(65536)[offset:offset + n]
+    assert file.pread(n, offset) == greenaio.os.pread(file.fileno(), n, offset) == want
+    into = bytearray(n)
+    assert file.preadv([into], offset) == len(want)
+    assert into[:len(want)] == want and not any(into[len(want):])
+    parts = [bytearray(n // 3), aligned_buffer(n // 3 + 1), bytearray(n)]
+    got = file.preadv(parts, offset)
+    want = pattern(65536)[offset:offset + sum(map(len, parts))]
+    assert b''.join(map(bytes, parts))[:got] == want
+
+
+@pytest.mark.parametrize('n, offset', [
+    (1, 0), (100, 10), (4096, 1), (511, 1), (513, 511), (10000, 777), (100, 65500), (10, 65536), (10, 70000),
+    (1, 65535), (3000, 65530), (0, 5), (512, 65300), (1000, 131072 + 5)])
+def test_writes_land_where_they_should_and_the_end_is_exact(file, n, offset):
+    data = os.urandom(n)
+    want = bytearray(pattern(65536))
+    if n:
+        want.extend(bytes(max(0, offset + n - len(want))))
+    want[offset:offset + n] = data
+    assert file.pwrite(data, offset) == n
+    assert contents(file) == want
+    assert file.pwritev([data[:n // 2], b'', data[n // 2:]], offset) == n
+    assert contents(file) == want
+
+
+def test_random_reads_and_writes_against_a_model(file):
+    rng = random.Random(20261123)
+    model = bytearray(pattern(65536))
+    for _ in range(400):
+        n, offset = rng.choice([1, 7, 512, 600, 4096, 9000]), rng.randrange(0, 80000)
+        if rng.random() < 0.3:
+            n, offset = n // 512 * 512, offset // 512 * 512
+        if rng.random() < 0.5:
+            assert file.pread(n, offset) == model[offset:offset + n]
+        else:
+            data = rng.randbytes(n)
+            assert file.pwrite(data, offset) == n
+            if n:
+                model.extend(bytes(max(0, offset + n - len(model))))
+                model[offset:offset + n] = data
+    assert contents(file) == model
+
+
+def test_neighbours_in_one_sector_never_lose_each_others_bytes(file):
+    """
+        one                    two                     the sector
+        reads it: aa aa
+                               must wait
+        writes: 11 aa                                  11 aa
+                               reads it: 11 aa
+                               writes: 11 22           11 22
+    """
+    size, count = 37, 200
+
+    def writer(i):
+        for turn in range(3):
+            file.pwrite(bytes([i, turn]) * 18 + b'.', i * size)
+
+    gevent.joinall([gevent.spawn(writer, i) for i in range(count)], raise_error=True)
+    want = b''.join(bytes([i, 2]) * 18 + b'.' for i in range(count)) + pattern(65536)[count * size:]
+    assert contents(file) == want
+
+
+def test_aligned_write_beside_misaligned_ones_is_whole(file):
+    block = aligned_buffer(4096)
+    block[:] = b'B' * 4096
+    jobs = [gevent.spawn(file.pwrite, block, 8192) for _ in range(10)]
+    jobs += [gevent.spawn(file.pwrite, bytes([i]) * 10, 8192 + 4096 + 10 * i) for i in range(50)]
+    jobs += [gevent.spawn(file.pwrite, bytes([i]) * 10, 8192 - 10 * i - 10) for i in range(50)]
+    jobs += [gevent.spawn(file.pwrite, block, 8192) for _ in range(10)]
+    gevent.joinall(jobs, raise_error=True)
+    got = contents(file)
+    assert got[8192:12288] == b'B' * 4096
+    assert got[12288:12288 + 500] == b''.join(bytes([i]) * 10 for i in range(50))
+    assert got[8192 - 500:8192] == b''.join(bytes([i]) * 10 for i in reversed(range(50)))
+
+
+def test_appenders_that_make_it_longer_get_each_its_place(file):
+    jobs = [gevent.spawn(file.pwrite, bytes([i]) * 100, 65536 + i * 100) for i in range(50)]
+    gevent.joinall(jobs, raise_error=True)
+    assert contents(file) == pattern(65536) + b''.join(bytes([i]) * 100 for i in range(50))
+
+
+def test_killed_writer_leaves_whole_sectors_and_its_range_free(file):
+    for i in range(40):
+        writer = gevent.spawn(file.pwrite, b'x' * 700, 65536 + 100)
+        gevent.sleep(0 if i % 2 else 0.0002)
+        writer.kill()
+    while alignment._held:
+        gevent.sleep(0.001)
+    assert file.pwrite(b'end', 100) == 3
+    got = contents(file)
+    want = bytearray(pattern(65536))
+    want[100:103] = b'end'
+    assert got[:65536] == want
+    assert got[65536:] in (b'', bytes(100) + b'x' * 700)
+
+
+def test_read_only_file_says_ebadf_and_holds_nothing(folder):
+    path = os.path.join(folder, 'read-only')
+    with open(path, 'wb') as file:
+        file.write(bytes(8192))
+    with File(path, os.O_RDONLY | os.O_DIRECT) as file:
+        with pytest.raises(OSError) as caught:
+            file.pwrite(b'abc', 10)
+        assert caught.value.errno == errno.EBADF
+        assert caught.value.filename == path
+    assert not alignment._held
+
+
+def test_full_file_system_is_a_short_write_of_ones_own_bytes(tmp_path):
+    mount = tmp_path / 'small'
+    mount.mkdir()
+    if os.geteuid() != 0 or os.system(f'mount -t tmpfs -o size=64k none {mount} 2>/dev/null'):
+        pytest.skip('needs root')
+    try:
+        with File(mount / 'file', os.O_RDWR | os.O_CREAT | os.O_DIRECT) as file:
+            assert file.pwrite(b'x' * 100000, 3) == 65536 - 3
+            assert len(contents(file)) == 65536
+    finally:
+        os.system(f'umount {mount}')
