@@ -38,6 +38,7 @@ cdef class Request:
     cdef int _count                     # buffers pinned
     cdef uint64_t _skip                 # of the single buffer: bytes that are there already
     cdef Share share                    # of its device, or None
+    cdef public object file             # what is told when its submission stalls, or None
     cdef void *_job                     # what a thread works on; lives as long as we do
     cdef int other_fd                   # a second one that it needs, or -1
     cdef bint gives_fd                  # its result is an fd, which must not be lost
@@ -82,6 +83,10 @@ cdef class Engine:
     cdef readonly uint64_t completed
     cdef readonly uint64_t batches
     cdef readonly uint64_t lent_total
+    cdef readonly uint64_t slow_submits
+    cdef int _singly                    # so many more are offered one by one, to find who stalls
+    cdef readonly Request culprit       # the first found of those, until the driver takes it
+    cdef readonly uint64_t culprit_ns   # how long it took
 
     cdef void _taken(self, Request request) noexcept
     cdef void _finish(self, Request request, int64_t result) noexcept
@@ -99,5 +104,7 @@ cdef class Engine:
     cpdef int refuse(self, int code) except -1
     cpdef int cancel(self, int code) except -1
     cdef long _offer(self) except? -4096
+    cdef void _stalled(self, int offered, uint64_t took) noexcept
+    cpdef Request take_culprit(self)
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

@@ -42,10 +42,12 @@ from libc.stdint cimport uintptr_t
 from posix.unistd cimport close
 
 from greenaio._context cimport (
-    BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context,
+    BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns,
 )
 
 cdef enum:
+    STALL_NS = 20000000 # io_submit took that long: it waited for a disk, or for the processor
+    SINGLY = 256        # requests offered one by one after that: twice a device's share
     LOAD_SHARE = 4      # in flight for each that waits in a batch: so many keep the device busy
 
 
@@ -168,8 +170,14 @@ cdef class Request:
             self.gives_fd = False
             close(<int>self._result)    # nobody is there to take it
         self.keep = None
+        self.file = None
         if not self.refused:        # else a thread is asked yet, and the fd must stay what it was
             self.closer = None
+
+    def of(self, Share share):
+        """Make it count in *share*; return it. Before it is enqueued."""
+        self.share = share
+        return self
 
     @property
     def result(self):
@@ -282,8 +290,11 @@ cdef class Engine:
         self.ready = RequestList()
         self.shares = {}
 
-    cdef Share share(self, device, int limit):
+    def share_of(self, device, int limit):
         """The share of *device*: *limit* requests, or half of what there is room for."""
+        return self.share(device, limit)
+
+    cdef Share share(self, device, int limit):
         share = self.shares.get(device)
         if share is None:
             share = self.shares[device] = Share(max(1, min(limit, self.depth // 2)))
@@ -421,8 +432,13 @@ cdef class Engine:
         cdef void *at = self.pending._head
         cdef Request request
         cdef uint64_t address, length
+        cdef long taken
+        cdef uint64_t began
         if room > BATCH_MAX:
             room = BATCH_MAX
+        if self._singly:
+            room = 1
+            self._singly -= 1
         while at != NULL and n < room:
             request = <Request>at
             if request._iovec != NULL:
@@ -435,7 +451,27 @@ cdef class Engine:
                                address, length, request.offset, request.flags)
             at = request._next
             n += 1
-        return self.context.submit()
+        began = monotonic_ns()
+        taken = self.context.submit()
+        began = monotonic_ns() - began
+        if began > STALL_NS:
+            self._stalled(n, began)
+        return taken
+
+    cdef void _stalled(self, int offered, uint64_t took) noexcept:
+        """The kernel waited inside ``io_submit``, and with it the hub; or we did, for a processor. A batch has
+        no one culprit, and once is no habit: so what follows goes out one by one, and who stalls then is
+        found."""
+        self.slow_submits += 1
+        if self._singly and offered == 1 and self.culprit is None:
+            self.culprit = self.pending.first()     # no Python here: the lists are not right yet
+            self.culprit_ns = took
+        self._singly = SINGLY
+
+    cpdef Request take_culprit(self):
+        """The request whose submission, alone, stalled since this was last called; or None."""
+        culprit, self.culprit = self.culprit, None
+        return culprit
 
     cpdef int flush(self) except -1:
         """pending → kernel, first in, first out, until it is empty or the kernel is full; return

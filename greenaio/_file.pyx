@@ -206,6 +206,9 @@ cdef class File:
         in the hub."""
         self._close(True)
 
+    def _stalled(self, uint64_t ns):
+        self._known.stalled(ns)
+
     cdef int _close(self, bint may_wait) except -1:
         cdef int fd = self._fd
         self._fd = -1
@@ -248,6 +251,7 @@ cdef Request _again(Request refused):
 
 cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
     request.share = driver.engine.share(known.device.number, known.device.limit)
+    request.file = known
     return driver.perform(request)
 
 
@@ -258,7 +262,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
     cdef Nowait nowait = known.device.writes if writing else known.device.reads
     cdef Way way
     cdef int64_t result
-    while driver.native and not (writing and _extends(request, known)):
+    while driver.native and not (writing and _extends(request, known)) and not known.is_demoted():
         way = PLAIN if theirs & RWF_NOWAIT else known.device.way(nowait)
         if way == THREAD:
             break

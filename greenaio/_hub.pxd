@@ -40,6 +40,7 @@ cdef class Driver:
     cdef int _drain(self) except -1
     cdef int _flush(self) except -1
     cdef int _ask_for_pass(self) except -1
+    cdef int _tell_file(self, Request culprit) except -1
     cdef bint _more_is_ready(self) except -1
     cdef bint _run_is_over(self, int limit=*) noexcept
     cdef bint _poll(self) except -1

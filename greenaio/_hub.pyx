@@ -344,10 +344,17 @@ cdef class Driver:
         cdef Engine engine = self.engine
         if engine.pending.count:
             engine.flush()
+            if engine.culprit is not None:
+                self._tell_file(engine.take_culprit())
         engine.reap()
         self.inbox.reap(engine)
         if engine.blocked and engine.in_flight.count == 0:
             self._retry_soon()          # no completion will come that could submit it
+        return 0
+
+    cdef int _tell_file(self, Request culprit) except -1:
+        if culprit.file is not None:
+            culprit.file.stalled(self.engine.culprit_ns)
         return 0
 
     def _on_turn_end(self):

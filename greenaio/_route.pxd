@@ -47,6 +47,8 @@ cdef class Known:
     cdef uint64_t inode
     cdef Device device
 
+    cdef bint is_demoted(self) except -1
+
 cdef Known know(int fd, name)
 cdef bint in_line(Known known, uint64_t nbytes) except -1
 cdef int64_t file_size(int fd) noexcept

@@ -8,6 +8,7 @@ the answers, and forgotten again.
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import stat
@@ -101,7 +102,10 @@ cdef enum:
     DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
 
 cdef uint64_t PAUSE_NS = 30000000000        # then ask again
+cdef uint64_t DEMOTED_NS = 60000000000      # how long a file takes threads whose submission stalled
 BLKSSZGET = 0x1268
+
+log = logging.getLogger('greenaio')
 
 # File systems in the kernel's own memory: no disk to wait for, so `os` itself will do.
 IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs', 'proc', 'sysfs', 'cgroup', 'cgroup2',
@@ -240,6 +244,41 @@ def devices():
 @cython.final
 cdef class Known:
     """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
+
+    def stalled(self, uint64_t ns):
+        """The submission of a request on this file waited *ns* for something: threads, for a while."""
+        global _demotions
+        _demotions += 1
+        _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
+        if _demotions == 1:
+            log.warning('a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
+                        'threads for %d s. Further ones are only counted', self.device, self.inode,
+                        ns // 1000000, DEMOTED_NS // 1000000000)
+
+    cdef bint is_demoted(self) except -1:
+        if not _demoted:
+            return False
+        until = _demoted.get((self.device.number, self.inode), 0)
+        if until == 0:
+            return False
+        if monotonic_ns() < until:
+            return True
+        del _demoted[self.device.number, self.inode]
+        return False
+
+
+cdef dict _demoted = {}                 # (device, inode): until when, ns
+cdef int _demotions = 0
+
+
+def forgive():
+    """Let every file that was sent to threads take native AIO again."""
+    _demoted.clear()
+
+
+def demotions():
+    """How often a file was sent to threads for a while because a submission on it stalled."""
+    return _demotions
 
 
 cdef Known know(int fd, object name):

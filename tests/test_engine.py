@@ -3,6 +3,7 @@
 import errno
 import gc
 import random
+import time
 import weakref
 
 import pytest
@@ -355,3 +356,117 @@ def test_list_knows_its_members():
     queue = RequestList()
     assert len(queue) == 0 and list(queue) == []
     assert read() not in queue
+
+
+# Shares and stalls ---------------------------------------------------------------------------
+
+
+def test_device_gets_its_share_and_the_rest_waits_in_order(engine):
+    frozen, other = engine.share_of('frozen', 10), engine.share_of('other', 1000)
+    assert (frozen.limit, other.limit) == (10, 32)          # at most half of what there is room for
+    for i in range(100):
+        engine.enqueue(read(i).of(frozen))
+    for i in range(100, 120):
+        engine.enqueue(read(i).of(other))
+    engine.flush()
+    assert engine.context.order == [*range(10), *range(100, 120)]
+    assert len(frozen.held) == 90
+    for request in list(engine.context.taken)[10:]:
+        engine.context.finish(request)                      # the other goes on, the frozen one does not
+    engine.reap()
+    engine.flush()
+    assert engine.context.order == [*range(10), *range(100, 120)]
+    while engine.context.taken:
+        engine.context.finish()
+        engine.reap()
+        engine._check()
+        engine.flush()
+    assert [i for i in engine.context.order if i < 100] == list(range(100))
+
+
+def test_abandoned_request_counts_in_its_share_until_its_event(engine):
+    share = engine.share_of('device', 2)
+    requests = [read(i).of(share) for i in range(4)]
+    for request in requests:
+        engine.enqueue(request)
+    engine.flush()
+    del request, requests[:2]                               # nobody asks for them any more
+    assert engine.withdraw(requests[0])                     # one that was held
+    engine._check()
+    assert share.admitted == 2 and list(share.held) == requests[1:]
+    engine.context.finish()
+    engine.reap()
+    engine.flush()
+    assert engine.context.order == [0, 1, 3]
+    engine.context.finish_all()
+    engine.reap()
+    assert share.admitted == 0
+
+
+def test_withdrawing_a_pending_one_lets_the_next_of_its_share_in(engine):
+    share = engine.share_of('device', 1)
+    requests = [read(i).of(share) for i in range(3)]
+    for request in requests:
+        engine.enqueue(request)
+    engine.withdraw(requests[0])
+    engine._check()
+    assert list(engine.pending) == [requests[1]]
+    engine.refuse(errno.ECANCELED)
+    assert [request.result for request in requests] == [None, -errno.ECANCELED, -errno.ECANCELED]
+    assert share.admitted == 0
+
+
+class Slow:
+    """A file whose submissions take their time, and which is told of it."""
+
+    def __init__(self):
+        self.told = 0
+
+    def stalled(self, ns):
+        self.told += 1
+
+
+def test_stall_is_pinned_on_a_request_only_when_it_went_out_alone(engine):
+    culprit = Slow()
+
+    def answer(batch):
+        if any(request['offset'] == 7 for request in batch):
+            time.sleep(0.03)
+        return len(batch)
+
+    engine.context.answers.extend([answer] * 100)
+    for i in range(8):
+        request = read(i)
+        request.file = culprit if i == 7 else Slow()
+        engine.enqueue(request)
+    engine.flush()
+    assert engine.slow_submits == 1
+    assert engine.take_culprit() is None                    # one of eight: nobody knows which
+    engine.context.finish_all()
+    engine.reap()
+    for i in range(8):
+        request = read(i)
+        request.file = culprit if i == 7 else Slow()
+        engine.enqueue(request)
+    engine.flush()
+    assert engine.context.batches == [8] + [1] * 8
+    assert engine.take_culprit().file is culprit
+    assert engine.culprit_ns > 20_000_000
+    assert engine.take_culprit() is None
+    engine.context.finish_all()
+    engine.reap()
+
+
+def test_one_slow_submission_is_nobodys_fault(engine):
+    """It may have been the processor that was away."""
+    for offset in (7, *range(100, 500), 7):
+        request = read(offset)
+        request.file = Slow()
+        if offset == 7:
+            engine.context.answers.append(lambda batch: time.sleep(0.03) or len(batch))
+        engine.enqueue(request)
+        engine.flush()
+        engine.context.finish_all()
+        engine.reap()
+    assert engine.slow_submits == 2
+    assert engine.take_culprit() is None

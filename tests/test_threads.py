@@ -394,3 +394,25 @@ def test_every_way_gives_the_same_errno(folder, code):
     os.close(fd)
     if code == 'ESPIPE':
         os.close(fd + 1)
+
+
+def test_file_whose_submissions_stall_takes_threads_for_a_while(cold_file, engine, caplog):
+    from greenaio import _route
+    fd, _ = cold_file
+    path = os.readlink(f'/proc/self/fd/{fd}')
+    with File(path, os.O_RDONLY | os.O_DIRECT) as file:
+        file.pread(4096, 0)
+        before = engine.submitted, _route.demotions()
+        file._stalled(30_000_000)
+        assert _route.demotions() == before[1] + 1
+        for i in range(5):
+            assert file.pread(4096, i * 4096) == pattern(MIB)[i * 4096:(i + 1) * 4096]
+        raw = os.open(path, os.O_RDONLY | os.O_DIRECT)      # the same file by another fd
+        assert greenaio.os.pread(raw, 4096, 0) == pattern(MIB)[:4096]
+        os.close(raw)
+        assert engine.submitted == before[0]
+        _route.forgive()
+        file.pread(4096, 0)
+        assert engine.submitted == before[0] + 1
+    if before[1] == 0:
+        assert [record.levelname for record in caplog.records if 'held io_submit' in record.message]
