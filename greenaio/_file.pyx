@@ -79,6 +79,7 @@ cdef enum:
     RWF_HIPRI = 1               # AIO would drop it
     RWF_NOWAIT = 8
     RWF_APPEND = 16
+    IOV_MAX = 1024              # buffers; of more the kernel says EINVAL
 
 
 @cython.final
@@ -390,7 +391,8 @@ cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset
         memory = steady
     _pin(request, memory)
     if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
-        if _is_misaligned(known, request) and not flags & (RWF_NOWAIT | RWF_APPEND):
+        if (count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
+                and _is_misaligned(known, request)):
             driver.check_caller()
             if reading:
                 got = _read_misaligned(driver, known, request, steady)

@@ -38,7 +38,7 @@ SAMPLED = 16        # of so many requests one is timed
 TICK = 0.001        # seconds: how often the ticker wants to run
 OFFSETS = 1 << 18   # block numbers drawn beforehand: drawing one costs as much as submitting one
 
-RW = ('randread', 'randwrite', 'read', 'write')
+RW = ('randread', 'randwrite', 'read', 'write', 'append')
 OWN = ('greenaio', 'blocking', 'threadpool')
 OTHERS = ('fio', 'qemu-img', 'caio')
 
@@ -57,10 +57,15 @@ class Load:
     rw: str
     seconds: float
     buffered: bool
+    cache: str = 'warm'
 
     @property
     def writing(self) -> bool:
-        return self.rw.endswith('write')
+        return self.rw.endswith('write') or self.appending
+
+    @property
+    def appending(self) -> bool:
+        return self.rw == 'append'
 
     def offsets(self, depth: int) -> list[list[int]]:
         """Byte offsets for each of *depth* workers, to be gone through again and again; a multiple of
@@ -71,13 +76,33 @@ class Load:
         if self.rw.startswith('rand'):
             rng = random.Random(depth)
             numbers = [rng.randrange(blocks) for _ in range(count)]
+        elif self.appending:
+            numbers = [-(-self.size // self.block_size) + i for i in range(count)]
         else:
             numbers = [i % blocks for i in range(count)]
         return [[n * self.block_size for n in numbers[i::depth]] for i in range(depth)]
 
     def open(self) -> File:
         flags = os.O_RDWR if self.writing else os.O_RDONLY
-        return File(self.path, flags | (0 if self.buffered else os.O_DIRECT))
+        file = File(self.path, flags | (0 if self.buffered else os.O_DIRECT))
+        if self.buffered and self.cache == 'cold':
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)     # or read-ahead warms it
+        return file
+
+    def prepare(self) -> None:
+        """Before each run: the file as long as it was, the page cache as asked for."""
+        with open(self.path, 'r+b' if self.writing else 'rb') as file:
+            if self.appending:
+                file.truncate(self.size)
+            if not self.buffered:
+                return
+            if self.cache == 'cold':
+                if self.writing:
+                    os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 20):
+                    pass
 
 
 @dataclass
@@ -225,6 +250,7 @@ def fio_command(load: Load, depth: int) -> list[str]:
     return ['fio', '--name=bench', f'--filename={load.path}', f'--size={load.size}', '--ioengine=libaio',
             f'--direct={int(not load.buffered)}', f'--rw={load.rw}', f'--bs={load.block_size}',
             f'--iodepth={depth}', f'--runtime={load.seconds}', '--time_based', '--norandommap',
+            f'--invalidate={int(load.cache == "cold")}',
             '--randrepeat=0', '--output-format=json']
 
 
@@ -369,13 +395,16 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
         os.close(fd)
         yield path, size
     else:
-        if arguments.rw.endswith('write') and not arguments.overwrite:
+        if arguments.rw not in ('randread', 'read') and not arguments.overwrite:
             raise BadArgument(f'{path} exists; --overwrite allows --rw {arguments.rw} to destroy it')
         with open(path, 'rb') as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not stat.S_ISBLK(
                     os.fstat(file.fileno()).st_mode):
                 raise BadArgument(f'{path} is neither a file nor a block device')
-            size = min(size, file.seek(0, os.SEEK_END))
+            length = file.seek(0, os.SEEK_END)
+            size = length if arguments.rw == 'append' else min(size, length)
+            if arguments.rw == 'append' and stat.S_ISBLK(os.fstat(file.fileno()).st_mode):
+                raise BadArgument(f'{path} is a block device: it gets no longer')
         if size < arguments.block_size:
             raise BadArgument(f'{path} is smaller than a block of {arguments.block_size} bytes')
         yield path, size
@@ -560,6 +589,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--poll-us', type=_positive(int), metavar='MICROSECONDS',
                         help='one more way: greenaio with config.poll_max_us set to this')
     parser.add_argument('--buffered', action='store_true', help='through the page cache, no O_DIRECT')
+    parser.add_argument('--cache', choices=('warm', 'cold'), default='warm',
+                        help='with --buffered: whether the page cache has the file (default warm)')
     parser.add_argument('--overwrite', action='store_true', help='let --rw write to a PATH that exists')
     parser.add_argument('--json', metavar='FILE', help='all figures, and how they came about')
     parser.add_argument('--plot', metavar='FILE.png', help='a picture of it; needs matplotlib')
@@ -580,6 +611,10 @@ def _main(arguments: argparse.Namespace) -> int:
         raise BadArgument('--block-size must be a multiple of 512, or --buffered given')
     if arguments.size < arguments.block_size:
         raise BadArgument('--size is smaller than --block-size')
+    if arguments.cache == 'cold' and not arguments.buffered:
+        raise BadArgument('--cache cold needs --buffered: O_DIRECT knows no cache')
+    if arguments.rw == 'append' and {*(arguments.only or ()), *arguments.against} & set(OTHERS):
+        raise BadArgument('--rw append is for the ways of our own; the others write where there is a file')
     if arguments.plot:
         try:
             import matplotlib  # noqa: F401
@@ -597,9 +632,10 @@ def _main(arguments: argparse.Namespace) -> int:
         _greenaio_poll.limit = arguments.poll_us  # type: ignore[attr-defined]
     with _bench_file(arguments) as (path, size):
         load = Load(path, size, arguments.block_size, arguments.rw, arguments.seconds,
-                    arguments.buffered)
+                    arguments.buffered, arguments.cache)
         results = _measure(load, ways, arguments.depths, arguments.rounds)
-        title = (f'{load.rw}, {load.block_size} bytes, {"buffered" if load.buffered else "O_DIRECT"}, '
+        kind = f'buffered, {load.cache} cache' if load.buffered else 'O_DIRECT'
+        title = (f'{load.rw}, {load.block_size} bytes, {kind}, '
                  f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
     _show(results, title)
     if arguments.json:
@@ -622,5 +658,8 @@ def _measure(load: Load, ways: list[str], depths: list[int], rounds: int) -> lis
                 # Another one first in each round: a disk remembers what went before.
                 for way in ways[number % len(ways):] + ways[:number % len(ways)]:
                     step(f'{way}, depth {depth}' + (f', round {number + 1}' if rounds > 1 else ''))
+                    load.prepare()
                     results[depth, way].rounds.append(WAYS[way](load, depth))
+        if load.appending:
+            load.prepare()
     return [result.summary(load.block_size) for result in results.values()]

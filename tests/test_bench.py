@@ -44,7 +44,7 @@ def test_own_ways_are_always_there(folder, tmp_path):
     assert os.listdir(folder) == []         # its own file is gone
 
 
-@pytest.mark.parametrize('rw', ['randwrite', 'read', 'write'])
+@pytest.mark.parametrize('rw', ['randwrite', 'read', 'write', 'append'])
 def test_every_kind_of_load(folder, rw):
     done = quick(folder, '--rw', rw, '--only', 'greenaio')
     assert done.returncode == 0, done.stderr
@@ -57,10 +57,19 @@ def test_without_a_path_it_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_buffered(folder):
-    done = quick(folder, '--buffered', '--only', 'greenaio,blocking')
+@pytest.mark.parametrize('cache', ['warm', 'cold'])
+def test_buffered(folder, cache):
+    done = quick(folder, '--buffered', '--cache', cache, '--only', 'greenaio,blocking')
     assert done.returncode == 0, done.stderr
-    assert 'buffered' in done.stdout
+    assert f'buffered, {cache} cache' in done.stdout
+
+
+def test_append_leaves_a_file_as_long_as_it_was(folder):
+    path = pathlib.Path(folder, 'mine')
+    path.write_bytes(pattern(5 << 20) + b'odd')     # longer than --size, and no multiple of a block
+    done = quick(path, '--rw', 'append', '--overwrite', '--only', 'greenaio')
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == pattern(5 << 20) + b'odd'
 
 
 @pytest.mark.parametrize('way', ['fio', 'qemu-img', 'caio'])
@@ -135,7 +144,8 @@ def test_file_that_exists_is_never_written_unless_told_to(folder):
     ['--size', 'big'], ['--size', '0'], ['--depths', '0'], ['--depths', 'x'], ['--depths', ''],
     ['--seconds', '-1'], ['--seconds', 'nan'], ['--rw', 'trim'], ['--against', 'dd'],
     ['--block-size', '1000'], ['--size', '1k'], ['--rounds', '0'], ['/no/such/folder/file'],
-    ['/dev/null'], ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'],
+    ['/dev/null'], ['--cache', 'cold'], ['--cache', 'hot'], ['--rw', 'append', '--against', 'fio'],
+    ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'],
 ])
 def test_bad_arguments_are_one_line_and_status_2(arguments):
     done = run(*arguments)
@@ -163,4 +173,10 @@ def test_offsets_are_aligned_within_the_file_and_for_every_worker():
             assert len(shares) == depth
             for share in shares:
                 assert share and len(share) % bench.SAMPLED == 0
-                assert all(0 <= at <= load.size - 4096 and at % 4096 == 0 for at in share)
+                assert all(at % 4096 == 0 for at in share)
+                if rw == 'append':
+                    assert min(share) >= load.size
+                else:
+                    assert min(share) >= 0 and max(share) <= load.size - 4096
+            if rw == 'append':
+                assert len(set().union(*shares)) == sum(map(len, shares))
