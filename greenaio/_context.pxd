@@ -16,6 +16,7 @@ cpdef enum Opcode:
 
 cdef uint64_t monotonic_ns() noexcept nogil
 cdef bint forked() noexcept nogil
+cdef long times_waited() noexcept nogil
 
 cdef class Context:
     cdef aio_context_t _ctx         # 0: not set up, or not ours after a fork

@@ -54,6 +54,20 @@ cdef uint64_t monotonic_ns() noexcept nogil:
     return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
+cdef extern from "<sys/resource.h>" nogil:
+    struct rusage:
+        long ru_nvcsw
+    int getrusage(int who, rusage *usage)
+    const int RUSAGE_THREAD
+
+
+cdef long times_waited() noexcept nogil:
+    """How often this thread has given up the processor to wait; being preempted does not count."""
+    cdef rusage usage
+    getrusage(RUSAGE_THREAD, &usage)
+    return usage.ru_nvcsw
+
+
 # One word that the kernel wipes in every forked child, whoever called fork(). It is the check for
 # the forks of which Python's own hooks hear nothing.
 cdef unsigned int *_parent_word = NULL

@@ -104,7 +104,7 @@ cdef class Engine:
     cpdef int refuse(self, int code) except -1
     cpdef int cancel(self, int code) except -1
     cdef long _offer(self) except? -4096
-    cdef void _stalled(self, int offered, uint64_t took) noexcept
+    cdef void _stalled(self, uint64_t took, bint alone, bint waited) noexcept
     cpdef Request take_culprit(self)
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

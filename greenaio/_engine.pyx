@@ -43,6 +43,7 @@ from posix.unistd cimport close
 
 from greenaio._context cimport (
     BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns,
+    times_waited,
 )
 
 cdef enum:
@@ -432,13 +433,15 @@ cdef class Engine:
         cdef void *at = self.pending._head
         cdef Request request
         cdef uint64_t address, length
-        cdef long taken
-        cdef uint64_t began
+        cdef long taken, waited = 0
+        cdef uint64_t took
+        cdef bint alone = self._singly > 0
         if room > BATCH_MAX:
             room = BATCH_MAX
-        if self._singly:
+        if alone:
             room = 1
             self._singly -= 1
+            waited = times_waited()
         while at != NULL and n < room:
             request = <Request>at
             if request._iovec != NULL:
@@ -451,22 +454,22 @@ cdef class Engine:
                                address, length, request.offset, request.flags)
             at = request._next
             n += 1
-        began = monotonic_ns()
+        took = monotonic_ns()
         taken = self.context.submit()
-        began = monotonic_ns() - began
-        if began > STALL_NS:
-            self._stalled(n, began)
+        took = monotonic_ns() - took
+        if took > STALL_NS:
+            self._stalled(took, alone, alone and times_waited() > waited)
         return taken
 
-    cdef void _stalled(self, int offered, uint64_t took) noexcept:
-        """The kernel waited inside ``io_submit``, and with it the hub; or we did, for a processor. A batch has
-        no one culprit, and once is no habit: so what follows goes out one by one, and who stalls then is
+    cdef void _stalled(self, uint64_t took, bint alone, bint waited) noexcept:
+        """``io_submit`` took long, and the hub stood still. A batch has no one culprit, and perhaps only the
+        processor was away: so what follows goes out one by one, and who makes the kernel *wait* then is
         found."""
         self.slow_submits += 1
-        if self._singly and offered == 1 and self.culprit is None:
+        self._singly = SINGLY
+        if alone and waited and self.culprit is None:
             self.culprit = self.pending.first()     # no Python here: the lists are not right yet
             self.culprit_ns = took
-        self._singly = SINGLY
 
     cpdef Request take_culprit(self):
         """The request whose submission, alone, stalled since this was last called; or None."""

@@ -272,19 +272,23 @@ def aligned_buffer(nbytes: int, alignment: int = 4096) -> memoryview:
     return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
 
 
-def pread(fd: int, n: int, offset: int) -> bytes:
+def pread(fd: int, n: int, offset: int, /) -> bytes:
+    """As os.pread; by a thread."""
     return cast(bytes, call(os.pread, fd, n, offset))
 
 
-def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
+    """As os.preadv; by a thread."""
     return cast(int, call(os.preadv, fd, buffers, offset, flags))
 
 
-def pwrite(fd: int, data: Any, offset: int) -> int:
+def pwrite(fd: int, data: Any, offset: int, /) -> int:
+    """As os.pwrite; by a thread."""
     return cast(int, call(os.pwrite, fd, data, offset))
 
 
-def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
+    """As os.pwritev; by a thread."""
     return cast(int, call(os.pwritev, fd, buffers, offset, flags))
 
 

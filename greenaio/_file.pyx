@@ -335,7 +335,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     driver.check_caller()
     if known is None and any_busy():
         known = know(fd, name)
-    if n <= IN_LINE_MAX and (known is None or not known.device.pool().all_busy()):
+    if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()):
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
             if more <= 0:
@@ -510,7 +510,8 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known) except?
     driver.check_caller()
     if request.flags & RWF_NOWAIT or in_line(known, wanted):
         return _done_in_line(driver, _now(request, request.flags))
-    if wanted <= IN_LINE_MAX and not known.kind & DIRECT and not known.device.pool().all_busy():
+    if wanted <= IN_LINE_MAX and not known.kind & DIRECT and not (
+            any_busy() and known.device.pool().all_busy()):
         while True:
             more = _now(request, request.flags | RWF_NOWAIT)
             if more <= 0:
@@ -602,19 +603,32 @@ cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
 
 # The same for a raw fd ---------------------------------------------------------------------------
 
-def pread(int fd, Py_ssize_t n, int64_t offset):
+def pread(int fd, Py_ssize_t n, int64_t offset, /):
+    """Read at most *n* bytes at *offset* of the file *fd*; fewer only at its end, or as os.pread would.
+
+    Raises OSError.
+    """
     return _pread(fd, None, n, offset, None, BATCH_MAX)
 
 
-def preadv(int fd, buffers, int64_t offset, int flags=0):
+def preadv(int fd, buffers, int64_t offset, int flags=0, /):
+    """Read at *offset* into a sequence of writable *buffers*; return the number of bytes read.
+
+    *flags* are ``os.RWF_*``; one that can't be honoured raises OSError (EOPNOTSUPP).
+    """
     return _vectored(True, fd, None, buffers, offset, flags, None, BATCH_MAX)
 
 
-def pwrite(int fd, data, int64_t offset):
+def pwrite(int fd, data, int64_t offset, /):
+    """Write bytes-like *data* at *offset*; return the number of bytes written. Raises OSError."""
     return _vectored(False, fd, None, (data,), offset, 0, None, BATCH_MAX)
 
 
-def pwritev(int fd, buffers, int64_t offset, int flags=0):
+def pwritev(int fd, buffers, int64_t offset, int flags=0, /):
+    """Write a sequence of *buffers* at *offset*; return the number of bytes written.
+
+    *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; one that can't be honoured raises OSError.
+    """
     return _vectored(False, fd, None, buffers, offset, flags, None, BATCH_MAX)
 
 

@@ -282,16 +282,14 @@ class FreezableDisk:
         socket, pidfile, mount = (os.path.join(folder, name) for name in ('sock', 'pid', 'mnt'))
         os.mkdir(mount)
         run('nbdkit', '-P', pidfile, '-U', socket, 'memory', size)
+        self._wait(lambda: os.path.exists(pidfile) and os.path.getsize(pidfile))
         with open(pidfile) as file:
             self.pid = int(file.read())
         self._undo.append(lambda: os.kill(self.pid, signal.SIGTERM))
         disk = os.path.join(mount, 'disk')
         fuse = subprocess.Popen(['nbdfuse', '-C', '4', disk, f'nbd+unix:///?socket={socket}'])
         self._undo.append(lambda: (run('umount', mount), fuse.wait(10)))
-        for _ in range(500):
-            if os.path.exists(disk):
-                break
-            time.sleep(0.01)
+        self._wait(lambda: os.path.exists(disk))
         self.path = disk
         if file_system is None:
             return
@@ -302,6 +300,12 @@ class FreezableDisk:
         os.mkdir(self.path)
         run('mount', loop, self.path)
         self._undo.append(lambda: run('umount', self.path))
+
+    @staticmethod
+    def _wait(there):
+        end = time.monotonic() + 10
+        while not there() and time.monotonic() < end:
+            time.sleep(0.01)
 
     def close(self):
         if hasattr(self, 'pid'):
