@@ -1,5 +1,10 @@
+from libc.stdint cimport int64_t
+
+from greenaio._route cimport Device
+
 cdef extern from "<fcntl.h>":
     const int AT_FDCWD
 
 cdef int open_file(object path, int flags, int mode, int dir_fd) except -1
+cdef int truncate_file(int fd, Device device, int64_t length) except -1
 cdef int close_file(int fd, bint may_wait) except -1

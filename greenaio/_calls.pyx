@@ -150,12 +150,16 @@ def facts(int fd):
 
 def ftruncate(int fd, int64_t length):
     cdef Known known = _open_file(fd)
-    cdef int64_t result
     if in_line(known, 0):
         return os.ftruncate(fd, length)
-    result = _call(fd, known.device, None, SYS_ftruncate, fd, length)
+    truncate_file(fd, known.device, length)
+
+
+cdef int truncate_file(int fd, Device device, int64_t length) except -1:
+    cdef int64_t result = _call(fd, device, None, SYS_ftruncate, fd, length)
     if result < 0:
         raise failed(result, None)
+    return 0
 
 
 def posix_fallocate(int fd, int64_t offset, int64_t length):
@@ -207,8 +211,9 @@ def close(int fd):
 
 
 cdef int close_file(int fd, bint may_wait) except -1:
-    """Close *fd*. What is queued on it is submitted first. A file that was open for writing is closed by a
-    thread, for which this greenlet waits if it can and *may_wait*: in the hub and in finalizers it does not."""
+    """Close *fd*. What is queued on it is submitted first. What may have something to write or somebody to
+    tell is closed by a thread, for which this greenlet waits if it can and *may_wait*: in the hub and in
+    finalizers it does not."""
     cdef Known known
     cdef Request request
     cdef int64_t result
@@ -216,11 +221,11 @@ cdef int close_file(int fd, bint may_wait) except -1:
     if driver is not None:
         driver.submit_now()
     queued = [request for driver in all_drivers() for request in driver.engine.queued(fd)]
-    if queued or not may_wait or driver is None or (<Driver>driver).in_hub():
+    if queued or _fallback.in_use(fd) or not may_wait or driver is None or (<Driver>driver).in_hub():
         _fallback.close(fd, queued)
         return 0
     known = _open_file(fd)
-    if in_line(known, 0) or not known.kind & WRITABLE:
+    if in_line(known, 0) or not known.kind & WRITABLE and known.device.is_local:
         _fallback.close(fd)
         return 0
     request = new_call(-1, None, SYS_close, fd)     # on no fd: it is not to keep its own number taken

@@ -13,7 +13,7 @@ import mmap
 import os
 import stat as _stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from gevent import get_hub, getcurrent
@@ -53,7 +53,18 @@ class _Job:
         self.closer = None
 
 
+class _Use:
+    """An operation of several steps on one fd, which must not come to mean another file between them."""
+
+    __slots__ = ('closer', 'fd')
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.closer: object = None
+
+
 _jobs: set[_Job] = set()
+_uses: set[_Use] = set()
 _closing: set[int] = set()
 
 
@@ -127,6 +138,25 @@ def wait_for(fd: int, event: int) -> None:
         os.set_blocking(fd, blocking)   # libuv changes that
 
 
+@contextlib.contextmanager
+def using(fd: int) -> Iterator[None]:
+    """Keep the number *fd* taken: who closes it meanwhile closes it at the end of this. Raises EBADF for one
+    that is closed already."""
+    check_open(fd)
+    use = _Use(fd)
+    _uses.add(use)
+    try:
+        yield
+    finally:
+        _uses.discard(use)
+        use.closer = None
+
+
+def in_use(fd: int) -> bool:
+    """Whether somebody is `using` *fd*."""
+    return any(use.fd == fd for use in _uses)
+
+
 def check_open(fd: int) -> None:
     """Raise EBADF for an fd that was closed, though what was queued on it keeps its number taken."""
     if fd in _closing:
@@ -151,7 +181,8 @@ def close(fd: int, pending: Sequence[Any] = ()) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for nobody."""
     check_open(fd)
-    queued = [job for job in list(_jobs) if job.fd == fd] + list(pending)
+    ours: list[_Job | _Use] = [*_jobs, *_uses]
+    queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)
     if not queued:
         os.close(fd)
         return

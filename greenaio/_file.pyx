@@ -13,7 +13,6 @@ import stat
 import warnings
 
 from greenaio import _fallback, alignment
-from greenaio._calls import ftruncate
 from greenaio._hub import all_drivers
 
 cimport cython
@@ -21,7 +20,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._calls cimport AT_FDCWD, close_file, open_file
+from greenaio._calls cimport AT_FDCWD, close_file, open_file, truncate_file
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
@@ -484,10 +483,10 @@ def _write_misaligned(Known known, Request asked, buffers):
             size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
             return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
                                    lambda memory, at: aligned(False, memory, at),
-                                   lambda size: ftruncate(fd, size), span)
+                                   lambda size: truncate_file(fd, known.device, size), span)
 
     try:
-        return alignment.shielded(work)
+        return alignment.shielded(fd, work)
     except OSError as error:
         return -error.errno
 
@@ -499,7 +498,7 @@ def _write_in_turn(Known known, Request request, memory):
         with alignment.holding((known.device.number, known.inode), request.offset, end):
             return _direct(current_driver(), request, known, memory)
 
-    return alignment.shielded(work)
+    return alignment.shielded(request.fd, work)
 
 
 # Buffered ----------------------------------------------------------------------------------------

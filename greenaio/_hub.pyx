@@ -560,7 +560,7 @@ cdef class Driver:
         for request in [*self.engine.in_flight, *self.engine.lent]:
             (<Request>request).waiter = None
             (<Request>request).abandoned = True
-            if withdraw(<Request>request):
+            if not (<Request>request).must_run and withdraw(<Request>request):
                 self.engine._finish(<Request>request, -<int64_t>errno.ECANCELED)
         _let_go(self.engine.ready)
         self.inbox.stop_signalling()

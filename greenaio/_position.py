@@ -16,7 +16,7 @@ from typing import Any
 
 from gevent.lock import RLock
 
-from greenaio._fallback import wait_for
+from greenaio._fallback import using, wait_for
 
 try:
     from greenaio import _calls, _file
@@ -56,7 +56,7 @@ def _wait(fd: int, mode: int, event: int) -> bool:
 
 def _at_position(fd: int, call: Callable[[int], int]) -> int:
     """Make a positional request of what is asked for at the kernel's position, and move that on."""
-    with _turn(fd):
+    with _turn(fd), using(fd):
         at = os.lseek(fd, 0, os.SEEK_CUR)
         moved = call(at)
         if moved and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND and call.__name__ == 'writing':

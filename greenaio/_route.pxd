@@ -19,6 +19,7 @@ cdef class Device:
     cdef readonly object number
     cdef readonly str file_system
     cdef readonly bint in_memory
+    cdef readonly bint is_local         # nobody is told of what is read or closed
     cdef readonly int limit
     cdef readonly Nowait reads
     cdef readonly Nowait writes

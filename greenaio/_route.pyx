@@ -111,6 +111,9 @@ log = logging.getLogger('greenaio')
 IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs', 'proc', 'sysfs', 'cgroup', 'cgroup2',
                        'debugfs', 'tracefs', 'securityfs', 'configfs', 'mqueue', 'devpts', 'bpf'})
 
+# Those that tell no server of a close, besides all that are mounted from a block device.
+LOCAL = frozenset({'btrfs', 'zfs', 'overlay'})
+
 
 cdef class Nowait:
     """Whether RWF_NOWAIT is worth asking for, in one direction on one file system."""
@@ -147,6 +150,8 @@ cdef class Device:
         self.number = number
         self.file_system = file_system
         self.in_memory = file_system in IN_MEMORY
+        self.is_local = self.in_memory or file_system in LOCAL or (
+            os.major(number) != 0 and file_system != 'fuseblk')
         self.limit = max(1, _nr_requests(number) // 2)
         self.reads = Nowait()
         self.writes = Nowait()
@@ -158,8 +163,12 @@ cdef class Device:
         """How an aligned O_DIRECT read or overwrite goes."""
         if direction.asks():
             return ASK
-        if self.in_memory or (not direction._unknown and self.file_system == 'xfs'):
-            return PLAIN                # xfs says EAGAIN to every overwrite, and does not wait
+        if self.in_memory:
+            return PLAIN
+        # xfs says EAGAIN to every overwrite, and does not wait. To a read it says so because of dirty pages,
+        # and would wait for them.
+        if direction is self.writes and not direction._unknown and self.file_system == 'xfs':
+            return PLAIN
         return THREAD
 
     def __repr__(self):

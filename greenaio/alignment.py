@@ -14,6 +14,8 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
+from greenaio import _fallback
+
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
 
@@ -45,15 +47,19 @@ def holding(inode: Inode, start: int, end: int) -> Iterator[bool]:
             del _held[inode]
 
 
-def shielded(work: Callable[[], int]) -> int:
+def shielded(fd: int, work: Callable[[], int]) -> int:
     """Return ``work()``, done in a greenlet of its own: who is killed meanwhile leaves it to finish, so that
-    no sector is left half done, and its range is given back when the disk has done with it."""
+    no sector is left half done, and its range is given back when the disk has done with it. *fd* stays what
+    it is so long, whoever closes it."""
+    stays = contextlib.ExitStack()
+    stays.enter_context(_fallback.using(fd))
 
     def capture() -> tuple[int, BaseException | None]:
-        try:
-            return work(), None
-        except Exception as error:      # not printed, but raised where it is waited for
-            return -1, error
+        with stays:
+            try:
+                return work(), None
+            except Exception as error:  # not printed, but raised where it is waited for
+                return -1, error
 
     captured: tuple[int, BaseException | None] = gevent.spawn(capture).get()
     if captured[1] is not None:

@@ -154,3 +154,31 @@ def test_full_file_system_is_a_short_write_of_ones_own_bytes(tmp_path):
             assert len(contents(file)) == 65536
     finally:
         os.system(f'umount {mount}')
+
+
+def test_closed_between_the_steps_it_still_writes_to_its_own_file(folder):
+    """
+        writer               closer
+        reads the sector
+                             closes; opens another: must not get the number
+        writes the sector
+    """
+    paths = [os.path.join(folder, name) for name in ('mine', 'victim')]
+    for path in paths:
+        with open(path, 'wb') as plain:
+            plain.write(pattern(65536))
+            os.fsync(plain.fileno())
+    for delay in (0, 0, 0.0001, 0.0003, 0.001):
+        file = File(paths[0], os.O_RDWR | os.O_DIRECT)
+        writer = gevent.spawn(file.pwrite, b'mine', 70000)
+        gevent.sleep(delay)
+        file.close()
+        victim = os.open(paths[1], os.O_RDWR)
+        assert writer.get(timeout=10) == 4
+        os.close(victim)
+        with open(paths[0], 'rb') as plain:
+            assert plain.read() == pattern(65536) + bytes(70000 - 65536) + b'mine'
+        with open(paths[1], 'rb') as plain:
+            assert plain.read() == pattern(65536)
+        os.truncate(paths[0], 65536)
+    assert not alignment._held

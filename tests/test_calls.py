@@ -274,3 +274,21 @@ def test_close_of_no_open_file_is_ebadf():
         with pytest.raises(OSError) as caught:
             greenaio.os.close(fd)
         assert caught.value.errno == errno.EBADF
+
+
+def test_closed_while_it_is_read_at_the_position_the_next_file_keeps_its_own(disk_folder):
+    path = os.path.join(disk_folder, 'file')
+    with open(path, 'wb') as file:
+        file.write(pattern(MIB))
+        os.fsync(file.fileno())
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = gevent.spawn(greenaio.os.read, fd, MIB)
+    gevent.sleep(0)
+    greenaio.os.close(fd)
+    other = os.open('/proc/self/mounts', os.O_RDONLY)
+    assert other != fd or reader.ready()
+    assert reader.get(timeout=10) == pattern(MIB)
+    assert os.lseek(other, 0, os.SEEK_CUR) == 0
+    os.close(other)
+    gevent.sleep(0)

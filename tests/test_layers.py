@@ -11,7 +11,7 @@ LAYERS = {
     '_context': 1, '_memory': 1, '_ends': 1,
     '_engine': 2, '_threads': 2.5,
     '_hub': 3,
-    '_fallback': 4, '_route': 4, 'alignment': 4, '_calls': 4.5, '_file': 5,
+    '_fallback': 4, '_route': 4, 'alignment': 4.2, '_calls': 4.5, '_file': 5,
     '_position': 5.5, 'os': 6, '__init__': 6,
     'bench': 7, '__main__': 8,
 }

@@ -115,6 +115,15 @@ operations += [file.fsync if i % 2 else file.fdatasync for i in range(MANY)]
 file = File(path, os.O_RDWR)
 operations += [lambda i=i: file.pwrite(bytes(4096), i * 4096) for i in range(MANY)] + [file.fsync]
 ''',
+    'close': '''
+files = [File(path, os.O_RDWR if i % 2 else os.O_RDONLY) for i in range(60)]
+for file in files[1::2]:
+    os.pwrite(file.fileno(), b'x', 0)
+operations += [file.close for file in files]
+reader = File(path)
+os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+operations.append(lambda: reader.pread(10, 7 << 20))
+''',
     'paths': '''
 folder = os.path.dirname(path)
 def path_calls(i):
