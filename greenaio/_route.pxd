@@ -13,7 +13,7 @@ cdef class Nowait:
     cdef uint64_t _pause_until
 
     cdef bint asks(self) noexcept
-    cdef void answered(self, bint again) noexcept
+    cpdef void answered(self, bint again) noexcept
 
 cdef class Device:
     cdef readonly object number

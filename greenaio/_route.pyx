@@ -127,7 +127,7 @@ cdef class Nowait:
             self._pause_until = self._history = 0
         return True
 
-    cdef void answered(self, bint again) noexcept:
+    cpdef void answered(self, bint again) noexcept:
         """The kernel did it, or said EAGAIN: a trait of the request, until it becomes a habit."""
         self._history = self._history << 1 | again
         if again and __builtin_popcountll(self._history) > REFUSED_MAX:
@@ -170,6 +170,11 @@ cdef class Device:
         if direction is self.writes and not direction._unknown and self.file_system == 'xfs':
             return PLAIN
         return THREAD
+
+    def ways(self):
+        """The `Way` that an aligned O_DIRECT read and an overwrite go at present."""
+        names = {ASK: 'native AIO, asked not to wait', PLAIN: 'native AIO', THREAD: 'thread'}
+        return names[self.way(self.reads)], names[self.way(self.writes)]
 
     def __repr__(self):
         return f'<Device {os.major(self.number)}:{os.minor(self.number)} {self.file_system}>'

@@ -5,7 +5,7 @@ from conftest import run_python
 
 WITHOUT = '''
 import sys
-for name in ('_context', '_engine', '_hub', '_file', '_memory'):
+for name in ('_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file', '_memory'):
     sys.modules[f'greenaio.{name}'] = None         # importing it raises ImportError
 import errno, gevent, greenaio, greenaio.os, os
 assert not greenaio.native
@@ -41,6 +41,16 @@ with greenaio.File(path, os.O_RDWR) as file:
     assert len(ticks) > 1
     ticker.kill()
 assert file.closed
+fd = greenaio.os.open(path, os.O_RDWR)
+assert greenaio.os.read(fd, 4) == b'yxxx'
+assert greenaio.os.write(fd, b'zz') == greenaio.os.writev(fd, [b'z', b'z']) == 2
+assert greenaio.os.readv(fd, [bytearray(3)]) == 3
+assert os.lseek(fd, 0, os.SEEK_CUR) == 11
+greenaio.os.ftruncate(fd, 100)
+greenaio.os.posix_fallocate(fd, 0, 200)
+assert greenaio.os.fstat(fd) == greenaio.os.stat(path) == os.stat(path)
+assert greenaio.os.copy_file_range(fd, fd, 50, 0, 150) == 50
+greenaio.os.close(fd)
 try:
     greenaio.File('/no/such/file')
 except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from conftest import MIB, missing, pattern, run_python
 from greenlet import settrace
 
 import greenaio.os
-from greenaio import File, _hub, _threads, config
+from greenaio import File, _hub, _route, _threads, config
 
 
 @pytest.fixture
@@ -397,7 +397,6 @@ def test_every_way_gives_the_same_errno(folder, code):
 
 
 def test_file_whose_submissions_stall_takes_threads_for_a_while(cold_file, engine, caplog):
-    from greenaio import _route
     fd, _ = cold_file
     path = os.readlink(f'/proc/self/fd/{fd}')
     with File(path, os.O_RDONLY | os.O_DIRECT) as file:
@@ -416,3 +415,34 @@ def test_file_whose_submissions_stall_takes_threads_for_a_while(cold_file, engin
         assert engine.submitted == before[0] + 1
     if before[1] == 0:
         assert [record.levelname for record in caplog.records if 'held io_submit' in record.message]
+
+
+ASK, PLAIN, THREAD = 'native AIO, asked not to wait', 'native AIO', 'thread'
+
+
+@pytest.mark.parametrize('file_system, answer, ways', [
+    ('ext4', 'done', (ASK, ASK)), ('ext4', 'again', (THREAD, THREAD)), ('ext4', 'unknown', (THREAD, THREAD)),
+    ('xfs', 'done', (ASK, ASK)), ('xfs', 'again', (THREAD, PLAIN)), ('xfs', 'unknown', (THREAD, THREAD)),
+    ('tmpfs', 'unknown', (PLAIN, PLAIN)), ('fuse', 'unknown', (THREAD, THREAD)),
+])
+def test_way_follows_what_the_file_system_answered(file_system, answer, ways):
+    """xfs refuses NOWAIT to each overwrite, which would not wait; and to reads that would."""
+    device = _route.Device(os.makedev(7, 250), file_system)
+    for direction in (device.reads, device.writes):
+        if answer == 'unknown':
+            direction.unsupported()
+        for _ in range(64):
+            direction.answered(answer == 'again')
+    assert device.ways() == ways
+    if answer == 'again':
+        assert device.reads.state == 'pausing'
+
+
+def test_half_of_the_answers_must_be_refusals_before_it_stops_asking():
+    device = _route.Device(os.makedev(7, 250), 'ext4')
+    for i in range(200):
+        device.reads.answered(i % 2 == 0)
+    assert device.reads.state == 'asking'
+    for _ in range(3):
+        device.reads.answered(True)
+    assert device.reads.state == 'pausing'
