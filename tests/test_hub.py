@@ -513,7 +513,9 @@ def test_drain_pass_is_a_section_and_the_outermost_end_submits(driver):
     turn()
     del kernel.batches[:]
     kernel.finish_all()
-    turn()
+    for _ in range(50):             # a pass ends after 200 µs, however few it woke on a slow machine
+        if sum(kernel.batches) < 40:
+            turn()
     assert sum(kernel.batches) == 40
     assert max(kernel.batches) > 1
     kernel.finish_all()
