@@ -100,11 +100,15 @@ def test_greenlet_that_only_hits_starves_nobody(data_file):
 
 def test_miss_takes_a_thread_of_its_device(cold_file, engine):
     fd, _ = cold_file
-    before = engine.lent_total
-    assert greenaio.os.pread(fd, 4096, 65536) == pattern(MIB)[65536:65536 + 4096]
-    assert engine.lent_total == before + 1
-    assert greenaio.os.pread(fd, 4096, 65536) == pattern(MIB)[65536:65536 + 4096]
-    assert engine.lent_total == before + 1          # it is in the cache now
+    lent = []
+    for offset in range(0, MIB, 16384):         # a quick disk may have filled the page before we look again
+        for _ in range(2):
+            before = engine.lent_total
+            assert greenaio.os.pread(fd, 4096, offset) == pattern(MIB)[offset:offset + 4096]
+            lent.append(engine.lent_total - before)
+    assert set(lent[::2]) <= {0, 1}
+    assert sum(lent[::2]) > 0
+    assert set(lent[1::2]) == {0}               # it is in the cache now
     assert os.stat(fd).st_dev in [pool.device for pool in _threads.pools()]
 
 
