@@ -8,9 +8,10 @@ scheduler and the host say that they took. A hub that waits for the frozen disk 
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
-from conftest import pattern, run_python
+from conftest import missing, pattern, run_python
 
 FROZEN = 1.0        # seconds
 
@@ -24,10 +25,10 @@ print(worst)
 '''
 
 FREEZE = '''
-import gevent, os, signal, socket, subprocess, sys, time
+import gevent, os, socket, subprocess, sys, time
 import greenaio, greenaio.os
 from greenaio import File, _hub, aligned_buffer
-path, healthy, pid, frozen = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+path, healthy, freeze, thaw, frozen = *sys.argv[1:5], float(sys.argv[5])
 MANY = 4 * 128                  # four times what a device's queue holds
 operations, prepared = [], []
 
@@ -67,13 +68,13 @@ def frozen_for_a_while():
     others, (gaps, names, reads) = watch()
     gevent.sleep(0.05)
     away = taken_away()
-    thaw = subprocess.Popen(['sh', '-c', f'sleep {frozen + 0.3}; kill -CONT {pid}'])
-    os.kill(pid, signal.SIGSTOP)
+    thawing = subprocess.Popen(['sh', '-c', f'sleep {frozen + 0.3}; {thaw}'])
+    subprocess.run(freeze.format(me=os.getpid()), shell=True, check=True)
     jobs = [gevent.spawn(operation) for operation in operations]
     gevent.joinall(others, raise_error=True)
     away = taken_away() - away
     waiting = sum(not job.ready() for job in jobs)
-    thaw.wait()
+    thawing.wait()
     gevent.joinall(jobs, timeout=30, raise_error=True)
     assert all(job.ready() for job in jobs), 'some never ended'
     _hub.get_driver().engine._check()
@@ -154,24 +155,11 @@ operations += [lambda i=i: path_calls(i) for i in range(60)]
 }
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
-    path = freezable.path
-    if case == 'extending' and not os.path.isdir(path):
-        pytest.skip('the disk itself gets no longer')
-    if os.path.isdir(path):
-        path = os.path.join(path, 'data')
-        with open(path, 'wb') as file:
-            file.write(pattern(8 << 20))
-            os.fsync(file.fileno())
-    healthy = os.path.join(disk_folder, 'healthy')
-    with open(healthy, 'wb') as file:
-        file.write(bytes(4096))
-        os.fsync(file.fileno())
+def show_that_nobody_notices(case, path, healthy, freeze, thaw):
     with subprocess.Popen([sys.executable, '-c', CONTROL, str(2 * FROZEN + 1.5)], stdout=subprocess.PIPE,
                           text=True) as control:
         done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()',
-                          path, healthy, freezable.pid, FROZEN, timeout=60)
+                          path, healthy, freeze, thaw, FROZEN, timeout=60)
         machine = float(control.stdout.read())
     gap, names, reads, before, waiting, away = map(float, done.stdout.split())
     machine += away
@@ -179,6 +167,37 @@ def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
     assert names < 0.05 + machine
     assert reads < 1.5 * before + machine, 'the other disk noticed'
     assert waiting > 0, 'nothing waited for the disk: this showed nothing'
+
+
+def make_file(folder, nbytes):
+    path = os.path.join(folder, 'data')
+    with open(path, 'wb') as file:
+        file.write(pattern(nbytes))
+        os.fsync(file.fileno())
+    return path
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
+    path = freezable.path
+    if case == 'extending' and not os.path.isdir(path):
+        pytest.skip('the disk itself gets no longer')
+    if os.path.isdir(path):
+        path = make_file(path, 8 << 20)
+    show_that_nobody_notices(case, path, make_file(disk_folder, 4096), f'kill -STOP {freezable.pid}',
+                             f'kill -CONT {freezable.pid}')
+
+
+@pytest.mark.parametrize('case', ['direct', 'overwrite', 'buffered', 'buffered raw'])
+def test_throttled_disk_stops_nobody_else(held_disk, case):
+    """One request per second is what it does, as a volume that has used up its credit."""
+    if not os.path.isdir('/dev/shm'):
+        missing('no /dev/shm')
+    with tempfile.TemporaryDirectory(dir='/dev/shm') as elsewhere:
+        with open(held_disk.file, 'ab') as file:
+            file.write(pattern(4 << 20))        # to 8 MiB, as the cases want it
+            os.fsync(file.fileno())
+        show_that_nobody_notices(case, held_disk.file, make_file(elsewhere, 4096), *held_disk.commands())
 
 
 def test_without_greenaio_dns_waits_for_the_disk(freezable):

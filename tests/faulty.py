@@ -1,0 +1,55 @@
+"""A file system of one file whose operations fail on demand: ``python faulty.py MOUNT CONTROL``.
+
+The control file holds lines "operation errno", for read, write and fsync; what is not named there works.
+"""
+
+import errno
+import stat
+import sys
+
+import mfusepy
+
+SIZE = 1 << 20
+
+
+class Faulty(mfusepy.Operations):
+    def __init__(self, control):
+        self.control = control
+        self.data = bytearray(SIZE)
+
+    def _fail(self, operation):
+        with open(self.control) as file:
+            for line in file:
+                name, code = line.split()
+                if name == operation:
+                    raise mfusepy.FuseOSError(getattr(errno, code))
+
+    def getattr(self, path, fh=None):
+        if path == '/':
+            return {'st_mode': stat.S_IFDIR | 0o755, 'st_nlink': 2}
+        if path == '/data':
+            return {'st_mode': stat.S_IFREG | 0o644, 'st_nlink': 1, 'st_size': SIZE}
+        raise mfusepy.FuseOSError(errno.ENOENT)
+
+    def readdir(self, path, fh):
+        return ['.', '..', 'data']
+
+    def open(self, path, flags):
+        return 0
+
+    def read(self, path, size, offset, fh):
+        self._fail('read')
+        return bytes(self.data[offset:offset + size])
+
+    def write(self, path, data, offset, fh):
+        self._fail('write')
+        self.data[offset:offset + len(data)] = data
+        return len(data)
+
+    def fsync(self, path, datasync, fh):
+        self._fail('fsync')
+        return 0
+
+
+if __name__ == '__main__':
+    mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True, nothreads=True)
