@@ -60,6 +60,14 @@ cdef extern from *:
     static inline long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
     { return flags ? buffer_now(1, fd, at, n, offset, flags) : RESULT(pread(fd, at, n, offset)); }
 
+    /* Whether the page cache has anything of the range; no where the kernel can't tell (before Linux 6.5). */
+    static inline int is_cached(int fd, uint64_t offset, uint64_t n)
+    {
+        struct { uint64_t offset, n; } range = { offset, n };
+        struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages;
+        return syscall(451 /* cachestat */, fd, &range, &pages, 0) == 0 && pages.cached != 0;
+    }
+
     /* A memoryview that owns nothing pins nothing: io.BufferedReader hands those out, and frees the
        memory while the kernel is still at it. */
     static inline int is_ownerless(PyObject *buffer)
@@ -68,6 +76,7 @@ cdef extern from *:
     const long SYS_pread64
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
+    bint is_cached(int fd, uint64_t offset, uint64_t n)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
     long buffer_now(bint reading, int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
     long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
@@ -264,7 +273,9 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
     cdef int64_t result
     while driver.native and not (writing and _extends(request, known)) and not known.is_demoted():
         way = PLAIN if theirs & RWF_NOWAIT else known.device.way(nowait)
-        if way == THREAD:
+        # Pages that are dirty it would write first, and wait for that. In memory they are the file.
+        if way == THREAD or (way == PLAIN and writing and not known.device.in_memory
+                             and is_cached(request.fd, request.offset, request.nbytes)):
             break
         if way == ASK:
             request.flags |= RWF_NOWAIT

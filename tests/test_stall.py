@@ -117,6 +117,15 @@ os.pwrite(fd, bytes(MANY * 4096), 0)
 file = File(path, os.O_RDONLY | os.O_DIRECT)
 operations += [lambda i=i: file.pread(4096, i * 4096) for i in range(MANY)]
 ''',
+    'overwritten while dirty': '''
+file = File(path, os.O_RDWR | os.O_DIRECT)
+memory = aligned_buffer(4096)
+for i in range(100):            # xfs learns that it need not be asked
+    file.pwrite(memory, i * 4096)
+fd = os.open(path, os.O_WRONLY)
+os.pwrite(fd, bytes(MANY * 4096), 0)
+operations += [lambda i=i: file.pwrite(memory, i * 4096) for i in range(MANY)]
+''',
     'fsync': '''
 file = File(path, os.O_RDWR)
 os.pwrite(file.fileno(), bytes(size), 0)
