@@ -1,7 +1,7 @@
 """Cooperative disk I/O for gevent: a greenlet waits for the disk, the hub never does.
 
 `greenaio.os` has the familiar calls, `File` is the fast way, `aligned_buffer` gives memory that O_DIRECT
-accepts, `config` has what may be set.
+accepts, `open` is the built-in one, cooperative, `config` has what may be set.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ except ImportError:
 else:
     native = True
 
+from greenaio.fileobject import open
+
 __version__ = '0.1.0'
 
-__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'native']
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'native', 'open']

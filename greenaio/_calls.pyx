@@ -6,6 +6,7 @@ write. In line go only those on files that have no disk.
 """
 
 import os
+import posix            # for what may be patched in os
 import sys
 
 from libc.errno cimport EAGAIN
@@ -32,6 +33,8 @@ cdef extern from *:
     const long SYS_copy_file_range
     const long SYS_sendfile
     const long SYS_newfstatat
+    const long SYS_lseek
+    const int SEEK_END
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
     struct timespec:
@@ -112,7 +115,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
 def fstat(int fd):
     cdef Known known = _open_file(fd)
     if in_line(known, 0):
-        return os.fstat(fd)
+        return posix.fstat(fd)
     return _stat(fd, fd, b'', AT_EMPTY_PATH, known.device, None)
 
 
@@ -146,12 +149,25 @@ def facts(int fd):
     return _open_file(fd).mode, file_size(fd)
 
 
+def lseek(int fd, int64_t offset, int whence):
+    """In line, where that needs to look at nothing that could have to be fetched."""
+    cdef Known known
+    cdef int64_t result
+    if whence > SEEK_END or whence == SEEK_END and not know(fd, None).device.is_local:
+        known = _open_file(fd)
+        result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
+        if result < 0:
+            raise failed(result, None)
+        return result
+    return os.lseek(fd, offset, whence)
+
+
 # Descriptors -------------------------------------------------------------------------------------
 
 def ftruncate(int fd, int64_t length):
     cdef Known known = _open_file(fd)
     if in_line(known, 0):
-        return os.ftruncate(fd, length)
+        return posix.ftruncate(fd, length)
     truncate_file(fd, known.device, length)
 
 
@@ -206,8 +222,8 @@ def sendfile(int out_fd, int in_fd, offset, Py_ssize_t count):
     return result
 
 
-def close(int fd):
-    close_file(fd, True)
+def close(int fd, *, bint may_wait=True):
+    close_file(fd, may_wait)
 
 
 cdef int close_file(int fd, bint may_wait) except -1:

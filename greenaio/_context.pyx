@@ -8,6 +8,7 @@ serves every batch; of a request in flight only its data buffer and its token st
 """
 
 import os
+import posix            # for what may be patched in os
 
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport calloc, free
@@ -202,7 +203,7 @@ cdef class Context:
                 return False
             return abi_io_getevents(self._ctx, 1, 1, self._events, PROBE_NS) == 1
         finally:
-            os.close(fd)
+            posix.close(fd)
 
     cpdef int stage(self, uint64_t token, int opcode, int fd, uint64_t address, uint64_t nbytes,
                     int64_t offset, unsigned int flags) except -1:

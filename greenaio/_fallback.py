@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -110,10 +111,10 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
     def take_back() -> None:
         with contextlib.suppress(IndexError):       # pop() lets only one of the two threads have it
-            os.close(opened.pop())
+            posix.close(opened.pop())
 
     def work(_: int) -> None:
-        opened.append(os.open(path, flags, mode, dir_fd=dir_fd))
+        opened.append(posix.open(path, flags, mode, dir_fd=dir_fd))
         if left:
             take_back()
 
@@ -174,17 +175,17 @@ class Closer:
 
     def __del__(self) -> None:
         _closing.discard(self.fd)
-        os.close(self.fd)
+        posix.close(self.fd)
 
 
-def close(fd: int, pending: Sequence[Any] = ()) -> None:
+def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for nobody."""
     check_open(fd)
     ours: list[_Job | _Use] = [*_jobs, *_uses]
     queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)
     if not queued:
-        os.close(fd)
+        posix.close(fd)
         return
     closer = Closer(fd)
     for operation in queued:
@@ -213,7 +214,7 @@ class File:
 
     @classmethod
     def from_fd(cls, fd: int, closefd: bool = False, *, max_batch: int = 32) -> File:
-        os.fstat(fd)
+        posix.fstat(fd)
         self = cls.__new__(cls)
         self.name, self._fd, self._closefd = fd, fd, closefd
         return self
@@ -233,12 +234,16 @@ class File:
 
     @property
     def kind(self) -> int:
-        return _stat.S_IFMT(os.fstat(self.fileno()).st_mode)
+        return _stat.S_IFMT(posix.fstat(self.fileno()).st_mode)
 
     @property
     def device(self) -> int:
-        st = os.fstat(self.fileno())
+        st = posix.fstat(self.fileno())
         return st.st_rdev if _stat.S_ISBLK(st.st_mode) else st.st_dev
+
+    @property
+    def is_local(self) -> bool:
+        return False            # nobody looked
 
     @property
     def alignment(self) -> int:
@@ -253,22 +258,25 @@ class File:
             raise OSError(error.errno, error.strerror, self.name) from None
 
     def pread(self, n: int, offset: int) -> bytes:
-        return cast(bytes, self._call(os.pread, n, offset))
+        return cast(bytes, self._call(posix.pread, n, offset))
+
+    def read_cached(self, buffer: Any) -> int:
+        return -1
 
     def preadv(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
-        return cast(int, self._call(os.preadv, buffers, offset, flags))
+        return cast(int, self._call(posix.preadv, buffers, offset, flags))
 
     def pwrite(self, data: Any, offset: int) -> int:
-        return cast(int, self._call(os.pwrite, data, offset))
+        return cast(int, self._call(posix.pwrite, data, offset))
 
     def pwritev(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
-        return cast(int, self._call(os.pwritev, buffers, offset, flags))
+        return cast(int, self._call(posix.pwritev, buffers, offset, flags))
 
     def fsync(self) -> None:
-        self._call(os.fsync)
+        self._call(posix.fsync)
 
     def fdatasync(self) -> None:
-        self._call(os.fdatasync)
+        self._call(posix.fdatasync)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -305,63 +313,67 @@ def aligned_buffer(nbytes: int, alignment: int = 4096) -> memoryview:
 
 def pread(fd: int, n: int, offset: int, /) -> bytes:
     """As os.pread; by a thread."""
-    return cast(bytes, call(os.pread, fd, n, offset))
+    return cast(bytes, call(posix.pread, fd, n, offset))
 
 
 def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
     """As os.preadv; by a thread."""
-    return cast(int, call(os.preadv, fd, buffers, offset, flags))
+    return cast(int, call(posix.preadv, fd, buffers, offset, flags))
 
 
 def pwrite(fd: int, data: Any, offset: int, /) -> int:
     """As os.pwrite; by a thread."""
-    return cast(int, call(os.pwrite, fd, data, offset))
+    return cast(int, call(posix.pwrite, fd, data, offset))
 
 
 def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
     """As os.pwritev; by a thread."""
-    return cast(int, call(os.pwritev, fd, buffers, offset, flags))
+    return cast(int, call(posix.pwritev, fd, buffers, offset, flags))
 
 
 def fsync(fd: int) -> None:
-    call(os.fsync, fd)
+    call(posix.fsync, fd)
 
 
 def fdatasync(fd: int) -> None:
-    call(os.fdatasync, fd)
+    call(posix.fdatasync, fd)
 
 
 def ftruncate(fd: int, length: int) -> None:
-    call(os.ftruncate, fd, length)
+    call(posix.ftruncate, fd, length)
 
 
 def posix_fallocate(fd: int, offset: int, length: int) -> None:
-    call(os.posix_fallocate, fd, offset, length)
+    call(posix.posix_fallocate, fd, offset, length)
 
 
 def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = None,
                     offset_dst: int | None = None) -> int:
-    return cast(int, call(os.copy_file_range, src, dst, count, offset_src, offset_dst))
+    return cast(int, call(posix.copy_file_range, src, dst, count, offset_src, offset_dst))
 
 
 def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
     while True:
         with contextlib.suppress(BlockingIOError):
-            return cast(int, call(os.sendfile, out_fd, in_fd, offset, count))
+            return cast(int, call(posix.sendfile, out_fd, in_fd, offset, count))
         wait_for(out_fd, 2)
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
     def work(_: int) -> os.stat_result:
-        return os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+        return posix.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
 
     return cast(os.stat_result, call(work, -1))
 
 
 def fstat(fd: int) -> os.stat_result:
-    return cast(os.stat_result, call(os.fstat, fd))
+    return cast(os.stat_result, call(posix.fstat, fd))
+
+
+def lseek(fd: int, offset: int, whence: int) -> int:
+    return os.lseek(fd, offset, whence)
 
 
 def facts(fd: int) -> tuple[int, int]:
-    st = os.fstat(fd)
+    st = posix.fstat(fd)
     return st.st_mode, st.st_size

@@ -9,6 +9,7 @@ of which nothing is remembered: numbers are reused.
 """
 
 import os
+import posix            # for what may be patched in os
 import stat
 import warnings
 
@@ -16,6 +17,7 @@ from greenaio import _fallback, alignment
 from greenaio._hub import all_drivers
 
 cimport cython
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
@@ -156,6 +158,37 @@ cdef class File:
         return _vectored(True, self._open_fd(), self._known, buffers, offset, flags, self.name,
                          self._max_batch)
 
+    def read_cached(self, buffer):
+        """Read into *buffer* at the file's own position, which the kernel keeps and moves on, without waiting.
+
+        Return bytes read; or -1 - n when the page cache had n of them, and what follows would wait. Don't call
+        it while another greenlet is about to move the position."""
+        cdef Driver driver = current_driver()
+        cdef Py_buffer view
+        cdef int fd = self._open_fd()
+        cdef Known known = self._known
+        cdef unsigned int flags = 0 if known.device.in_memory else RWF_NOWAIT
+        cdef int64_t got = 0, more
+        driver.check_caller()
+        if known.kind & (STORED | DIRECT) != STORED or any_busy() and known.device.pool().all_busy():
+            return -1
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        if view.len > IN_LINE_MAX:
+            PyBuffer_Release(&view)
+            return -1
+        while True:
+            more = buffer_now(1, fd, <char *>view.buf + got, view.len - got, -1, flags)
+            if more <= 0:
+                break
+            got += more
+            if got == view.len:
+                break
+        PyBuffer_Release(&view)
+        if more < 0:
+            return -1 - got
+        driver.end_in_line()
+        return got
+
     def pwrite(self, data, int64_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
         ``os.pwrite`` would. If the greenlet is killed meanwhile, the write may still happen."""
@@ -201,6 +234,12 @@ cdef class File:
         """The device that the bytes are on: ``st_dev``, or ``st_rdev`` of a block device."""
         self._open_fd()
         return self._known.device.number
+
+    @property
+    def is_local(self):
+        """Whether no server has to be asked about it: not on FUSE, not on a network file system."""
+        self._open_fd()
+        return self._known.device.is_local
 
     @property
     def alignment(self):
@@ -570,7 +609,7 @@ cdef object _sync(int fd, Known known, int opcode, name):
         known = know(fd, name)
     if in_line(known, 0):
         driver.check_caller()
-        (os.fdatasync if opcode == FDSYNC else os.fsync)(fd)
+        (posix.fdatasync if opcode == FDSYNC else posix.fsync)(fd)
         driver.end_in_line()
         return
     request = new_request(opcode, fd, 0, 0, BATCH_MAX)

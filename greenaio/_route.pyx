@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import posix            # for what may be patched in os
 import re
 import stat
 import struct
@@ -200,9 +201,9 @@ def _watch_mounts():
     """At import, and in each forked child: who shares an open file shares what it was told of."""
     global _mounts
     if _mounts >= 0:
-        os.close(_mounts)
+        posix.close(_mounts)
     try:
-        _mounts = os.open('/proc/self/mountinfo', os.O_RDONLY)
+        _mounts = posix.open('/proc/self/mountinfo', os.O_RDONLY)
     except OSError:
         _mounts = -1                    # then nothing is remembered
 

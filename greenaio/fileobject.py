@@ -1,0 +1,471 @@
+"""File objects whose reads and writes park the greenlet, not the hub; else they are those of `io`.
+
+`open` is the built-in one, and `FileObject` is for gevent: ``GEVENT_FILE=greenaio.fileobject.FileObject``.
+The position is the kernel's, so ``dup``, ``sendfile`` and whoever else looks there sees the same. Greenlets
+that share an object queue. Where nobody can wait, in the hub, in a thread without a hub, at the
+interpreter's end and in finalizers, the plain blocking call is made: no buffered byte is lost.
+
+One thing is not as it was: if a greenlet is killed while its append is under way, that may still happen, and
+what was buffered is written once more when the file is flushed again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import io
+import os
+import posix  # not os: these are called as they are, whatever was patched
+import stat
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+# Not from gevent.fileobject: that asks for our FileObject while it is being imported.
+from gevent._fileobjectcommon import FileObjectBase, FileObjectThread, OpenDescriptor, cancel_wait_ex
+from gevent._fileobjectposix import FileObjectPosix
+from gevent._hub_local import get_hub_if_exists
+from greenlet import getcurrent, greenlet
+
+from greenaio import _fallback, _position
+from greenaio._position import Turn
+
+try:
+    from greenaio import _calls
+    from greenaio._file import File
+except ImportError:
+    from greenaio import _fallback as _calls  # type: ignore[no-redef]
+    from greenaio._fallback import File  # type: ignore[assignment]
+
+__all__ = ['BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject', 'TextIOWrapper',
+           'open']
+
+Opener = Callable[[Any, int], int]
+
+FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+         'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
+
+_io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
+
+
+def can_wait() -> bool:
+    """Whether the caller is a greenlet whose hub can serve others while it waits."""
+    hub = get_hub_if_exists()
+    return hub is not None and getcurrent() is not hub and not sys.is_finalizing()
+
+
+class FileIO(io.FileIO):
+    """The raw layer: `io.FileIO` with cooperative system calls. *flags* are ``os.O_*`` besides those of
+    *mode*."""
+
+    _blksize: int
+    _file: File | None = None
+    _fd = -1
+    _owner: Any = None                  # whose fd it is, if it is not just a number
+    _closes = False
+
+    def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
+                 flags: int = 0) -> None:
+        self._turn = Turn()             # shared by the layers above
+        self._waiting: dict[greenlet, tuple[Any, bool]] = {}
+        fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
+        try:
+            self._take(fd, file, mode)
+        except BaseException:
+            if not isinstance(file, int):
+                _calls.close(fd, may_wait=can_wait())
+            raise
+        self._closes = closefd
+
+    def _open(self, file: Any, mode: str, closefd: bool, opener: Opener | None, more: int) -> int:
+        if not closefd:
+            raise ValueError('Cannot use closefd=False with file name')
+        flags = FLAGS.get(mode.replace('b', '').replace('+', ''), 0) | os.O_CLOEXEC | more
+        if '+' in mode:
+            flags = flags & ~os.O_WRONLY | os.O_RDWR
+        if opener is None:
+            return (_calls.open if can_wait() else posix.open)(file, flags, 0o666)
+        fd = opener(file, flags)
+        if not isinstance(fd, int):
+            raise TypeError('expected integer from opener')
+        if fd < 0:
+            raise ValueError(f'opener returned {fd}')
+        os.set_inheritable(fd, False)
+        return fd
+
+    def _take(self, fd: int, name: Any, mode: str) -> None:
+        if fd < 0:
+            raise ValueError('negative file descriptor')
+        file = File.from_fd(fd)
+        if file.kind == stat.S_IFDIR:
+            raise IsADirectoryError(21, os.strerror(21), name)
+        # It is not io.FileIO that closes it. And what it asks the kernel may take a server's answer.
+        initialize = functools.partial(super().__init__, fd, mode, False)
+        if file.is_local or not can_wait():
+            initialize()
+        else:
+            _fallback.call(lambda _: initialize(), fd)
+        self._file, self._fd, self.name = file, fd, name
+
+    @property
+    def closefd(self) -> bool:
+        """Whether `close` closes the fd."""
+        return self._closes
+
+    @property
+    def file(self) -> File:
+        """The `greenaio.File` below it, for requests at any position."""
+        if self._file is None or self.closed:
+            raise ValueError('I/O operation on closed file')
+        return self._file
+
+    def readinto(self, buffer: Any, /) -> Any:
+        file = self.file
+        if not self.readable():
+            raise io.UnsupportedOperation('File not open for reading')
+        if not self._can_wait():
+            return self._plainly(posix.readv, [buffer])
+        turn = _position.turns.get(self._fd)
+        n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
+        if n >= 0:
+            return n
+        n = -1 - n
+        rest = memoryview(buffer).cast('B')[n:] if n else buffer
+        more = self._wait(False, _position.readv, [rest])
+        return n if more is None else n + more
+
+    def read(self, size: int | None = -1, /) -> bytes | None:       # type: ignore[override]
+        if size is None or size < 0:
+            return self.readall()
+        data = bytearray(size)
+        n = self.readinto(data)
+        return None if n is None else bytes(memoryview(data)[:n])
+
+    def readall(self) -> bytes | None:      # type: ignore[override]
+        data = bytearray()
+        size = 0
+        with contextlib.suppress(OSError):      # a pipe has no position
+            size = _calls.facts(self.file.fileno())[1] - self.tell()
+        while True:
+            chunk = self.read(max(size - len(data), 0) + io.DEFAULT_BUFFER_SIZE)
+            if not chunk:
+                return bytes(data) if data or chunk is not None else None
+            data += chunk
+
+    def write(self, data: Any, /) -> Any:
+        file = self.file
+        if not self.writable():
+            raise io.UnsupportedOperation('File not open for writing')
+        if self._can_wait():
+            return self._wait(True, _position.write, data)
+        if not file.direct:
+            return self._plainly(posix.write, data)
+        # O_DIRECT would refuse the odd bytes that a finalizer has left to write.
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        try:
+            return self._plainly(posix.write, data)
+        finally:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence < os.SEEK_END or not can_wait():
+            return super().seek(offset, whence)
+        return _calls.lseek(self.file.fileno(), offset, whence)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        if not self._can_wait():
+            return super().truncate(size)
+        if not self.writable():
+            raise io.UnsupportedOperation('File not open for writing')
+        if size is None:
+            size = self.tell()
+        self._wait(True, _calls.ftruncate, size)
+        return size
+
+    def close(self) -> None:
+        """Close it. Greenlets that wait for it get OSError (EBADF); their memory stays the kernel's as long
+        as it needs it."""
+        if self.closed:
+            return
+        fd, self._fd = self._fd, -1
+        waits = self._can_wait()
+        self.end_waits()
+        super().close()
+        try:
+            if self._closes and fd >= 0 and self._owner is None:
+                _calls.close(fd, may_wait=waits)
+        finally:
+            owner, self._owner = self._owner, None
+            if owner is not None and self._closes:
+                owner.close()
+
+    def end_waits(self, writing: bool = True) -> None:
+        """Let those who wait for a read, and if *writing* those who wait for a write, get EBADF."""
+        for waiter, (hub, writes) in list(self._waiting.items()):
+            if writing or not writes:
+                hub.loop.run_callback_threadsafe(self._end_wait, waiter)
+
+    def _end_wait(self, waiter: greenlet) -> None:
+        if waiter in self._waiting:     # it is parked in there, and nowhere else
+            waiter.throw(cancel_wait_ex())
+
+    def _wait(self, writing: bool, call: Callable[..., Any], *args: Any) -> Any:
+        """The result of a cooperative *call* on the fd, which `close` ends."""
+        me = getcurrent()
+        self._waiting[me] = get_hub_if_exists(), writing
+        try:
+            return call(self._fd, *args)
+        except BlockingIOError:
+            return None
+        finally:
+            del self._waiting[me]
+
+    def _plainly(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(self._fd, *args)
+        except BlockingIOError:
+            return None
+
+    def _can_wait(self) -> bool:
+        return can_wait() and not self._turn.finalizing
+
+    def _dealloc_warn(self, source: object) -> None:
+        if self._fd >= 0 and self._closes and self._owner is None:
+            warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source, stacklevel=2)
+
+    def __del__(self) -> None:
+        self._turn.finalizing = True
+        try:
+            if not self.closed:
+                self._dealloc_warn(self)
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        kind = f'{type(self).__module__}.{type(self).__qualname__}'
+        if self.closed:
+            return f'<{kind} [closed]>'
+        name = f'name={self.name!r}' if hasattr(self, 'name') else f'fd={self._fd}'
+        return f'<{kind} {name} mode={self.mode!r} closefd={self.closefd!r}>'
+
+
+# The layers of `io` above it ---------------------------------------------------------------------
+
+def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """*method*, for one greenlet at a time: `io` raises RuntimeError for the second, or mixes their bytes."""
+    @functools.wraps(method)
+    def in_turn(self: Any, /, *args: Any) -> Any:
+        turn = self._turn
+        if turn.owner is None:
+            turn.owner = getcurrent()
+        elif not turn.wait():
+            return method(self, *args)
+        try:
+            return method(self, *args)
+        finally:
+            turn.leave()
+
+    return in_turn
+
+
+def _close_in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def close(self: Any) -> None:
+        turn = self._turn
+        if getattr(self, '_finalizing', False):
+            turn.finalizing = True
+        if turn.owner is not None and not self.closed:
+            # Who reads is sent away, and who stands behind. What is being written is written first.
+            turn.closer = getcurrent()
+            self._raw().end_waits(writing=False)
+        in_turn(self)
+
+    in_turn = _in_turn(method)
+    return close
+
+
+class _Shared:
+    """A layer of `io` that greenlets may share."""
+
+    def __init__(self, below: Any, *args: Any, **kwargs: Any) -> None:
+        self._turn: Turn = below._turn
+        super().__init__(below, *args, **kwargs)    # type: ignore[call-arg]
+
+    def __init_subclass__(cls) -> None:
+        for name in ('detach', 'flush', 'peek', 'read', 'read1', 'readinto', 'readinto1', 'readline',
+                     'reconfigure', 'seek', 'tell', 'truncate', 'write', 'writelines'):
+            if hasattr(cls, name):
+                setattr(cls, name, _in_turn(getattr(cls, name)))
+        cls.close = _close_in_turn(cls.close)       # type: ignore[attr-defined]
+
+    def _raw(self) -> Any:
+        layer: Any = self
+        return getattr(layer, 'buffer', layer).raw
+
+
+class BufferedReader(_Shared, io.BufferedReader):
+    __doc__ = io.BufferedReader.__doc__
+
+
+class BufferedWriter(_Shared, io.BufferedWriter):
+    __doc__ = io.BufferedWriter.__doc__
+
+
+class BufferedRandom(_Shared, io.BufferedRandom):
+    __doc__ = io.BufferedRandom.__doc__
+
+
+class TextIOWrapper(_Shared, io.TextIOWrapper):
+    __doc__ = io.TextIOWrapper.__doc__
+
+
+def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None = None,
+         errors: str | None = None, newline: str | None = None, closefd: bool = True,
+         opener: Opener | None = None, *, direct: bool = False, dsync: bool = False) -> Any:
+    """Open *file* as the built-in ``open`` does, with the same arguments, results and errors; cooperative.
+
+    With *direct* the page cache is left out (O_DIRECT); any position, size and memory will do. With *dsync*
+    each write is on the disk when it returns (O_DSYNC). Both are for paths: ValueError with an fd.
+    """
+    if not isinstance(file, int):
+        file = os.fspath(file)
+        if not isinstance(file, (str, bytes)):
+            raise TypeError(f'invalid file: {file!r}')
+    elif direct or dsync:
+        raise ValueError('direct and dsync are for a path, not for a file that is open')
+    _check_arguments(mode, buffering, encoding, errors, newline)
+    flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
+    raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags)
+    try:
+        return _layers(raw, mode, buffering, encoding, errors, newline)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: str | None,
+                     newline: str | None) -> None:
+    """Let `io` itself raise what it raises for them: on a file that it need not wait for."""
+    for value, kind, what in ((mode, str, 'mode'), (buffering, int, 'buffering')):
+        if not isinstance(value, kind):
+            raise TypeError(f'open() argument {what!r} must be {kind.__name__}, not {type(value).__name__}')
+    harmless = mode.replace('x', 'w') if mode.count('x') == 1 and 'w' not in mode else mode
+    _io_open(os.devnull, harmless, 0 if buffering == 0 and 'b' not in mode else -1, encoding, errors,
+             newline).close()
+
+
+def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors: str | None,
+            newline: str | None) -> Any:
+    """What ``open`` puts on top of the raw file."""
+    by_line = buffering == 1 or buffering < 0 and raw.isatty()
+    size = buffering
+    if by_line or size < 0:
+        size = max(raw._blksize, io.DEFAULT_BUFFER_SIZE)
+    if size == 0 and 'b' in mode:
+        return raw
+    layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
+    result: Any = layer(raw, size)
+    if 'b' not in mode:
+        result = TextIOWrapper(result, io.text_encoding(encoding), errors, newline, by_line)
+        result.mode = mode
+    if raw.writable():
+        _writers.add(result)
+    return result
+
+
+_writers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_all() -> None:
+    """While there is a Python to do it: those that are still there when the modules go could not."""
+    for file in list(_writers):
+        with contextlib.suppress(OSError, ValueError):      # as `io`, which can tell nobody either
+            if file._turn.owner is None:
+                file._turn.finalizing = True
+            file.flush()
+
+
+# For gevent --------------------------------------------------------------------------------------
+
+class _Descriptor(OpenDescriptor):                  # type: ignore[misc]
+    """gevent's reading of the arguments, with our layers."""
+
+    _opened: Any
+
+    def _do_open_raw(self) -> Any:
+        fobj = self._fobj
+        if isinstance(fobj, _Shared):
+            return fobj
+        if not hasattr(fobj, 'fileno'):
+            return FileIO(fobj, self.fileio_mode, self.closefd)
+        raw = FileIO(fobj.fileno(), self.fileio_mode, self.closefd)
+        raw._owner = fobj
+        try:
+            raw.name = fobj.name
+        except AttributeError:
+            del raw.name
+        return raw
+
+    def opened(self) -> Any:
+        if self._opened is None:
+            raw = self.opened_raw()
+            if not isinstance(raw, _Shared):
+                self._opened = _layers(raw, self.mode, self.buffering, self.encoding, self.errors,
+                                       self.newline)
+            elif self.binary or isinstance(raw, TextIOWrapper):
+                self._opened = raw
+            else:
+                self._opened = TextIOWrapper(raw, self.encoding, self.errors, self.newline,
+                                             self.buffering == 1)
+        return self._opened
+
+
+class FileObject(FileObjectBase):                   # type: ignore[misc]
+    """A file object for gevent, with its signature:
+
+    ``FileObject(fobj, mode='r', buffering=-1, closefd=True, encoding=None, errors=None, newline=None)``, also
+    with *bufsize* and *close* as names of *buffering* and *closefd*. *fobj* is a path, an fd, or an object
+    with ``fileno()``. What epoll accepts (pipes, sockets, terminals) becomes gevent's `FileObjectPosix`; an
+    object that has a buffer of its own keeps it, and takes threads, in a `FileObjectThread` of gevent's.
+    """
+
+    def __new__(cls, fobj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(fobj, FileObject):
+            fobj = fobj.io
+        if hasattr(fobj, 'read') and not isinstance(fobj, (io.RawIOBase, _Shared)):
+            return FileObjectThread(fobj, *args, threadpool=_fallback._pool(), **kwargs)
+        descriptor = _Descriptor(fobj, *args, **kwargs)
+        raw = descriptor.opened_raw()
+        if cls is FileObject and isinstance(raw, FileIO) and _is_pollable(raw):
+            return _by_epoll(raw, fobj, *args, **kwargs)
+        self = super().__new__(cls)
+        self._descriptor = descriptor
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(self.__dict__.pop('_descriptor'))
+
+    def _do_close(self, fobj: Any, closefd: bool) -> None:
+        if closefd or isinstance(fobj, FileIO):
+            fobj.close()
+        else:
+            fobj.flush()
+
+
+def _is_pollable(raw: FileIO) -> bool:
+    kind = raw.file.kind
+    return kind in (0, stat.S_IFIFO, stat.S_IFSOCK) or kind == stat.S_IFCHR and raw.isatty()
+
+
+def _by_epoll(raw: FileIO, fobj: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(fobj, int) or hasattr(fobj, 'fileno'):
+        raw._closes, raw._owner = False, None       # gevent takes it as it was given
+        raw.close()
+        return FileObjectPosix(fobj, *args, **kwargs)
+    return FileObjectPosix(raw, *args, **kwargs)    # it owns the fd, and gevent closes it

@@ -1,0 +1,588 @@
+"""Files for gevent servers: as `io` has them, cooperative, shared, and safe to close."""
+
+import ctypes
+import gc
+import os
+import pathlib
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import unittest
+
+import gevent
+import gevent.fileobject
+import pytest
+from conftest import MIB, pattern, run_python
+from gevent.tests import test__fileobject as theirs
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+import greenaio
+from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
+
+ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
+
+
+# gevent's own tests ------------------------------------------------------------------------------
+
+class TestFileObject(theirs.ConcurrentFileObjectMixin, theirs.TestFileObjectBlock):
+    """gevent's, of our class. Not collected by pytest: these need gevent's own runner."""
+
+    __test__ = False
+
+    def _getTargetClass(self):      # noqa: N802
+        return FileObject
+
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+def test_passes_gevents_own_tests(loop):
+    # The driver is made first: these tests close some fds twice, and that may hit one of ours.
+    done = subprocess.run([sys.executable, '-c', '''
+import gevent, sys, unittest
+from greenaio import _hub
+gevent.get_hub()
+_hub.get_driver()
+import test_fileobject
+unittest.main(module=test_fileobject, argv=['test', 'TestFileObject'])
+'''], cwd=os.path.dirname(__file__), env={**os.environ, 'GEVENT_LOOP': loop}, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0, done.stderr
+    ran, = re.findall(r'Ran (\d+) tests', done.stderr)
+    assert int(ran) >= len(unittest.defaultTestLoader.loadTestsFromTestCase(TestFileObject)._tests) >= 15
+    skipped = re.search(r'skipped=(\d+)', done.stderr)
+    assert int(skipped[1] if skipped else 0) <= 3       # mode U, which Python has no more
+
+
+def test_gevents_subprocess_tests_fail_no_more_than_without_it():
+    def start(loop, more):
+        return subprocess.Popen([sys.executable, '-m', 'gevent.tests.test__subprocess'],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, 'GEVENT_LOOP': loop, **more})
+
+    for loop in ('libev-cext', 'libuv'):
+        both = [start(loop, {}), start(loop, ENVIRONMENT)]
+        plain, ours = (process.communicate(timeout=100)[1] for process in both)
+        assert int(re.search(r'Ran (\d+) tests', ours)[1]) > 30
+        failed = [set(re.findall(r'^(?:FAIL|ERROR): (\S+)', output, re.M)) for output in (plain, ours)]
+        assert failed[1] <= failed[0], ours
+
+
+@pytest.mark.parametrize('first', ['greenaio', 'gevent.fileobject', 'gevent.monkey', 'greenaio.fileobject',
+                                   'gevent.subprocess'])
+@pytest.mark.parametrize('value', ['greenaio.fileobject.FileObject', 'greenaio.fileobject.FileObject,thread'])
+def test_environment_names_it_whatever_is_imported_first(first, value):
+    run_python(f'import {first}, gevent.fileobject, greenaio.fileobject\n'
+               'assert gevent.fileobject.FileObject is greenaio.fileobject.FileObject',
+               env={'GEVENT_FILE': value})
+
+
+def test_gevents_configuration_takes_it():
+    run_python('''
+        import gevent
+        gevent.config.fileobject = 'greenaio.fileobject.FileObject'
+        from gevent.fileobject import FileObject
+        with FileObject('/etc/hostname', 'rb', bufsize=0, close=True) as file:
+            assert file.read() == open('/etc/hostname', 'rb').read()
+    ''')
+
+
+# Beside io ---------------------------------------------------------------------------------------
+
+class BesideIo(RuleBasedStateMachine):
+    """The same calls on both: the same values, exceptions and positions. MODEL of the matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = pathlib.Path(os.environ['GREENAIO_TEST_FOLDER'])
+        self.files = ()
+
+    @initialize(mode=st.sampled_from(['rb', 'r+b', 'wb', 'w+b', 'ab', 'a+b', 'r', 'r+', 'w+', 'a', 'a+']),
+                buffering=st.sampled_from([-1, -1, 0, 1, 5, 100]), content=st.binary(max_size=300),
+                ours=st.sampled_from([greenaio.open, FileObject]), newline=st.sampled_from([None, '', '\n']))
+    def begin(self, mode, buffering, content, ours, newline):
+        self.text = 'b' not in mode
+        if self.text and buffering == 0 or not self.text and buffering == 1:
+            buffering = -1
+        content = content if not self.text else content.hex(b'\n'[0:1].decode(), 7).encode()
+        more = {'encoding': 'utf-8', 'newline': newline} if self.text else {}
+        self.paths = [self.folder / name for name in ('io', 'ours')]
+        for path in self.paths:
+            path.write_bytes(content)
+        self.files = [opener(path, mode, buffering, **more)
+                      for opener, path in zip((open, ours), self.paths, strict=True)]
+
+    def both(self, call):
+        outcomes = []
+        for file in self.files:
+            try:
+                outcomes.append(call(file))
+            except Exception as error:
+                kinds = [kind for kind in type(error).__mro__ if kind.__module__ in ('builtins', 'io')]
+                outcomes.append(kinds[0])
+        if getattr(self.files[1], 'closed', False) and outcomes[0] is ValueError and outcomes[1] is OSError:
+            return                      # gevent's file objects say EBADF when closed
+        assert outcomes[0] == outcomes[1]
+
+    @rule(n=st.integers(-1, 400))
+    def read(self, n):
+        self.both(lambda file: file.read(n))
+
+    @rule()
+    def readline(self):
+        self.both(lambda file: file.readline())
+
+    @rule()
+    def readlines(self):
+        self.both(lambda file: file.readlines())
+
+    @rule(n=st.integers(0, 200))
+    def readinto(self, n):
+        def call(file):
+            buffer = bytearray(n)
+            return file.readinto(buffer), buffer
+        if not self.text:
+            self.both(call)
+
+    @rule(data=st.binary(max_size=200))
+    def write(self, data):
+        self.both(lambda file: file.write(data.hex() + '\n' if self.text else data))
+
+    @rule(data=st.sampled_from([b'bytes', 'text', None, 7]))
+    def write_of_the_wrong_type(self, data):
+        if self.text is not isinstance(data, str):
+            self.both(lambda file: file.write(data))
+
+    @rule(offset=st.integers(-5, 400), whence=st.sampled_from([0, 0, 1, 2, 7]))
+    def seek(self, offset, whence):
+        if not self.text or whence != 0 or offset == 0:
+            self.both(lambda file: file.seek(offset, whence))
+
+    @rule()
+    def tell(self):
+        self.both(lambda file: file.tell())
+
+    @rule(size=st.one_of(st.none(), st.integers(-1, 400)))
+    def truncate(self, size):
+        self.both(lambda file: file.truncate(size))
+
+    @rule()
+    def flush(self):
+        self.both(lambda file: file.flush())
+        assert self.paths[0].read_bytes() == self.paths[1].read_bytes()
+
+    @rule()
+    def kernel_position(self):
+        self.both(lambda file: os.lseek(file.fileno(), 0, os.SEEK_CUR))
+
+    @rule(what=st.sampled_from(['readable', 'writable', 'seekable', 'isatty', 'fileno', 'close']))
+    def ask(self, what):
+        if what == 'fileno':
+            self.both(lambda file: file.fileno() > 0)
+        else:
+            self.both(lambda file: getattr(file, what)())
+
+    def teardown(self):
+        for file in self.files:
+            file.close()
+        if self.files:
+            assert self.paths[0].read_bytes() == self.paths[1].read_bytes()
+
+
+def test_same_as_io(folder, monkeypatch):
+    monkeypatch.setenv('GREENAIO_TEST_FOLDER', folder)
+    state = BesideIo.TestCase()
+    state.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True,
+                              suppress_health_check=list(HealthCheck))
+    state.runTest()
+
+
+@pytest.mark.parametrize('arguments', [
+    ('/no/such/file',), ('/no/such/file', 'wb'), ('/', 'rb'), ('/etc/hostname', 'rw'), ('/etc/hostname', 'q'),
+    ('/etc/hostname', 'rtb'), ('/etc/hostname', '+'), ('/etc/hostname', 'rb', -1, 'utf-8'),
+    ('/etc/hostname', 'rb', -1, None, 'strict'), ('/etc/hostname', 'rb', -1, None, None, '\n'),
+    ('/etc/hostname', 'r', 0), ('/etc/hostname', 'r', -1, 'no-such-codec'),
+    ('/etc/hostname', 'r', -1, None, None, 'x'), ('/etc/hostname', 'r', -1, None, None, None, False),
+    (-1, 'rb'), (99999, 'rb'), (None,), (1.5,), ('a\0b',), ('/etc/hostname', 7), ('/etc/hostname', 'r', 'x'),
+    ('/etc/hostname', 'xb'), ('x' * 300, 'rb'), ('/etc/hostname', ''),
+])
+def test_open_refuses_what_io_refuses(arguments):
+    with pytest.raises(Exception) as wanted:
+        open(*arguments)            # noqa: SIM115
+    before = os.listdir('/proc/self/fd')
+    with pytest.raises(wanted.type) as caught:
+        greenaio.open(*arguments)
+    assert getattr(caught.value, 'errno', None) == getattr(wanted.value, 'errno', None)
+    assert getattr(caught.value, 'filename', None) == getattr(wanted.value, 'filename', None)
+    assert len(os.listdir('/proc/self/fd')) == len(before)
+
+
+def test_attributes_are_those_of_io(data_file):
+    for mode in ('r', 'rb', 'r+b', 'a', 'w+b'):
+        copy = data_file + mode
+        with open(copy, 'w' if mode[0] == 'w' else 'a'):
+            pass
+        with open(copy, mode) as wanted, greenaio.open(copy, mode) as file:
+            assert (file.mode, file.name, file.closed) == (wanted.mode, wanted.name, False)
+            assert isinstance(file, [kind for kind in type(wanted).__mro__ if kind.__module__ == '_io'][0])
+            raw, wanted_raw = (getattr(one, 'buffer', one).raw for one in (file, wanted))
+            assert (raw.mode, raw.closefd, raw.name) == (wanted_raw.mode, True, copy)
+            assert not os.get_inheritable(file.fileno())
+            assert repr(raw) == repr(wanted_raw).replace('_io', 'greenaio.fileobject')
+            with pytest.raises(TypeError):
+                pickle.dumps(file)
+        assert 'closed' in repr(raw)
+
+
+def test_opener_and_fd(data_file):
+    opened = []
+
+    def opener(path, flags):
+        opened.append(os.open(path, flags))
+        return opened[0]
+
+    with greenaio.open(data_file, 'rb', opener=opener) as file:
+        assert file.fileno() == opened[0]
+        assert file.read(8) == bytes(8)
+        with greenaio.open(file.fileno(), 'rb', closefd=False) as other:
+            assert other.name == opened[0]
+        assert file.read(4) == pattern(MIB)[4096:4100] or file.tell() == 12
+    for wrong, kind in ((lambda *_: 'x', TypeError), (lambda *_: -1, ValueError)):
+        with pytest.raises(kind):
+            greenaio.open(data_file, opener=wrong)
+
+
+def test_position_is_the_kernels(data_file):
+    """Those who were given the fd, or a dup of it, read on where it is."""
+    with greenaio.open(data_file, 'rb', buffering=0) as file:
+        assert file.read(100) == pattern(MIB)[:100]
+        copy = os.dup(file.fileno())
+        assert os.read(copy, 8) == pattern(MIB)[100:108]
+        os.lseek(copy, 4096, os.SEEK_SET)
+        assert file.read(8) == pattern(MIB)[4096:4104]
+        os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read(300000) == pattern(MIB)[4104:304104]
+        assert os.lseek(copy, 0, os.SEEK_CUR) == 304104
+        os.close(copy)
+
+
+# Shared ------------------------------------------------------------------------------------------
+
+def test_greenlets_that_read_lines_of_one_file_share_them_out(folder):
+    path = os.path.join(folder, 'lines')
+    lines = [f'{i} {"x" * (i % 300)}\n' for i in range(5000)]
+    pathlib.Path(path).write_text(''.join(lines))
+    for mode, opener in (('r', greenaio.open), ('rb', greenaio.open), ('r', FileObject), ('rb', FileObject)):
+        got = []
+        with opener(path, mode) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+            def read():
+                while line := file.readline():      # noqa: B023
+                    got.append(line)                # noqa: B023
+                    if len(got) % 7 == 0:           # noqa: B023
+                        gevent.sleep(0)
+
+            gevent.joinall([gevent.spawn(read) for _ in range(20)], raise_error=True, timeout=30)
+        assert sorted(line if mode == 'r' else line.decode() for line in got) == sorted(lines)
+
+
+def test_greenlets_that_write_one_file_lose_nothing(folder):
+    path = os.path.join(folder, 'written')
+    with greenaio.open(path, 'wb', buffering=100) as file:
+        def write(i):
+            for j in range(50):
+                file.write(b'%d %d\n' % (i, j))
+
+        gevent.joinall([gevent.spawn(write, i) for i in range(20)], raise_error=True, timeout=30)
+    lines = pathlib.Path(path).read_bytes().splitlines()
+    assert sorted(lines) == sorted(b'%d %d' % (i, j) for i in range(20) for j in range(50))
+    for i in range(20):
+        mine = [line for line in lines if line.split()[0] == b'%d' % i]
+        assert mine == [b'%d %d' % (i, j) for j in range(50)]
+
+
+def test_killed_while_it_waits_for_its_turn_it_holds_up_nobody(held_disk):
+    with greenaio.open(held_disk.file, 'rb', buffering=4096, direct=True) as file:
+        held_disk.hold()
+        readers = [gevent.spawn(file.read, 10) for _ in range(4)]
+        gevent.sleep(0.05)
+        readers[1].kill()
+        readers[2].kill(block=False)
+        held_disk.release()
+        gevent.joinall(readers, timeout=10)
+        values = [reader.value for reader in readers]
+    assert values[0] == pattern(10) + pattern(16)[8:10] or values[0] == pattern(16)[:10]
+    assert isinstance(values[1], gevent.GreenletExit)
+    assert values[3] == pattern(24)[10:20]
+
+
+# Closed meanwhile --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('buffering', [0, 4096])
+def test_closed_while_read_the_readers_get_ebadf_and_the_memory_stays(held_disk, buffering):
+    """
+    reader              another             kernel
+    read(), parks
+                        close()
+    OSError(EBADF)
+    drops its buffer
+                        allocates the like
+                                            writes, into memory that is still pinned
+    """
+    file = greenaio.open(held_disk.file, 'rb', buffering, direct=True)
+    held_disk.hold()
+
+    def read():
+        with pytest.raises(OSError, match='closed in another greenlet') as caught:
+            file.read(4096)
+        return caught.value.errno
+
+    readers = [gevent.spawn(read) for _ in range(3)]
+    gevent.sleep(0.05)
+    with gevent.Timeout(2):
+        file.close()
+        gevent.joinall(readers, raise_error=True)
+    assert [reader.value for reader in readers] == [9, 9, 9]
+    assert file.closed
+    gc.collect()
+    canaries = [ctypes.create_string_buffer(b'\xaa' * 4096, 4096) for _ in range(64)]
+    held_disk.release()
+    gevent.sleep(0.1)
+    assert all(canary.raw == b'\xaa' * 4096 for canary in canaries)
+    with pytest.raises(ValueError, match='closed'):
+        file.read(1)
+
+
+def test_file_object_closed_while_read_as_gevents_own(held_disk):
+    file = FileObject(os.open(held_disk.file, os.O_RDONLY | os.O_DIRECT), 'rb')
+    held_disk.hold()
+    reader = gevent.spawn(file.read, 4096)
+    gevent.sleep(0.05)
+    file.close()
+    with pytest.raises(OSError, match='Bad file descriptor|closed in another'):
+        reader.get(timeout=2)
+    with pytest.raises(OSError, match='FileObject was closed') as caught:
+        file.read(1)
+    assert caught.value.errno == 9
+    assert file.closed
+
+
+def test_closed_while_written_what_was_written_is_there(folder):
+    path = os.path.join(folder, 'written')
+    file = greenaio.open(path, 'wb')
+    writers = [gevent.spawn(file.write, bytes([65 + i]) * 50000) for i in range(3)]
+    gevent.sleep(0)
+    file.close()
+    gevent.joinall(writers)
+    assert pathlib.Path(path).read_bytes().startswith(b'A' * 50000)
+    for i, writer in enumerate(writers):
+        assert writer.value == 50000 or isinstance(writer.exception, (OSError, ValueError)), i
+
+
+# Where nobody can wait ---------------------------------------------------------------------------
+
+def test_in_the_hub_it_makes_the_plain_call(data_file, folder):
+    path = os.path.join(folder, 'by-the-hub')
+    results = []
+
+    def callback():
+        with greenaio.open(path, 'w') as file:
+            file.write('from the hub')
+        with FileObject(data_file, 'rb') as file:
+            results.append(file.read(16))
+
+    gevent.get_hub().loop.run_callback(callback)
+    gevent.sleep(0.05)
+    assert results == [pattern(16)]
+    assert pathlib.Path(path).read_text() == 'from the hub'
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+@pytest.mark.parametrize('direct', [False, True])
+def test_forgotten_with_bytes_in_its_buffer_it_loses_none(disk_folder, direct):
+    path = os.path.join(disk_folder, 'forgotten')
+    file = greenaio.open(path, 'w', direct=direct)
+    file.write('not flushed')
+    del file
+    gc.collect()
+    assert pathlib.Path(path).read_text() == 'not flushed'
+
+
+def test_forgotten_it_warns(data_file):
+    with pytest.warns(ResourceWarning, match='unclosed file') as caught:
+        greenaio.open(data_file, 'rb')
+        gc.collect()
+    assert len(caught) == 1
+
+
+def test_forgotten_and_destroyed_by_the_hub(folder):
+    run_python('''
+        import gevent, greenaio, sys, warnings
+        warnings.simplefilter('ignore')
+        path = sys.argv[1] + '/file'
+        files = [greenaio.open(path, 'w')]
+        gevent.sleep(0)
+        files[0].write('x' * 10)
+        gevent.get_hub().loop.run_callback(files.clear)
+        gevent.sleep(0.01)
+        assert open(path).read() == 'x' * 10
+    ''', folder)
+
+
+def test_at_the_end_of_the_interpreter_it_is_flushed(folder):
+    path = os.path.join(folder, 'at-exit')
+    run_python('''
+        import atexit, gevent, greenaio, sys
+        gevent.spawn(lambda: None).join()
+        file = greenaio.open(sys.argv[1], 'w')
+        file.write('flushed')
+        class Last:
+            def __init__(self):
+                self.file = file
+        sys.last_thing = Last()
+    ''', path, env={'PYTHONWARNINGS': 'ignore'})
+    assert pathlib.Path(path).read_text() == 'flushed'
+
+
+def test_in_a_thread_without_a_hub(data_file):
+    results = []
+
+    def work():
+        with greenaio.open(data_file, 'rb') as file:
+            results.append(file.read(16))
+        results.append(gevent._hub_local.get_hub_if_exists())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [pattern(16), None]
+
+
+# What else it may be given -----------------------------------------------------------------------
+
+def test_what_epoll_accepts_is_gevents_own(folder):
+    reader, writer = os.pipe()
+    with FileObject(reader, 'rb') as one, FileObject(writer, 'wb', 0) as other:
+        assert type(one) is type(other) is gevent.fileobject.FileObjectPosix
+        other.write(b'abc')
+        assert one.read(3) == b'abc'
+    fifo = os.path.join(folder, 'fifo')
+    os.mkfifo(fifo)
+    writing = gevent.spawn(FileObject, fifo, 'wb')
+    with FileObject(fifo, 'rb') as file:
+        assert type(file) is gevent.fileobject.FileObjectPosix
+        assert file.name == fifo
+        other = writing.get(timeout=5)
+        other.write(b'through')
+        other.close()
+        assert file.read() == b'through'
+
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+def test_what_epoll_refuses_is_ours(loop):
+    run_python('''
+        import io
+        from greenaio.fileobject import FileObject
+        import gevent.fileobject, greenaio
+        for path in ('/proc/self/status', '/dev/null', '/sys/kernel/mm/transparent_hugepage/enabled'):
+            with FileObject(path, 'r') as file, open(path) as wanted:
+                assert type(file) is FileObject
+                assert file.read()[:6] == wanted.read()[:6]
+        with greenaio.open('/dev/null', 'wb') as file:
+            assert file.write(b'gone') == 4
+    ''', env={'GEVENT_LOOP': loop})
+
+
+@pytest.mark.parametrize('mode', ['r', 'rb'])
+def test_object_with_a_buffer_of_its_own_keeps_it(data_file, mode):
+    pathlib.Path(data_file).write_bytes(b'one\r\ntwo\r\nthree')
+    with open(data_file, mode, newline=None if 'b' in mode else '') as inner:
+        first = inner.readline()
+        file = FileObject(inner, mode)
+        assert file.readline() == ('two\r\n' if mode == 'r' else b'two\r\n')
+        assert file.name == data_file
+        file.close()
+        assert inner.closed
+    assert first in ('one\r\n', b'one\r\n')
+
+
+def test_file_object_of_ours_is_not_wrapped_twice(data_file):
+    with greenaio.open(data_file, 'rb') as inner:
+        file = FileObject(inner, 'rb', closefd=False)
+        assert type(file) is FileObject
+        assert file.read(16) == pattern(16)
+        assert inner.tell() == 16
+        file.close()
+        assert inner.read(8) == pattern(24)[16:]
+
+
+def test_closefd_false_leaves_it_open(folder):
+    path = os.path.join(folder, 'kept')
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    with FileObject(fd, 'wb', closefd=False) as file:
+        file.write(b'abc')
+    del file
+    gc.collect()
+    assert os.pread(fd, 3, 0) == b'abc'
+    os.close(fd)
+
+
+def test_text_has_no_read1_and_binary_has(data_file):
+    with FileObject(data_file, 'rb') as binary, FileObject(data_file, 'r', encoding='latin-1') as text:
+        assert binary.read1(10) == pattern(16)[:10]
+        assert not hasattr(text, 'read1')
+
+
+def test_layers_are_those_of_io(data_file):
+    with greenaio.open(data_file, 'r', encoding='latin-1') as file:
+        assert type(file) is TextIOWrapper
+        assert type(file.buffer) is BufferedReader
+        assert type(file.buffer.raw) is FileIO
+
+
+def test_direct_takes_any_position_and_size(folder):
+    path = os.path.join(folder, 'direct')
+    with greenaio.open(path, 'w+b', direct=True) as file:
+        for i in range(100):
+            file.write(b'%03d,' % i)
+        file.seek(5)
+        assert file.read(9) == b'01,002,00'
+        file.seek(0, os.SEEK_END)
+        file.write(b'end')
+    assert os.path.getsize(path) == 403
+    with greenaio.open(path, direct=True, dsync=True) as file:
+        assert file.buffer.raw.file.direct
+        assert file.read() == ''.join(f'{i:03},' for i in range(100)) + 'end'
+    with pytest.raises(ValueError, match='path'):
+        greenaio.open(0, direct=True)
+
+
+def test_frozen_disk_stops_nobody(freezable):
+    """A file object on it waits; a tick does not."""
+    if os.path.isdir(freezable.path):
+        pytest.skip('the calls below are tested there')
+    os.kill(freezable.pid, signal.SIGCONT)
+    run_python('''
+        import gevent, os, signal, subprocess, sys, time
+        from greenaio.fileobject import FileObject
+        path, pid = sys.argv[1], int(sys.argv[2])
+        files = [FileObject(path, 'rb') for _ in range(4)]
+        subprocess.Popen(['sh', '-c', f'sleep 0.7; kill -CONT {pid}'])
+        os.kill(pid, signal.SIGSTOP)
+        os.posix_fadvise(files[0].fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        jobs = [gevent.spawn(file.read, 10) for file in files] + [gevent.spawn(FileObject, path, 'rb')]
+        end, worst = time.monotonic() + 0.5, 0
+        while (now := time.monotonic()) < end:
+            gevent.sleep(0.001)
+            worst = max(worst, time.monotonic() - now)
+        assert not jobs[0].ready()
+        gevent.joinall(jobs, raise_error=True, timeout=10)
+        jobs[-1].value.close()
+        for file in files:
+            file.close()
+        print(worst)
+    ''', freezable.path, freezable.pid)
