@@ -20,7 +20,8 @@ else:
     native = True
 
 from greenaio.fileobject import open
+from greenaio.streams import copyfile
 
 __version__ = '0.1.0'
 
-__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'native', 'open']
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'native', 'open']

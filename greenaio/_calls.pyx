@@ -34,6 +34,9 @@ cdef extern from *:
     const long SYS_sendfile
     const long SYS_newfstatat
     const long SYS_lseek
+    const long SYS_readahead
+    const long SYS_sync_file_range
+    const int SYNC_FILE_RANGE_WRITE
     const int SEEK_END
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
@@ -202,6 +205,16 @@ def copy_file_range(int src, int dst, Py_ssize_t count, offset_src=None, offset_
     if result < 0:
         raise failed(result, None)
     return result
+
+
+def readahead(int fd, int64_t offset, Py_ssize_t count):
+    """Have the page cache read what is likely to be asked for. Best effort: no error."""
+    _call(fd, _open_file(fd).device, None, SYS_readahead, fd, offset, count)
+
+
+def start_writing(int fd, int64_t offset, int64_t nbytes):
+    """Have the page cache begin to write what is dirty there. Best effort: fsync tells of errors."""
+    _call(fd, _open_file(fd).device, None, SYS_sync_file_range, fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
 
 
 def sendfile(int out_fd, int in_fd, offset, Py_ssize_t count):

@@ -263,6 +263,12 @@ class File:
     def read_cached(self, buffer: Any) -> int:
         return -1
 
+    def begin(self, reading: bool, buffer: Any, offset: int) -> Any:
+        return None
+
+    def end(self, begun: Any) -> int:
+        raise NotImplementedError       # nothing was begun
+
     def preadv(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         return cast(int, self._call(posix.preadv, buffers, offset, flags))
 
@@ -368,6 +374,14 @@ def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: boo
 
 def fstat(fd: int) -> os.stat_result:
     return cast(os.stat_result, call(posix.fstat, fd))
+
+
+def readahead(fd: int, offset: int, count: int) -> None:
+    call(posix.posix_fadvise, fd, offset, count, os.POSIX_FADV_WILLNEED)
+
+
+def start_writing(fd: int, offset: int, nbytes: int) -> None:
+    pass                        # Python has no call for it, and none is needed
 
 
 def lseek(fd: int, offset: int, whence: int) -> int:

@@ -75,6 +75,7 @@ cdef extern from *:
     static inline int is_ownerless(PyObject *buffer)
     { return PyMemoryView_Check(buffer) && PyMemoryView_GET_BASE(buffer) == NULL; }
     """
+    const int ECANCELED
     const long SYS_pread64
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
@@ -188,6 +189,52 @@ cdef class File:
             return -1 - got
         driver.end_in_line()
         return got
+
+    def begin(self, bint reading, buffer, int64_t offset):
+        """Ask for a read or write of *buffer*, and wait for nothing: `end` gives the result of what this
+        returns. None where it takes more than one request; then `preadv` or `pwrite` has to do.
+
+        Dropping what it returned abandons the request, which keeps *buffer* pinned until it is done."""
+        cdef Driver driver = current_driver()
+        cdef int fd = self._open_fd()
+        cdef Known known = self._known
+        cdef Request request = new_request(PREAD if reading else PWRITE, fd, offset, 0, 1)
+        cdef Way way = THREAD
+        driver.check_caller()
+        if not known.kind & STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
+            return None
+        request.pin(buffer)
+        if known.kind & DIRECT:
+            if _is_misaligned(known, request) or not reading and alignment.is_held(
+                    (known.device.number, known.inode)):
+                return None
+            way = _way(driver, known, request, not reading)
+        if way == THREAD:
+            as_call(request)
+            driver.begin_by_thread(request, known.device.pool())
+            return driver, request
+        if way == ASK:
+            request.flags = RWF_NOWAIT
+        request.share = driver.engine.share(known.device.number, known.device.limit)
+        request.file = known
+        driver.begin(request)
+        return driver, request
+
+    def end(self, begun):
+        """Wait for what `begin` returned; return bytes moved, or minus the errno: what `preadv` or `pwrite`
+        would do another way is -EAGAIN or -EOPNOTSUPP, and what another hub began is -ECANCELED. Once."""
+        cdef Driver driver = begun[0]
+        cdef Request request = begun[1]
+        cdef int64_t result
+        if driver is not current_driver():
+            return -ECANCELED
+        result = driver.end(request)
+        if request.refused:
+            return -EAGAIN
+        if request.flags & RWF_NOWAIT and result != -EOPNOTSUPP:
+            (self._known.device.reads if request.opcode == PREAD
+             else self._known.device.writes).answered(result == -EAGAIN)
+        return result
 
     def pwrite(self, data, int64_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
@@ -310,11 +357,9 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
     cdef Nowait nowait = known.device.writes if writing else known.device.reads
     cdef Way way
     cdef int64_t result
-    while driver.native and not (writing and _extends(request, known)) and not known.is_demoted():
-        way = PLAIN if theirs & RWF_NOWAIT else known.device.way(nowait)
-        # Pages that are dirty it would write first, and wait for that. In memory they are the file.
-        if way == THREAD or (way == PLAIN and writing and not known.device.in_memory
-                             and is_cached(request.fd, request.offset, request.nbytes)):
+    while True:
+        way = _way(driver, known, request, writing)
+        if way == THREAD:
             break
         if way == ASK:
             request.flags |= RWF_NOWAIT
@@ -333,6 +378,21 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
         if way != ASK or result != -EOPNOTSUPP or theirs:
             break
     return _by_thread(driver, request, known)
+
+
+cdef Way _way(Driver driver, Known known, Request request, bint writing) except? THREAD:
+    """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
+    cdef Way way
+    if not driver.native or known.is_demoted() or writing and _extends(request, known):
+        return THREAD
+    if request.flags & RWF_NOWAIT:
+        return PLAIN                    # it is asked already
+    way = known.device.way(known.device.writes if writing else known.device.reads)
+    # Pages that are dirty it would write first, and wait for that. In memory they are the file.
+    if way == PLAIN and writing and not known.device.in_memory and is_cached(
+            request.fd, request.offset, request.nbytes):
+        return THREAD
+    return way
 
 
 cdef int _pin(Request request, buffers) except -1:

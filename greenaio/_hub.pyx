@@ -218,6 +218,34 @@ cdef class Driver:
         self.engine.lend(request)
         return self._result(request, current)
 
+    cdef int begin(self, Request request) except -1:
+        """The first half of `perform`: submit now, wait for nothing. `end` is the other; who never calls it
+        has abandoned the request, which goes on to its own end."""
+        self._caller()
+        if self._reattach:
+            self._attach()
+        self.engine.enqueue(request)
+        self._flush()
+        return self._ask_for_pass()
+
+    cdef int begin_by_thread(self, Request request, Pool pool) except -1:
+        self._caller()
+        pool.submit(request, self.inbox)
+        self.engine.lend(request)
+        return 0
+
+    cdef int64_t end(self, Request request) except? -4096:
+        """Wait for what `begin` began; return bytes moved or minus the errno. Once, for each request."""
+        current = self._caller()
+        cdef int64_t result
+        if request.state != DONE:
+            self._flush()
+        if request.state == DONE and request._list == NULL:
+            result = request._result    # a drain pass let go of it
+            self.end_in_line()
+            return result
+        return self._result(request, current)
+
     cdef int end_in_line(self) except -1:
         """Call this after an operation that was done in line: a greenlet that only ever has such gives the
         loop its turn here, once in a bounded run of them. Not before it, when an fd could be closed and

@@ -81,7 +81,7 @@ turns: dict[int, Turn] = {}             # by fd, as long as somebody has it
 
 
 @contextlib.contextmanager
-def _turn(fd: int) -> Iterator[None]:
+def turn_of(fd: int) -> Iterator[None]:
     """One greenlet at a time, for each fd."""
     turn = turns.setdefault(fd, Turn())
     mine = False
@@ -110,11 +110,11 @@ def _wait(fd: int, mode: int, event: int) -> bool:
 
 def _at_position(fd: int, call: Callable[[int], int]) -> int:
     """Make a positional request of what is asked for at the kernel's position, and move that on."""
-    with _turn(fd), using(fd):
+    with turn_of(fd), using(fd):
         at = os.lseek(fd, 0, os.SEEK_CUR)
         moved = call(at)
         if moved and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND and call.__name__ == 'writing':
-            at = max(at, _calls.facts(fd)[1] - moved)    # the kernel wrote at the end
+            at = _calls.facts(fd)[1] - moved    # the kernel wrote at the end
         os.lseek(fd, at + moved, os.SEEK_SET)
     return moved
 

@@ -22,8 +22,10 @@ import stat
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import gevent
 
 # Not from gevent.fileobject: that asks for our FileObject while it is being imported.
 from gevent._fileobjectcommon import FileObjectBase, FileObjectThread, OpenDescriptor, cancel_wait_ex
@@ -31,8 +33,9 @@ from gevent._fileobjectposix import FileObjectPosix
 from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent, greenlet
 
-from greenaio import _fallback, _position
+from greenaio import _fallback, _position, streams
 from greenaio._position import Turn
+from greenaio.streams import ReadAhead, WriteBehind
 
 try:
     from greenaio import _calls
@@ -60,16 +63,19 @@ def can_wait() -> bool:
 
 class FileIO(io.FileIO):
     """The raw layer: `io.FileIO` with cooperative system calls. *flags* are ``os.O_*`` besides those of
-    *mode*."""
+    *mode*. With O_DIRECT, up to *prefetch* blocks are read ahead and written behind, see `streams`."""
 
     _blksize: int
+    _ahead: ReadAhead | None = None
+    _behind: WriteBehind | None = None
     _file: File | None = None
     _fd = -1
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
+    _appends = False                    # each write goes to the end, which is ours to find
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
-                 flags: int = 0) -> None:
+                 flags: int = 0, prefetch: int | None = None) -> None:
         self._turn = Turn()             # shared by the layers above
         self._waiting: dict[greenlet, tuple[Any, bool]] = {}
         fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
@@ -80,6 +86,17 @@ class FileIO(io.FileIO):
                 _calls.close(fd, may_wait=can_wait())
             raise
         self._closes = closefd
+        if self.file.direct and prefetch is None or prefetch:
+            self._stream(prefetch)
+
+    def _stream(self, prefetch: int | None) -> None:
+        gevent.get_hub()                # it is asked for by name, in a thread that has none as well
+        file = self.file
+        if self.readable() and file.kind in (stat.S_IFREG, stat.S_IFBLK):
+            self._ahead = ReadAhead(file, prefetch or streams.DEPTH, eager=prefetch is not None)
+        in_order = fcntl.fcntl(self._fd, fcntl.F_GETFL) & (os.O_APPEND | os.O_DSYNC)
+        if self.writable() and file.direct and not in_order:
+            self._behind = WriteBehind(file, prefetch or streams.DEPTH)
 
     def _open(self, file: Any, mode: str, closefd: bool, opener: Opener | None, more: int) -> int:
         if not closefd:
@@ -87,6 +104,9 @@ class FileIO(io.FileIO):
         flags = FLAGS.get(mode.replace('b', '').replace('+', ''), 0) | os.O_CLOEXEC | more
         if '+' in mode:
             flags = flags & ~os.O_WRONLY | os.O_RDWR
+        if flags & os.O_APPEND and flags & os.O_DIRECT:
+            flags &= ~os.O_APPEND       # the kernel would append whole sectors only
+            self._appends = True
         if opener is None:
             return (_calls.open if can_wait() else posix.open)(file, flags, 0o666)
         fd = opener(file, flags)
@@ -129,6 +149,8 @@ class FileIO(io.FileIO):
             raise io.UnsupportedOperation('File not open for reading')
         if not self._can_wait():
             return self._plainly(posix.readv, [buffer])
+        if self._ahead is not None:
+            return self._wait(False, self._read_ahead, buffer)
         turn = _position.turns.get(self._fd)
         n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
         if n >= 0:
@@ -137,6 +159,52 @@ class FileIO(io.FileIO):
         rest = memoryview(buffer).cast('B')[n:] if n else buffer
         more = self._wait(False, _position.readv, [rest])
         return n if more is None else n + more
+
+    def _read_ahead(self, fd: int, buffer: Any) -> int:
+        assert self._ahead is not None
+        with _position.turn_of(fd), _fallback.using(fd):
+            self._drain()
+            at = os.lseek(fd, 0, os.SEEK_CUR)
+            n = self._ahead.readinto(buffer, at)
+            os.lseek(fd, at + n, os.SEEK_SET)
+        return n
+
+    def _write_behind(self, fd: int, data: Any) -> int:
+        assert self._behind is not None
+        with _position.turn_of(fd), _fallback.using(fd):
+            if self._ahead is not None:
+                self._ahead.stop()
+            at = os.lseek(fd, 0, os.SEEK_CUR)
+            if self._appends and (self._behind.is_idle or at != self._behind.end):
+                at = self._to_the_end(fd)
+            n = self._behind.write(data, at)
+            os.lseek(fd, at + n, os.SEEK_SET)
+        return n
+
+    def _to_the_end(self, fd: int) -> int:
+        self._drain()
+        return _calls.lseek(fd, 0, os.SEEK_END)
+
+    def _write_at_end(self, fd: int, data: Any) -> int:
+        with _position.turn_of(fd):
+            self._to_the_end(fd)
+            return _position.write(fd, data)
+
+    def _drain(self) -> None:
+        """Have what was taken to be written behind written."""
+        if self._behind is None or self._behind.is_idle:
+            return
+        if self._can_wait():
+            behind = self._behind
+            self._wait(True, lambda _: behind.drain())
+        else:
+            with self._through_the_cache():
+                for offset, data in self._behind.take():
+                    posix.pwrite(self._fd, data, offset)
+
+    def flush(self) -> None:
+        super().flush()
+        self._drain()
 
     def read(self, size: int | None = -1, /) -> bytes | None:       # type: ignore[override]
         if size is None or size < 0:
@@ -148,6 +216,7 @@ class FileIO(io.FileIO):
     def readall(self) -> bytes | None:      # type: ignore[override]
         data = bytearray()
         size = 0
+        self._drain()
         with contextlib.suppress(OSError):      # a pipe has no position
             size = _calls.facts(self.file.fileno())[1] - self.tell()
         while True:
@@ -157,27 +226,37 @@ class FileIO(io.FileIO):
             data += chunk
 
     def write(self, data: Any, /) -> Any:
-        file = self.file
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
         if self._can_wait():
-            return self._wait(True, _position.write, data)
-        if not file.direct:
-            return self._plainly(posix.write, data)
-        # O_DIRECT would refuse the odd bytes that a finalizer has left to write.
+            write = self._write_at_end if self._appends else _position.write
+            return self._wait(True, write if self._behind is None else self._write_behind, data)
+        if self._appends:
+            self._drain()
+            os.lseek(self._fd, 0, os.SEEK_END)
+        return self._plainly(posix.write, data)
+
+    @contextlib.contextmanager
+    def _through_the_cache(self) -> Iterator[None]:
+        """O_DIRECT would refuse odd bytes, and a finalizer may have some left to write."""
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         try:
-            return self._plainly(posix.write, data)
+            yield
         finally:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence >= os.SEEK_END:
+            self._drain()
         if whence < os.SEEK_END or not can_wait():
             return super().seek(offset, whence)
         return _calls.lseek(self.file.fileno(), offset, whence)
 
     def truncate(self, size: int | None = None, /) -> int:
+        self._drain()
+        if self._ahead is not None:
+            self._ahead.stop()
         if not self._can_wait():
             return super().truncate(size)
         if not self.writable():
@@ -192,17 +271,23 @@ class FileIO(io.FileIO):
         as it needs it."""
         if self.closed:
             return
-        fd, self._fd = self._fd, -1
-        waits = self._can_wait()
-        self.end_waits()
-        super().close()
         try:
-            if self._closes and fd >= 0 and self._owner is None:
-                _calls.close(fd, may_wait=waits)
+            self._drain()
         finally:
-            owner, self._owner = self._owner, None
-            if owner is not None and self._closes:
-                owner.close()
+            fd, self._fd = self._fd, -1
+            waits = self._can_wait()
+            self.end_waits()
+            if self._ahead is not None:
+                self._ahead.stop()
+            self._ahead = self._behind = None
+            super().close()
+            try:
+                if self._closes and fd >= 0 and self._owner is None:
+                    _calls.close(fd, may_wait=waits)
+            finally:
+                owner, self._owner = self._owner, None
+                if owner is not None and self._closes:
+                    owner.close()
 
     def end_waits(self, writing: bool = True) -> None:
         """Let those who wait for a read, and if *writing* those who wait for a write, get EBADF."""
@@ -217,17 +302,24 @@ class FileIO(io.FileIO):
     def _wait(self, writing: bool, call: Callable[..., Any], *args: Any) -> Any:
         """The result of a cooperative *call* on the fd, which `close` ends."""
         me = getcurrent()
+        before = self._waiting.get(me)  # a read drains what is to be written first
         self._waiting[me] = get_hub_if_exists(), writing
         try:
             return call(self._fd, *args)
         except BlockingIOError:
             return None
         finally:
-            del self._waiting[me]
+            if before is None:
+                del self._waiting[me]
+            else:
+                self._waiting[me] = before
 
     def _plainly(self, call: Callable[..., Any], *args: Any) -> Any:
+        """The result of a *call* on the fd that blocks."""
+        self._drain()
         try:
-            return call(self._fd, *args)
+            with self._through_the_cache() if self.file.direct else contextlib.nullcontext():
+                return call(self._fd, *args)
         except BlockingIOError:
             return None
 
@@ -312,11 +404,17 @@ class BufferedReader(_Shared, io.BufferedReader):
     __doc__ = io.BufferedReader.__doc__
 
 
-class BufferedWriter(_Shared, io.BufferedWriter):
+class _FlushesRaw:
+    def flush(self) -> None:
+        super().flush()                 # type: ignore[misc]
+        self.raw.flush()                # type: ignore[attr-defined]  # it may write behind
+
+
+class BufferedWriter(_Shared, _FlushesRaw, io.BufferedWriter):
     __doc__ = io.BufferedWriter.__doc__
 
 
-class BufferedRandom(_Shared, io.BufferedRandom):
+class BufferedRandom(_Shared, _FlushesRaw, io.BufferedRandom):
     __doc__ = io.BufferedRandom.__doc__
 
 
@@ -326,12 +424,20 @@ class TextIOWrapper(_Shared, io.TextIOWrapper):
 
 def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None = None,
          errors: str | None = None, newline: str | None = None, closefd: bool = True,
-         opener: Opener | None = None, *, direct: bool = False, dsync: bool = False) -> Any:
+         opener: Opener | None = None, *, direct: bool = False, dsync: bool = False,
+         prefetch: int | None = None) -> Any:
     """Open *file* as the built-in ``open`` does, with the same arguments, results and errors; cooperative.
 
-    With *direct* the page cache is left out (O_DIRECT); any position, size and memory will do. With *dsync*
-    each write is on the disk when it returns (O_DSYNC). Both are for paths: ValueError with an fd.
+    With *direct* the page cache is left out (O_DIRECT); any position, size and memory will do. To append is
+    then to write at the end as it is just before: only one process should. With *dsync* each write is on the
+    disk when it returns (O_DSYNC). Both are for paths: ValueError with an fd.
+
+    *prefetch* is how many blocks are read ahead from the first read on; 0 for none. Without it, *direct*
+    files have up to 8, once they are read in order; and are written behind the writer by as many, with errors
+    at `flush` or `close` at the latest. A block has 128 KiB, or what is read at a time, up to 1 MiB.
     """
+    if prefetch is not None and prefetch < 0:
+        raise ValueError(f'prefetch must not be negative, but is {prefetch}')
     if not isinstance(file, int):
         file = os.fspath(file)
         if not isinstance(file, (str, bytes)):
@@ -340,7 +446,7 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
         raise ValueError('direct and dsync are for a path, not for a file that is open')
     _check_arguments(mode, buffering, encoding, errors, newline)
     flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
-    raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags)
+    raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags, prefetch=prefetch)
     try:
         return _layers(raw, mode, buffering, encoding, errors, newline)
     except BaseException:

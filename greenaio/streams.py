@@ -1,0 +1,302 @@
+"""Sequential reading ahead of the reader, writing behind the writer, and copying: several requests in flight.
+
+The page cache does that for buffered files. With O_DIRECT nobody does, so a file opened with ``direct=True``
+has a `ReadAhead` and a `WriteBehind`. Each holds at most `DEPTH` blocks of `BLOCK_MIN` to `BLOCK_MAX` bytes:
+1 MiB for who reads or writes little at a time, 8 MiB at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posix
+import stat
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+
+from greenaio._fallback import using
+
+try:
+    from greenaio import _calls
+    from greenaio._file import File
+    from greenaio._memory import aligned_buffer
+except ImportError:
+    from greenaio import _fallback as _calls  # type: ignore[no-redef]
+    from greenaio._fallback import File, aligned_buffer  # type: ignore[assignment]
+
+DEPTH = 8                       # blocks at most, in flight or waiting for the reader
+BLOCK_MIN = 128 << 10           # bytes: smaller ones cost more than they bring
+BLOCK_MAX = 1 << 20             # bytes: larger ones bring nothing
+SEQUENTIAL = 2                  # reads in order before it begins
+COPY_BLOCK = 4 << 20            # bytes: of a copy, what one thread does before it tells how far it is
+COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
+
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+def block_size(nbytes: int) -> int:
+    """How large the blocks are for somebody who reads or writes *nbytes* at a time."""
+    return min(max(1 << max(nbytes - 1, 0).bit_length(), BLOCK_MIN), BLOCK_MAX)
+
+
+class _Block:
+    """A request that is under way, and its memory."""
+
+    __slots__ = ('_begun', '_file', 'data', 'memory', 'offset', 'reading')
+
+    def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int) -> None:
+        self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
+        self._file = file
+        self._begun = None
+        with contextlib.suppress(OSError, RuntimeError):    # `end` will say why
+            self._begun = file.begin(reading, self.data, offset)
+
+    def end(self) -> int:
+        """Wait for it; return bytes moved. What was refused is asked for again, in the way that never is."""
+        begun, self._begun = self._begun, None
+        done = -errno.EAGAIN if begun is None else self._file.end(begun)
+        if self.reading:
+            return done if done >= 0 else self._file.preadv([self.data], self.offset)
+        done = max(done, 0)
+        while done < len(self.data):
+            n = self._file.pwrite(self.data[done:], self.offset + done)
+            if n == 0:
+                raise OSError(errno.EIO, 'no progress in a write')
+            done += n
+        return done
+
+
+class ReadAhead:
+    """Reads of a `File` in order, with up to *depth* blocks under way ahead of them.
+
+    It begins after some reads in order, with one block, doubles with each that is used up, and stops at a
+    read from elsewhere. What others write meanwhile may be missed by as much as is read ahead.
+    """
+
+    def __init__(self, file: File, depth: int = DEPTH, eager: bool = False) -> None:
+        self._file = file
+        self._depth = depth
+        self._eager = eager             # begin with the first read
+        self._blocks: deque[_Block] = deque()
+        self._head: Any = None          # the block that is being read: its memory, as far as it was filled
+        self._head_offset = 0
+        self._window = 1
+        self._in_order = 0
+        self._position = 0              # where a read in order would begin
+        self._end = 0                   # what is asked for ends here
+        self._size = BLOCK_MIN
+
+    def readinto(self, buffer: Any, position: int) -> int:
+        """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
+        view = memoryview(buffer).cast('B')
+        if position != self._position:
+            self.stop()
+            self._in_order = 0
+        self._in_order += 1
+        try:
+            n = self._from_blocks(view, position)
+            if n == 0 and len(view):
+                self.stop()             # the end; or nothing was read ahead
+                n = self._file.preadv([view], position)
+                self._end = position + n
+        except BaseException:           # an error; or killed, and a block is lost
+            self.stop()
+            raise
+        self._position = position + n
+        if n and (self._in_order >= SEQUENTIAL or self._eager):
+            self._size = max(self._size, block_size(len(view)))
+            self._ask_for_more()
+        return n
+
+    def _from_blocks(self, view: memoryview, position: int) -> int:
+        """What is read ahead already; 0 when nothing is."""
+        done = 0
+        while done < len(view):
+            begin = position + done - self._head_offset
+            if self._head is None or begin >= len(self._head):
+                if not self._take_next(position + done):
+                    break
+                continue
+            n = min(len(view) - done, len(self._head) - begin)
+            view[done:done + n] = self._head[begin:begin + n]
+            done += n
+        return done
+
+    def _take_next(self, position: int) -> bool:
+        """Have the next block at hand, and one more asked for in the memory of the last."""
+        if not self._blocks or self._blocks[0].offset != position:
+            return False
+        block = self._blocks.popleft()
+        n = block.end()
+        self._head, self._head_offset = block.data[:n], block.offset
+        self._window = min(2 * self._window, self._depth)
+        self._ask_for_more()
+        return n > 0
+
+    def _ask_for_more(self) -> None:
+        while len(self._blocks) < self._window:
+            # To whole blocks first, so that all that follow are aligned.
+            nbytes = self._size - self._end % self._size
+            self._blocks.append(_Block(self._file, True, aligned_buffer(nbytes), nbytes, self._end))
+            self._end += nbytes
+
+    def stop(self) -> None:
+        """Forget what was read ahead; what is under way keeps its memory until it is done."""
+        self._blocks.clear()
+        self._head = None
+        self._window = 1
+
+
+class WriteBehind:
+    """Writes of a `File` in order, done while the writer goes on.
+
+    An error is raised by a later `write`, at the latest by `drain`, and only once; what was to be written
+    behind the failed block is written all the same.
+    """
+
+    def __init__(self, file: File, depth: int = DEPTH) -> None:
+        self._file = file
+        self._depth = depth
+        self._blocks: deque[_Block] = deque()
+        self._memory: Any = None        # being filled, for `_begin`
+        self._begin = self._filled = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to `drain`."""
+        return not self._blocks and not self._filled
+
+    @property
+    def end(self) -> int:
+        """Where a write in order would begin."""
+        return self._begin + self._filled
+
+    def write(self, data: Any, position: int) -> int:
+        """Take bytes-like *data* for *position*; return how many were taken: all."""
+        view = memoryview(data).cast('B')
+        if position != self.end:
+            self._send()
+        done = 0
+        while done < len(view):
+            if self._memory is None:
+                while len(self._blocks) >= self._depth:
+                    self._settle()
+                self._memory = aligned_buffer(block_size(len(view)))
+                self._begin = position + done
+            room = len(self._memory) - self._begin % len(self._memory) - self._filled
+            n = min(room, len(view) - done)
+            self._memory[self._filled:self._filled + n] = view[done:done + n]
+            self._filled += n
+            done += n
+            if n == room:
+                self._send()
+        return done
+
+    def _send(self) -> None:
+        memory, n, self._memory, self._filled = self._memory, self._filled, None, 0
+        if n:
+            self._begin += n
+            self._blocks.append(_Block(self._file, False, memory, n, self._begin - n))
+
+    def _settle(self) -> None:
+        """Wait for the oldest block; raise its error. If this is killed, the block is written again."""
+        block = self._blocks[0]
+        try:
+            block.end()
+        except OSError:
+            self._blocks.popleft()
+            raise
+        self._blocks.popleft()
+
+    def take(self) -> list[tuple[int, Any]]:
+        """Offsets and data of all that is not known to be written, for somebody who can't wait."""
+        left = [(block.offset, block.data) for block in self._blocks]
+        if self._filled:
+            left.append((self._begin, self._memory[:self._filled]))
+        self._blocks.clear()
+        self._memory, self._filled = None, 0
+        return left
+
+    def drain(self) -> None:
+        """Wait until all is written. Raises the first OSError of what was not."""
+        self._send()
+        first: OSError | None = None
+        while self._blocks:
+            try:
+                self._settle()
+            except OSError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+
+# Copying -----------------------------------------------------------------------------------------
+
+def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
+             progress: Callable[[int, int], object] | None = None) -> StrPath:
+    """Copy the contents of the file *src* to *dst*, and return that, as ``shutil.copyfile`` does.
+
+    The kernel copies, in threads, while it reads ahead and begins to write back. *progress* is called with
+    the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
+    """
+    import shutil  # it imports archives and compression
+
+    src = os.fspath(src)
+    if not follow_symlinks and os.path.islink(src):
+        os.symlink(posix.readlink(src), os.fspath(dst))     # type: ignore[type-var, arg-type]
+        return dst
+    facts = one, other = _facts(src), _facts(dst)
+    if one and other and os.path.samestat(one, other):
+        raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file')
+    for name, fact in zip((src, dst), facts, strict=True):
+        if fact and stat.S_ISFIFO(fact.st_mode):        # opening it would wait for somebody
+            raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
+    with File(src) as source, File(dst, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
+        _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
+    return dst
+
+
+def _facts(name: StrPath) -> os.stat_result | None:
+    try:
+        return _calls.stat(name)
+    except OSError:
+        return None                     # opening it will say why
+
+
+def _copy(source: File, target: File, size: int, progress: Callable[[int, int], object]) -> None:
+    done = 0
+    with using(source.fileno()), using(target.fileno()):
+        ahead: Any = None
+        while True:
+            if ahead is None or ahead.ready():
+                ahead = gevent.spawn(_calls.readahead, source.fileno(), done + COPY_BLOCK, COPY_AHEAD)
+            n = _copy_block(source, target, done)
+            if n == 0:
+                break
+            _calls.start_writing(target.fileno(), done, n)
+            done += n
+            progress(done, max(size, done))
+        ahead.kill()
+
+
+def _copy_block(source: File, target: File, offset: int) -> int:
+    try:
+        n = _calls.copy_file_range(source.fileno(), target.fileno(), COPY_BLOCK, offset, offset)
+    except OSError as error:
+        if error.errno not in CANNOT_COPY:
+            raise
+        n = 0
+    if n:
+        return n
+    # At the end; or these file systems can't, or say 0 of files whose length they don't know, as /proc does.
+    data = source.pread(COPY_BLOCK, offset)
+    done = 0
+    while done < len(data):
+        done += target.pwrite(data[done:], offset + done)
+    return done

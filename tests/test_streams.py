@@ -1,0 +1,362 @@
+"""In order: several requests under way ahead of the reader and behind the writer; and copies."""
+
+import errno
+import gc
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import tempfile
+import threading
+
+import gevent
+import pytest
+from conftest import MIB, missing, pattern, run_python
+
+import greenaio
+from greenaio import streams
+
+
+@pytest.fixture
+def small_disk():
+    """A tmpfs of 4 MiB."""
+    if os.geteuid() != 0:
+        missing('needs root')
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4M', 'tmpfs', folder], check=True)
+        try:
+            yield folder
+        finally:
+            gc.collect()
+            subprocess.run(['umount', folder], check=True)
+
+
+def make(folder, nbytes, name='data'):
+    path = os.path.join(folder, name)
+    with open(path, 'wb') as file:
+        file.write(pattern(nbytes + 8)[:nbytes])
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+# Reading ahead -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('nbytes', [0, 1, 4095, 4096, 131072, 131073, 3 * MIB + 777])
+@pytest.mark.parametrize('step', [1000, 4096, 131072, 700001])
+def test_reads_in_order_give_the_file(folder, nbytes, step):
+    path = make(folder, nbytes)
+    for prefetch in (None, 0, 1, 3):
+        with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=prefetch) as file:
+            chunks = []
+            while chunk := file.read(step):
+                chunks.append(chunk)
+            assert b''.join(chunks) == pattern(nbytes + 8)[:nbytes]
+            assert file.tell() == os.lseek(file.fileno(), 0, os.SEEK_CUR) == nbytes
+            assert file.read(1) == b''
+
+
+def test_begins_when_in_order_grows_and_stops_when_not(disk_folder):
+    path = make(disk_folder, 4 * MIB)
+    with greenaio.open(path, 'rb', buffering=0, direct=True) as file:
+        ahead, widths = file._ahead, []
+        file.read(4096)
+        assert len(ahead._blocks) == 0
+        for _ in range(200):
+            file.read(8192)
+            widths.append(len(ahead._blocks))
+        assert widths[0] == 1
+        assert max(widths) == streams.DEPTH
+        assert sorted(set(widths)) == [1, 2, 4, 8]
+        file.seek(3 * MIB)
+        assert file.read(8) == pattern(4 * MIB)[3 * MIB:3 * MIB + 8]
+        assert len(ahead._blocks) == 0
+
+
+def test_blocks_follow_what_is_read_at_a_time_within_bounds(disk_folder):
+    path = make(disk_folder, 8 * MIB)
+    for step, block in ((512, streams.BLOCK_MIN), (200_000, 262_144), (4 * MIB, streams.BLOCK_MAX)):
+        with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=2) as file:
+            file.read(step)
+            file.read(step)
+            assert {len(one.memory) for one in list(file._ahead._blocks)[1:]} <= {block}
+            assert len(file._ahead._blocks) <= 2
+
+
+def test_buffered_files_too_when_asked(folder):
+    path = make(folder, 2 * MIB)
+    with greenaio.open(path, 'rb', prefetch=4) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read(100) == pattern(2 * MIB)[:100]
+        assert len(file.raw._ahead._blocks) > 0
+        assert file.read() == pattern(2 * MIB)[100:]
+
+
+def test_file_that_grows_is_read_on(folder):
+    path = make(folder, 100_000)
+    with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=4) as file:
+        assert len(file.read()) == 100_000
+        with open(path, 'ab') as other:
+            other.write(b'more')
+        assert file.read() == b'more'
+
+
+def test_killed_while_it_waits_for_a_block_it_can_go_on(held_disk):
+    with greenaio.open(held_disk.file, 'rb', buffering=0, direct=True) as file:
+        data = [file.read(65536) for _ in range(3)]
+        held_disk.hold()
+        for _ in range(3):
+            with gevent.Timeout(0.05, False):
+                while True:
+                    data.append(file.read(65536))
+        held_disk.release()
+        while chunk := file.read(65536):
+            data.append(chunk)
+    assert b''.join(data) == pattern(4 * MIB)
+
+
+def test_closed_with_blocks_under_way(held_disk):
+    file = greenaio.open(held_disk.file, 'rb', buffering=0, direct=True, prefetch=8)
+    file.read(4096)
+    held_disk.hold()
+    reader = gevent.spawn(file.readall)
+    gevent.sleep(0.05)
+    file.close()
+    with pytest.raises(OSError, match='closed in another') as caught:
+        reader.get(timeout=2)
+    assert caught.value.errno == errno.EBADF
+    held_disk.release()
+
+
+def test_used_by_another_hub_meanwhile(disk_folder):
+    path = make(disk_folder, 2 * MIB)
+    with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=4) as file:
+        parts = [file.read(100_000)]
+
+        def work():
+            gevent.get_hub()
+            parts.append(file.read(100_000))
+            gevent.get_hub().destroy(True)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        parts.append(file.read())
+    assert b''.join(parts) == pattern(2 * MIB)
+
+
+def test_forked_meanwhile_both_read_on(disk_folder):
+    run_python('''
+        import gevent, greenaio, os, sys
+        path = sys.argv[1]
+        data = open(path, 'rb').read()
+        with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=8) as file:
+            first = file.read(100_000)
+            pid = gevent.os.fork()
+            if pid == 0:
+                file.seek(100_000)      # the position is shared
+                os._exit(0 if file.read(500_000) == data[100_000:600_000] else 1)
+            assert os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]) == 0
+            file.seek(100_000)
+            assert first + file.read() == data
+    ''', make(disk_folder, 2 * MIB))
+
+
+# Writing behind ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('step', [1, 4096, 100_003, 1 << 20])
+def test_writes_in_order_are_all_there(folder, step):
+    path = os.path.join(folder, 'written')
+    nbytes = 3000 if step == 1 else 3 * MIB + 5
+    data = pattern(nbytes + 8)[:nbytes]
+    with greenaio.open(path, 'wb', buffering=0, direct=True) as file:
+        for begin in range(0, nbytes, step):
+            assert file.write(data[begin:begin + step]) == len(data[begin:begin + step])
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == min(begin + step, nbytes)
+            assert len(file._behind._blocks) <= streams.DEPTH
+        file.flush()
+        assert os.path.getsize(path) == nbytes
+    assert pathlib.Path(path).read_bytes() == data
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_read_written_and_sought_at_random_it_is_a_file(folder, seed):
+    """Reads and writes that go ahead and behind, against bytes."""
+    choose = random.Random(seed)
+    path = make(folder, 600_000)
+    model, position = bytearray(pattern(600_008)[:600_000]), 0
+    with greenaio.open(path, 'r+b', buffering=choose.choice([0, 4096, 65536]), direct=True) as file:
+        for i in range(300):
+            what = choose.choice(['read', 'read', 'read', 'write', 'write', 'seek', 'truncate', 'flush',
+                                  'end'])
+            n = choose.choice([1, 100, 512, 4096, 30_000, 150_000])
+            if what == 'read':
+                data = file.read(n)
+                assert data == model[position:position + n], (i, position, n)
+                position += len(data)
+            elif what == 'write':
+                data = choose.randbytes(n)
+                if position > len(model):
+                    model += bytes(position - len(model))
+                model[position:position + n] = data
+                assert file.write(data) == n
+                position += n
+            elif what == 'seek':
+                position = file.seek(choose.randrange(700_000))
+            elif what == 'end':
+                position = file.seek(0, os.SEEK_END)
+                assert position == len(model)
+            elif what == 'truncate' and i % 5 == 0:
+                size = choose.randrange(800_000)
+                file.truncate(size)
+                model = model[:size] + bytes(max(0, size - len(model)))
+            elif what == 'flush':
+                file.flush()
+                if i % 10 == 0:
+                    assert pathlib.Path(path).read_bytes() == model
+            if i % 20 == 0:
+                gevent.sleep(0)
+    assert pathlib.Path(path).read_bytes() == model
+
+
+@pytest.mark.parametrize('by', ['flush', 'close'])
+def test_full_disk_is_told_at_the_latest_by(small_disk, by):
+    file = greenaio.open(os.path.join(small_disk, 'big'), 'wb', buffering=0, direct=True)
+    failures = []
+    for _ in range(6):
+        try:
+            file.write(bytes(MIB))
+        except OSError as error:
+            failures.append(error)
+    try:
+        getattr(file, by)()
+    except OSError as error:
+        failures.append(error)
+    file.close()                        # once is enough
+    assert file.closed
+    assert failures
+    assert {error.errno for error in failures} == {errno.ENOSPC}
+
+
+def test_killed_while_it_waits_for_the_disk_nothing_that_was_taken_is_lost(held_disk):
+    with greenaio.open(held_disk.file, 'r+b', buffering=0, direct=True) as file:
+        held_disk.hold()
+        taken = 0
+
+        def write():
+            nonlocal taken
+            while True:
+                file.write(bytes([taken % 251]) * 65536)
+                taken += 1
+
+        for _ in range(3):
+            writer = gevent.spawn(write)
+            gevent.sleep(0.05)
+            writer.kill()
+        held_disk.release()
+        file.flush()
+    assert taken >= streams.DEPTH
+    data = pathlib.Path(held_disk.file).read_bytes()
+    for i in range(taken):
+        assert data[i * 65536:(i + 1) * 65536] == bytes([i % 251]) * 65536
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+def test_forgotten_in_the_hub_what_was_taken_is_written(disk_folder):
+    path = os.path.join(disk_folder, 'forgotten')
+    files = [greenaio.open(path, 'wb', direct=True)]
+    files[0].write(pattern(MIB)[:700_001])
+    gevent.get_hub().loop.run_callback(files.clear)
+    gevent.sleep(0.01)
+    gc.collect()
+    assert pathlib.Path(path).read_bytes() == pattern(MIB)[:700_001]
+
+
+@pytest.mark.parametrize('dsync', [False, True])
+def test_append_goes_to_the_end_whatever_it_is(folder, dsync):
+    path = make(folder, 100)
+    with greenaio.open(path, 'a+b', buffering=0, direct=True, dsync=dsync) as file:
+        file.write(b'one')
+        file.seek(0)
+        file.write(b'two')
+        assert file.tell() == 106
+        file.flush()
+        with open(path, 'ab') as other:
+            other.write(b'three')
+        file.write(b'four')
+        file.seek(98)
+        assert file.read(100) == pattern(104)[98:100] + b'onetwothreefour'
+    assert pathlib.Path(path).read_bytes() == pattern(104)[:100] + b'onetwothreefour'
+
+
+def test_dsync_is_not_written_behind(folder):
+    path = make(folder, 100)
+    with greenaio.open(path, 'r+b', direct=True, dsync=True) as file:
+        assert file.raw._behind is None
+        file.write(b'begin')
+    assert pathlib.Path(path).read_bytes() == b'begin' + pattern(104)[5:100]
+
+
+# Copying -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('nbytes', [0, 1, 4096, 4 * MIB, 9 * MIB + 11])
+def test_copy_is_the_same(folder, nbytes):
+    source, target = make(folder, nbytes), os.path.join(folder, 'copy')
+    pathlib.Path(target).write_bytes(b'what was there before' * 1000)
+    told = []
+    assert greenaio.copyfile(source, target, progress=lambda *both: told.append(both)) == target
+    assert pathlib.Path(target).read_bytes() == pathlib.Path(source).read_bytes()
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert not nbytes or told[-1] == (nbytes, nbytes)
+
+
+def test_copy_from_one_file_system_to_another(disk_folder):
+    source = make(disk_folder, 5 * MIB + 1)
+    with tempfile.TemporaryDirectory(dir='/dev/shm') as folder:
+        for one, other in ((source, os.path.join(folder, 'a')), (os.path.join(folder, 'a'), source + '2')):
+            greenaio.copyfile(pathlib.Path(one), pathlib.Path(other))
+        assert pathlib.Path(source + '2').read_bytes() == pathlib.Path(source).read_bytes()
+
+
+def test_copy_of_a_file_without_a_length(folder):
+    target = os.path.join(folder, 'cpuinfo')
+    greenaio.copyfile('/proc/cpuinfo', target)
+    assert pathlib.Path(target).read_text().startswith('processor')
+
+
+def test_copy_refuses_what_shutil_refuses(folder):
+    source = make(folder, 10)
+    os.mkfifo(source + '-fifo')
+    os.symlink(source, source + '-link')
+    for arguments in ((source, source), (source, source + '-link'), ('/no/such', source + '2'),
+                      (folder, source + '2'), (source, folder), (source + '-fifo', source + '2')):
+        with pytest.raises(Exception) as wanted:
+            shutil.copyfile(*arguments)
+        with pytest.raises(wanted.type):
+            greenaio.copyfile(*arguments)
+    assert pathlib.Path(source).read_bytes() == pattern(16)[:10]
+    assert greenaio.copyfile(source + '-link', source + '3', follow_symlinks=False) == source + '3'
+    assert os.readlink(source + '3') == source
+
+
+def test_copy_to_a_full_disk(small_disk, disk_folder):
+    source = make(disk_folder, 6 * MIB)
+    with pytest.raises(OSError, match='No space') as caught:
+        greenaio.copyfile(source, os.path.join(small_disk, 'copy'))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_killed_copy_leaves_nothing_open(disk_folder):
+    source = make(disk_folder, 32 * MIB)
+    before = len(os.listdir('/proc/self/fd'))
+    reached = gevent.event.Event()
+    copy = gevent.spawn(greenaio.copyfile, source, source + '2', progress=lambda done, _: reached.set())
+    assert reached.wait(10)
+    copy.kill()
+    for _ in range(100):
+        if len(os.listdir('/proc/self/fd')) <= before:
+            break
+        gevent.sleep(0.01)
+    assert len(os.listdir('/proc/self/fd')) <= before
+    assert not copy.successful() or isinstance(copy.value, gevent.GreenletExit)
