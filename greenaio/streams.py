@@ -109,7 +109,7 @@ class ReadAhead:
             self.stop()
             raise
         self._position = position + n
-        if n and (self._in_order >= SEQUENTIAL or self._eager):
+        if n == len(view) and (self._in_order >= SEQUENTIAL or self._eager):
             self._size = max(self._size, block_size(len(view)))
             self._ask_for_more()
         return n

@@ -1,0 +1,149 @@
+"""Files for WSGI clients, read ahead of what the client takes, without stopping the server.
+
+`send_file` answers a request for a path: ranges, ETag, conditional requests, by werkzeug (``pip install
+'greenaio[wsgi]'``). `FileWrapper` is a ``wsgi.file_wrapper`` (PEP 3333), which gevent's pywsgi has none of:
+`WSGIHandler` puts it there, and `with_file_wrapper` does for any server, gunicorn's gevent worker among them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gevent import pywsgi
+
+from greenaio.fileobject import FileIO, can_wait
+from greenaio.os import fstat
+from greenaio.streams import ReadAhead
+
+try:
+    from greenaio._file import File
+except ImportError:
+    from greenaio._fallback import File  # type: ignore[assignment]
+
+__all__ = ['FileWrapper', 'WSGIHandler', 'send_file', 'with_file_wrapper']
+
+BLOCK = 128 << 10               # bytes: handed to the server at a time, if it does not want more
+AHEAD = 2                       # blocks: one on its way to the client, one from the disk
+
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+class FileWrapper:
+    """The rest of *filelike*, in blocks: an iterable for a WSGI server, which calls `close`.
+
+    A file on a disk is read ahead, from its present position on, up to 256 KiB or two blocks; anything else is
+    read as it can be.
+    """
+
+    def __init__(self, filelike: Any, block_size: int = 8192) -> None:
+        self.filelike = filelike
+        self._buffer = memoryview(bytearray(max(block_size, BLOCK)))
+        self._position = 0
+        self._ahead = self._read_ahead(filelike)
+
+    def _read_ahead(self, filelike: Any) -> ReadAhead | None:
+        if not can_wait():
+            return None
+        try:
+            file = filelike.file if isinstance(filelike, FileIO) else File.from_fd(filelike.fileno())
+            if file.kind != stat.S_IFREG:
+                return None
+            self._position = filelike.tell()
+        except (AttributeError, OSError, ValueError):       # no file, or none with a position
+            return None
+        return ReadAhead(file, AHEAD, eager=True)
+
+    def __iter__(self) -> FileWrapper:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._ahead is None:
+            data: bytes = self.filelike.read(len(self._buffer))
+        else:
+            n = self._ahead.readinto(self._buffer, self._position)
+            self._position += n
+            data = bytes(self._buffer[:n])
+        if not data:
+            raise StopIteration
+        return data
+
+    def seekable(self) -> bool:
+        """Whether `seek` works, as ranges want it."""
+        return self._ahead is not None or bool(getattr(self.filelike, 'seekable', bool)())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
+        """Go on from elsewhere."""
+        if self._ahead is None:
+            self.filelike.seek(offset, whence)
+        else:
+            self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+
+    def tell(self) -> int:
+        """The offset, in bytes, of what comes next."""
+        return self._position if self._ahead is not None else int(self.filelike.tell())
+
+    def close(self) -> None:
+        """Close the file, if it can be closed. What is read ahead is forgotten."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        if hasattr(self.filelike, 'close'):
+            self.filelike.close()
+
+
+def with_file_wrapper(app: Application) -> Application:
+    """Return *app* with `FileWrapper` as its ``wsgi.file_wrapper``, whatever the server has."""
+    def wrapped(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ['wsgi.file_wrapper'] = FileWrapper
+        return app(environ, start_response)
+
+    return wrapped
+
+
+class WSGIHandler(pywsgi.WSGIHandler):              # type: ignore[misc]
+    """For ``pywsgi.WSGIServer(..., handler_class=WSGIHandler)``."""
+
+    def get_environ(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environ()
+        environ['wsgi.file_wrapper'] = FileWrapper
+        return environ
+
+
+def send_file(environ: dict[str, Any], path: str | os.PathLike[str], **options: Any) -> Any:
+    """Return a werkzeug ``Response``, a WSGI application, that sends the file at *path*.
+
+    It honours ranges, If-Range, If-None-Match and If-Modified-Since. *options* are those of
+    ``werkzeug.utils.send_file``: mimetype, as_attachment, download_name, conditional, etag, last_modified,
+    max_age. Raises OSError if the file can't be opened. A path that a client named has to be checked before.
+    """
+    name = os.fspath(path)
+    file = FileIO(name)
+    try:
+        return _response(environ, file, name, **options)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _response(environ: dict[str, Any], file: FileIO, name: str, *, conditional: bool = True,
+              etag: bool | str = True, last_modified: Any = None, **options: Any) -> Any:
+    from werkzeug.exceptions import RequestedRangeNotSatisfiable
+    from werkzeug.utils import send_file as werkzeug_send_file
+
+    st = fstat(file.fileno())
+    if etag is True:
+        etag = f'{st.st_mtime_ns:x}-{st.st_size:x}-{st.st_ino:x}'
+    options.setdefault('download_name', os.path.basename(name))
+    response = werkzeug_send_file(
+        file, {**environ, 'wsgi.file_wrapper': FileWrapper}, conditional=False, etag=etag,
+        last_modified=st.st_mtime if last_modified is None else last_modified, **options)
+    response.content_length = st.st_size
+    if conditional:
+        try:
+            response = response.make_conditional(environ, accept_ranges=True, complete_length=st.st_size)
+        except RequestedRangeNotSatisfiable as error:
+            response.close()
+            return error.get_response(environ)
+    return response
