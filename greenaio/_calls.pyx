@@ -18,7 +18,9 @@ from greenaio._hub import all_drivers, driver_if_exists
 from greenaio._engine cimport Request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
-from greenaio._route cimport STORED, WRITABLE, Device, Known, device_of_path, failed, file_size, in_line, know
+from greenaio._route cimport (
+    STORED, WRITABLE, Device, Known, device_of_path, failed, file_size, in_line, know, open_at_hand, path_at_hand,
+)
 from greenaio._threads cimport POSIX_FALLOCATE, new_call
 
 cdef extern from *:
@@ -40,6 +42,7 @@ cdef extern from *:
     const int SEEK_END
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
+    const int O_NOFOLLOW
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -89,6 +92,11 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
     cdef Request request
     cdef int64_t fd
     sys.audit('open', path, None, flags)
+    driver.check_caller()
+    driver.end_in_line()                # before it: killed there, it has opened nothing
+    fd = open_at_hand(encoded, dir_fd, flags, path)
+    if fd >= 0:
+        return fd
     request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
     request.gives_fd = True
     fd = driver.perform_by_thread(request, device_of_path(encoded, dir_fd).pool())
@@ -110,14 +118,25 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
         if not follow_symlinks:
             raise ValueError('stat: cannot use fd and follow_symlinks together')
         return fstat(path)
+    path = os.fspath(path)
     encoded = _encoded(path)
-    return _stat(-1, AT_FDCWD if dir_fd is None else dir_fd, encoded, flags,
-                 device_of_path(encoded, AT_FDCWD if dir_fd is None else dir_fd), path)
+    cdef int where = AT_FDCWD if dir_fd is None else dir_fd
+    current_driver().check_caller()
+    cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
+    if fd >= 0:
+        found = posix.fstat(fd)
+        posix.close(fd)
+        current_driver().end_in_line()
+        return found
+    cdef Device device = device_of_path(encoded, where)
+    if device.in_memory:
+        return posix.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+    return _stat(-1, where, encoded, flags, device, path)
 
 
 def fstat(int fd):
     cdef Known known = _open_file(fd)
-    if in_line(known, 0):
+    if in_line(known, 0) or known.device.is_local:
         return posix.fstat(fd)
     return _stat(fd, fd, b'', AT_EMPTY_PATH, known.device, None)
 

@@ -54,4 +54,6 @@ cdef Known know(int fd, name)
 cdef bint in_line(Known known, uint64_t nbytes) except -1
 cdef int64_t file_size(int fd) noexcept
 cdef Device device_of_path(bytes path, int dir_fd)
+cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
+cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef object failed(long code, name)

@@ -7,6 +7,7 @@ the answers, and forgotten again.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -28,6 +29,7 @@ cdef extern from *:
     #include <fcntl.h>
     #include <poll.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/sysmacros.h>
@@ -56,17 +58,34 @@ cdef extern from *:
         return 0;
     }
 
-    /* The device that a path leads to, as far as that is cached: 0 when it is not, without a wait. */
+    /* What a path leads to, as far as that is cached: an fd for it, or minus the errno, which is EAGAIN for
+       what is not cached. Without a wait. */
+    static inline int cached_path(int dir, const char *path, int flags)
+    {
+        struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC | flags, 0, 0x20 /* RESOLVE_CACHED */ };
+        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
+        return fd < 0 ? -errno : (int)fd;
+    }
+
+    /* The file that an O_PATH fd is of, opened: this one, whatever its path leads to by now. */
+    static inline int reopen(int fd, int flags)
+    {
+        char link[32];
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        fd = openat(AT_FDCWD, link, flags | O_CLOEXEC);
+        return fd < 0 ? -errno : fd;
+    }
+
+    /* The device that it is on, or 0. */
     static inline uint64_t path_device(int dir, const char *path)
     {
-        struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC, 0, 0x20 /* RESOLVE_CACHED */ };
         struct facts f = { 0 };
-        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
+        int fd = cached_path(dir, path, 0);
         int error;
         if (fd < 0)
             return 0;
-        error = facts_of((int)fd, "", &f);
-        close((int)fd);
+        error = facts_of(fd, "", &f);
+        close(fd);
         return error ? 0 : f.device;
     }
 
@@ -85,12 +104,18 @@ cdef extern from *:
         unsigned int align
         unsigned int align_memory
     int facts_of(int dir, const char *path, facts *found)
+    int cached_path(int dir, const char *path, int flags)
+    int reopen(int fd, int flags)
     uint64_t path_device(int dir, const char *path)
     int __builtin_popcountll(unsigned long long)
     bint mounts_changed(int fd)
 
 cdef extern from "<fcntl.h>":
     const int O_APPEND
+    const int O_CLOEXEC
+    const int O_NOFOLLOW
+    const int O_NOATIME
+    const int O_LARGEFILE
     const int O_DIRECT
     const int O_PATH
     const int O_ACCMODE
@@ -352,6 +377,40 @@ cdef Device device_of_path(bytes path, int dir_fd):
     if device == 0:
         device = mounted_at(os.path.abspath(path))
     return device_of(device)
+
+
+cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
+    """An O_PATH fd of what *path* leads to, if finding that out took no disk and no server, and a stat of it or
+    an open won't; else -1. Raises what is known not to work. *flags*: O_NOFOLLOW or 0."""
+    cdef facts found
+    cdef Device device
+    cdef int fd = cached_path(dir_fd, path, flags)
+    if fd < 0:
+        if fd in (-errno.ENOENT, -errno.ENOTDIR, -errno.EACCES, -errno.ELOOP, -errno.ENAMETOOLONG):
+            raise failed(fd, name)
+        return -1
+    if facts_of(fd, b'', &found) == 0:
+        device = device_of(found.device)
+        if device.is_local and device.file_system != 'overlay':     # that has two below it
+            return fd
+    posix.close(fd)
+    return -1
+
+
+cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
+    """A regular file that is to be read, opened here and now, if it waits for nobody; else -1."""
+    cdef facts found
+    cdef int opened = -1
+    cdef int fd
+    if flags & ~(O_CLOEXEC | O_NOFOLLOW | O_DIRECT | O_NOATIME | O_LARGEFILE):
+        return -1
+    fd = path_at_hand(path, dir_fd, flags & O_NOFOLLOW, name)
+    if fd < 0:
+        return -1
+    if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode):
+        opened = max(-1, reopen(fd, flags & ~O_NOFOLLOW))
+    posix.close(fd)
+    return opened
 
 
 cdef object failed(long code, name):

@@ -55,10 +55,33 @@ FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
 
 
+_is_fresh_child = False
+
+
 def can_wait() -> bool:
-    """Whether the caller is a greenlet whose hub can serve others while it waits."""
+    """Whether the caller is a greenlet whose hub can serve others while it waits.
+
+    Not in a forked child before its hub has run for another reason: between fork and exec, as in
+    `gevent.subprocess`, it would run the parent's greenlets there.
+    """
     hub = get_hub_if_exists()
-    return hub is not None and getcurrent() is not hub and not sys.is_finalizing()
+    return hub is not None and getcurrent() is not hub and not _is_fresh_child and not sys.is_finalizing()
+
+
+def _after_fork_in_child() -> None:
+    global _is_fresh_child
+    hub = get_hub_if_exists()
+    if hub is not None and hub.loop is not None:
+        _is_fresh_child = True
+        hub.loop.run_callback(_hub_runs)
+
+
+def _hub_runs() -> None:
+    global _is_fresh_child
+    _is_fresh_child = False
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class FileIO(io.FileIO):

@@ -34,8 +34,8 @@ Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 class FileWrapper:
     """The rest of *filelike*, in blocks: an iterable for a WSGI server, which calls `close`.
 
-    A file on a disk is read ahead, from its present position on, up to 256 KiB or two blocks; anything else is
-    read as it can be.
+    A file on a disk is read ahead, from its present position on, by two blocks; anything else is read as it
+    can be.
     """
 
     def __init__(self, filelike: Any, block_size: int = 8192) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
 import ctypes
 import gc
+import importlib.metadata
 import itertools
 import os
 import shutil
@@ -202,6 +204,21 @@ def path_of_tests():
     """The environment in which `run_python` finds this module."""
     return {'PYTHONPATH': os.pathsep.join(
         filter(None, [os.path.dirname(__file__), os.environ.get('PYTHONPATH')]))}
+
+
+def make_plugin_visible(folder):
+    """The environment in which gevent finds our plugin, where greenaio is built in place, not installed."""
+    if any(found.name == 'greenaio' for found in importlib.metadata.distributions()):
+        return {}
+    settings = configparser.ConfigParser()
+    settings.read(os.path.join(os.path.dirname(__file__), '..', 'setup.cfg'))
+    info = folder / 'greenaio-0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: greenaio\nVersion: 0\n')
+    (info / 'entry_points.txt').write_text(''.join(
+        f'[{group}]\n{entries}\n' for group, entries in settings['options.entry_points'].items()))
+    path = filter(None, [str(folder), os.environ.get('PYTHONPATH')])
+    return {'PYTHONPATH': os.pathsep.join(path)}
 
 
 _cgroup_number = itertools.count()

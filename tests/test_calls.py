@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import time
 
 import gevent
 import pytest
@@ -292,3 +294,63 @@ def test_closed_while_it_is_read_at_the_position_the_next_file_keeps_its_own(dis
     assert os.lseek(other, 0, os.SEEK_CUR) == 0
     os.close(other)
     gevent.sleep(0)
+
+
+# At hand -----------------------------------------------------------------------------------------
+
+def test_cached_path_is_opened_and_asked_about_without_a_thread(folder):
+    engine = _hub.get_driver().engine
+    path = os.path.join(folder, 'cached')
+    with open(path, 'w') as file:
+        file.write('here')
+    os.symlink('cached', path + '-link')
+    time.sleep(0.05)                    # or its access time is due each time, in this tick of the clock
+    os.stat(path), os.stat(path + '-link'), os.lstat(path + '-link'), os.path.exists(path + '-not')
+    before = engine.lent_total
+    for name in (path, path + '-link', os.fsencode(path)):
+        fd = greenaio.os.open(name, os.O_RDONLY)
+        assert os.read(fd, 10) == b'here'
+        assert not os.get_inheritable(fd)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_NONBLOCK | os.O_PATH) == os.O_RDONLY
+        assert greenaio.os.fstat(fd) == os.fstat(fd)
+        assert greenaio.os.stat(name) == os.stat(name)
+        assert greenaio.os.stat(name, follow_symlinks=False) == os.lstat(name)
+        greenaio.os.close(fd)
+    for call in (lambda: greenaio.os.open(path + '-not', os.O_RDONLY),
+                 lambda: greenaio.os.stat(path + '-not')):
+        with pytest.raises(FileNotFoundError) as caught:
+            call()
+        assert caught.value.filename == path + '-not'
+    # tmpfs remembers nothing that is not there
+    assert engine.lent_total == before + (1 if folder.startswith('/dev/shm') else 0)
+    with pytest.raises(OSError, match='symbolic links') as caught:
+        greenaio.os.open(path + '-link', os.O_RDONLY | os.O_NOFOLLOW)
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_cached_fifo_is_not_opened_here(folder):
+    path = os.path.join(folder, 'fifo')
+    os.mkfifo(path)
+    os.stat(path)
+    reader = gevent.spawn(greenaio.os.open, path, os.O_RDONLY)
+    gevent.sleep(0.02)
+    assert not reader.ready()
+    writer = os.open(path, os.O_RDWR)
+    os.close(reader.get(timeout=5))
+    os.close(writer)
+
+
+def test_who_only_opens_what_is_cached_starves_nobody(data_file):
+    ticks, end = [], time.monotonic() + 0.3
+
+    def tick():
+        while True:
+            gevent.sleep(0.001)
+            ticks.append(1)
+
+    ticker = gevent.spawn(tick)
+    while time.monotonic() < end:
+        greenaio.os.close(greenaio.os.open(data_file, os.O_RDONLY))
+        greenaio.os.stat(data_file)
+    ticker.kill()
+    assert len(ticks) > 10

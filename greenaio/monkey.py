@@ -1,0 +1,136 @@
+"""Patches `os`, `io` and the built-in ``open``, in gevent's own way, so that programs need no change.
+
+``gevent.monkey.patch_all(greenaio=True)``, or ``GREENAIO_PATCH=1`` in the environment of a program that calls
+``gevent.monkey.patch_all()`` (a gunicorn gevent worker does), or `patch_all` here. What is patched behaves as
+before; where nobody can wait the original is called. Installed but not asked for, it does nothing. What reads
+files in C is untouched: sqlite3, mmap, dbm, the import system.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pathlib
+import posix
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gevent.monkey import get_original, patch_module
+
+import greenaio.os
+from greenaio import fileobject
+from greenaio.fileobject import can_wait
+
+try:
+    from greenaio import _calls
+except ImportError:
+    from greenaio import _fallback as _calls  # type: ignore[no-redef]
+
+__all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_os', 'unpatch_all']
+
+def _cooperative(name: str) -> Callable[..., Any]:
+    original, ours = getattr(posix, name), getattr(greenaio.os, name)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if can_wait():
+            return ours(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return call
+
+
+@functools.wraps(posix.close)
+def _close(fd: int) -> None:
+    _calls.close(fd, may_wait=can_wait())
+
+
+@functools.wraps(posix.lstat)
+def _lstat(path: Any, *, dir_fd: int | None = None) -> os.stat_result:
+    stat: Callable[..., os.stat_result] = _Os.stat  # type: ignore[attr-defined]
+    return stat(path, dir_fd=dir_fd, follow_symlinks=False)
+
+
+@functools.wraps(io.open)       # noqa: UP020
+def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None = None,
+          errors: str | None = None, newline: str | None = None, closefd: bool = True,
+          opener: fileobject.Opener | None = None) -> Any:
+    return fileobject.open(file, mode, buffering, encoding, errors, newline, closefd, opener)
+
+
+class _Os:
+    """What gevent's `patch_module` copies into `os`."""
+
+    __implements__ = [name for name in greenaio.os.__all__ if hasattr(posix, name)] + ['lstat']
+
+
+for _name in _Os.__implements__:
+    if _name not in ('close', 'lstat'):
+        setattr(_Os, _name, staticmethod(_cooperative(_name)))
+_Os.close = staticmethod(_close)                    # type: ignore[attr-defined]
+_Os.lstat = staticmethod(_lstat)                    # type: ignore[attr-defined]
+
+
+class _Builtins:
+    """What it copies into `builtins` and `io`."""
+
+    __implements__ = ['open']
+    open = staticmethod(_open)
+
+
+def patch_os() -> None:
+    """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
+    patch_module(os, _Os)
+
+
+def patch_builtins() -> None:
+    """Replace the built-in ``open`` and ``io.open``, which `pathlib`, `tempfile`, `logging` and others call.
+    Twice is fine."""
+    for module in _modules():
+        patch_module(module, _Builtins)
+    _patch_pathlib(fileobject.open)
+
+
+def _modules() -> list[Any]:
+    return [sys.modules['builtins'], io]
+
+
+def _patch_pathlib(opener: Any) -> None:
+    accessor = getattr(pathlib, '_NormalAccessor', None)    # Python 3.10 keeps the one that it found
+    if accessor is not None:
+        accessor.open = staticmethod(opener)
+
+
+def patch_all() -> None:
+    """`patch_os` and `patch_builtins`. Call ``gevent.monkey.patch_all()`` besides, for sockets and threads.
+    Twice is fine."""
+    patch_os()
+    patch_builtins()
+
+
+def unpatch_all() -> None:
+    """Put back what was there before."""
+    if not is_patched():
+        return
+    for name in _Os.__implements__:
+        setattr(os, name, get_original('os', name))
+    for module in _modules():
+        module.open = get_original(module.__name__, 'open')
+    _patch_pathlib(get_original('io', 'open'))
+
+
+def is_patched() -> bool:
+    """Whether `patch_os` or `patch_builtins` was called, and not undone."""
+    return os.read is _Os.read or io.open is _open          # type: ignore[attr-defined]
+
+
+def _did_patch_all(event: Any) -> None:
+    """gevent's plugin: called at the end of each ``gevent.monkey.patch_all()``."""
+    asked = event.patch_all_kwargs.get('greenaio')
+    if asked is None:
+        asked = os.environ.get('GREENAIO_PATCH', '').lower() not in ('', '0', 'no', 'off', 'false')
+    if asked:
+        patch_all()
+

@@ -1,0 +1,259 @@
+"""Patched, programs behave as before, and stop nobody. Each in a process of its own."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import MIB, make_plugin_visible, pattern, run_python
+
+PATCHED = '''
+import gevent.monkey
+gevent.monkey.patch_all()
+import greenaio.monkey
+greenaio.monkey.patch_all()
+import io, os, sys, gevent
+'''
+
+
+def test_same_protocol_as_gevents_own():
+    run_python('''
+        import builtins, io, os, gevent.monkey
+        before = {name: getattr(os, name) for name in dir(os)}, builtins.open, io.open
+        import greenaio.monkey
+        assert ({name: getattr(os, name) for name in dir(os)}, builtins.open, io.open) == before
+        assert not greenaio.monkey.is_patched()
+        for _ in range(2):
+            greenaio.monkey.patch_all()
+            greenaio.monkey.patch_all()
+            assert greenaio.monkey.is_patched()
+            assert gevent.monkey.is_object_patched('os', 'read')
+            assert gevent.monkey.is_object_patched('builtins', 'open')
+            assert gevent.monkey.get_original('os', 'read') is before[0]['read']
+            assert gevent.monkey.get_original('io', 'open') is before[2]
+            assert open is io.open is not before[1]
+            assert os.read is not before[0]['read'] and os.read.__name__ == 'read'
+            greenaio.monkey.unpatch_all()
+            assert ({name: getattr(os, name) for name in dir(os)}, builtins.open, io.open) == before
+            assert not greenaio.monkey.is_patched()
+        greenaio.monkey.unpatch_all()
+    ''')
+
+
+def test_each_part_alone():
+    run_python('''
+        import builtins, io, os
+        import greenaio.monkey
+        opener, reader = builtins.open, os.read
+        greenaio.monkey.patch_os()
+        assert os.read is not reader and builtins.open is opener
+        greenaio.monkey.unpatch_all()
+        greenaio.monkey.patch_builtins()
+        assert os.read is reader and builtins.open is io.open is not opener
+    ''')
+
+
+@pytest.mark.parametrize('call, environment, patched', [
+    ('patch_all(greenaio=True)', {}, True), ('patch_all()', {'GREENAIO_PATCH': '1'}, True),
+    ('patch_all()', {}, False), ('patch_all()', {'GREENAIO_PATCH': '0'}, False),
+    ('patch_all(greenaio=False)', {'GREENAIO_PATCH': '1'}, False),
+])
+def test_plugin_does_it_when_asked(tmp_path, call, environment, patched):
+    run_python(f'''
+        import gevent.monkey
+        gevent.monkey.{call}
+        import io, os, sys
+        if {patched}:
+            import greenaio.fileobject
+            with open(sys.executable, 'rb') as file:
+                assert type(file) is greenaio.fileobject.BufferedReader
+        import greenaio.monkey
+        assert greenaio.monkey.is_patched() is {patched}
+    ''', env={**make_plugin_visible(tmp_path), **environment})
+
+
+LIBRARY = '''
+import csv, gzip, json, logging, pathlib, pickle, shutil, sqlite3, tempfile, zipfile, tarfile, errno, hashlib
+folder = pathlib.Path(sys.argv[1])
+def work():
+    out = []
+    path = folder / 'text'
+    path.write_text('one\\ntwo\\n')
+    out.append(path.read_bytes())
+    with path.open('a') as file:
+        out.append((file.tell(), file.write('three'), file.tell()))
+    with open(path, 'r+') as file:
+        out += [file.readline(), file.tell(), file.read(), file.seek(0, 2), list(file)]
+    for wrong in (lambda: open(folder), lambda: open(folder / 'no'), lambda: open(path, 'x'),
+                  lambda: open(path, 'q'), lambda: os.open(folder / 'no', 0),
+                  lambda: os.stat(folder / 'no'), lambda: os.read(99, 1),
+                  lambda: os.pread(0, -1, 0), lambda: os.open(path, 'r'), lambda: os.write(0, 'text')):
+        try:
+            wrong()
+        except Exception as error:
+            out.append((type(error), getattr(error, 'errno', None), getattr(error, 'filename', None)))
+    fd = os.open(path, os.O_RDWR)
+    out += [os.read(fd, 3), os.lseek(fd, 0, 1), os.pread(fd, 4, 1), os.pwrite(fd, b'ONE', 0),
+            os.write(fd, b'-'), os.readv(fd, [bytearray(2), bytearray(1)]), os.lseek(fd, 0, 1),
+            os.fstat(fd).st_size, os.fsync(fd)]
+    os.ftruncate(fd, 5)
+    os.close(fd)
+    out += [path.read_bytes(), os.lstat(path).st_size, path.stat().st_mode, os.path.exists(folder / 'no')]
+    with os.fdopen(os.open(path, os.O_RDONLY)) as file:
+        out.append(file.read())
+    r, w = os.pipe()
+    out += [os.write(w, b'piped'), os.read(r, 10), os.close(r), os.close(w)]
+    shutil.copyfile(path, folder / 'copy')
+    shutil.copytree(folder, str(folder) + '-tree')
+    out.append(sorted(one.name for one in pathlib.Path(str(folder) + '-tree').iterdir()))
+    shutil.rmtree(str(folder) + '-tree')
+    for kind in (tempfile.NamedTemporaryFile, tempfile.TemporaryFile, tempfile.SpooledTemporaryFile):
+        with kind(dir=folder) as file:
+            out += [file.write(b'temporary'), file.seek(3), file.read()]
+    handler = logging.FileHandler(folder / 'log')
+    logger = logging.Logger('x')
+    logger.addHandler(handler)
+    logger.warning('logged')
+    handler.close()
+    out.append((folder / 'log').read_text())
+    with zipfile.ZipFile(folder / 'zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('inner', 'x' * 100000)
+    with zipfile.ZipFile(folder / 'zip') as archive:
+        out.append((archive.testzip(), len(archive.read('inner'))))
+    with gzip.open(folder / 'gz', 'wt') as file:
+        file.write('zipped')
+    out.append(gzip.open(folder / 'gz').read())
+    with tarfile.open(folder / 'tar', 'w:gz') as archive:
+        archive.add(folder / 'zip', 'zip')
+    out.append(tarfile.open(folder / 'tar').getnames())
+    with open(folder / 'csv', 'w', newline='') as file:
+        csv.writer(file).writerows([['a', 'b'], [1, 2]])
+    with open(folder / 'csv', newline='') as file:
+        out.append(list(csv.reader(file)))
+    with open(folder / 'json', 'w+') as file:
+        json.dump([1], file)
+        file.seek(0)
+        out.append(json.load(file))
+    with open(folder / 'pickle', 'w+b') as file:
+        pickle.dump({1: 2}, file)
+        file.seek(0)
+        out.append(pickle.load(file))
+    with sqlite3.connect(folder / 'db') as base:
+        base.execute('create table t (x)')
+        base.execute('insert into t values (1)')
+        out.append(base.execute('select * from t').fetchall())
+    base.close()
+    with open(path, 'rb') as file:
+        out.append(hashlib.sha256(file.read()).hexdigest())
+    return out
+result = gevent.spawn(work).get() if 'gevent' in sys.modules else work()
+print(repr(result).replace(str(folder), 'FOLDER'))
+'''
+
+
+def test_library_behaves_as_before(tmp_path, folder):
+    """The same program, plain and patched, says the same."""
+    outputs = []
+    for name, prelude in (('plain', 'import io, os, sys\n'), ('patched', PATCHED)):
+        os.mkdir(f'{folder}/{name}')
+        done = run_python(prelude + LIBRARY, f'{folder}/{name}', check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert len(outputs[0]) > 700
+    assert outputs[0] == outputs[1]
+
+
+def test_child_between_fork_and_exec_runs_nobody_elses_greenlets(folder):
+    run_python(PATCHED + '''
+log = os.open(sys.argv[1] + '/log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+parent = os.getpid()
+def others():
+    while True:
+        if os.getpid() != parent:
+            os.write(log, b'ran in the child')
+        gevent.sleep(0)
+gevent.spawn(others)
+import subprocess
+for _ in range(20):
+    assert subprocess.run(['true']).returncode == 0
+    pid = os.fork()
+    if pid == 0:
+        fd = os.open(sys.argv[1] + '/child', os.O_RDWR | os.O_CREAT)
+        os.write(fd, b'x')
+        os.fsync(fd)
+        os.close(fd)
+        os.execv('/bin/true', ['true'])
+    assert os.waitpid(pid, 0)[1] == 0
+assert os.fstat(log).st_size == 0
+''', folder)
+
+
+def test_patched_a_frozen_disk_stops_nobody(freezable):
+    if os.path.isdir(freezable.path):
+        pytest.skip('shown once is enough')
+    run_python(PATCHED + '''
+import signal, time
+path, pid = sys.argv[1], int(sys.argv[2])
+def use():
+    with open(path, 'rb') as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.read(100000)
+        os.pread(file.fileno(), 100, 1 << 20)
+use()
+thaw = gevent.spawn_later(0.6, os.kill, pid, signal.SIGCONT)
+os.kill(pid, signal.SIGSTOP)
+jobs = [gevent.spawn(use) for _ in range(5)]
+end, worst = time.monotonic() + 0.5, 0
+while (now := time.monotonic()) < end:
+    gevent.sleep(0.001)
+    worst = max(worst, time.monotonic() - now)
+assert not any(job.ready() for job in jobs)
+gevent.joinall(jobs, raise_error=True, timeout=10)
+assert worst < 0.3, worst
+''', freezable.path, freezable.pid)
+
+
+def test_run_runs_a_script_patched(tmp_path):
+    (tmp_path / 'helper.py').write_text('VALUE = 7')
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, io, helper, greenaio.monkey\n'
+                      'print(__name__, sys.argv[1:], helper.VALUE, greenaio.monkey.is_patched())\n'
+                      'sys.exit(3)\n')
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, '-m', 'greenaio', 'run', *arguments], capture_output=True,
+                              text=True, timeout=60)
+
+    done = run(str(script), '--option', 'x')
+    assert (done.returncode, done.stderr) == (3, '')
+    assert done.stdout.strip() == "__main__ ['--option', 'x'] 7 True"
+    done = run('/no/such/script.py')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert len(done.stderr.splitlines()) == 1
+    done = run('-m', 'this')
+    assert done.returncode == 0 and 'Namespaces' in done.stdout
+
+
+def test_in_the_hub_and_without_one_the_original_is_called(data_file):
+    run_python('''
+        import greenaio.monkey, threading
+        greenaio.monkey.patch_all()
+        import gevent, os, sys
+        path = sys.argv[1]
+        results = []
+        def use():
+            with open(path, 'rb') as file:
+                results.append((file.read(8), os.pread(file.fileno(), 8, 8), os.stat(path).st_size))
+        use()
+        assert gevent._hub_local.get_hub_if_exists() is None
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        gevent.get_hub().loop.run_callback(use)
+        gevent.sleep(0.01)
+        gevent.spawn(use).join()
+        assert len(results) == 4 and len(set(results)) == 1, results
+    ''', data_file)
+    with io.open(data_file, 'rb') as file:      # noqa: UP020
+        assert file.read() == pattern(MIB)
