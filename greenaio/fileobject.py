@@ -479,13 +479,23 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
 
 def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: str | None,
                      newline: str | None) -> None:
-    """Let `io` itself raise what it raises for them: on a file that it need not wait for."""
+    """Raise what `io` raises for them, and warn as it does."""
     for value, kind, what in ((mode, str, 'mode'), (buffering, int, 'buffering')):
         if not isinstance(value, kind):
             raise TypeError(f'open() argument {what!r} must be {kind.__name__}, not {type(value).__name__}')
+    _are_accepted(mode, buffering == 0, encoding, errors, newline)
+    if buffering == 1 and 'b' in mode:
+        warnings.warn("line buffering (buffering=1) isn't supported in binary mode, the default buffer size "
+                      'will be used', RuntimeWarning, stacklevel=3)
+
+
+@functools.lru_cache(256)
+def _are_accepted(mode: str, unbuffered: bool, encoding: str | None, errors: str | None,
+                  newline: str | None) -> None:
+    """Let `io` itself judge, on a file that it need not wait for."""
     harmless = mode.replace('x', 'w') if mode.count('x') == 1 and 'w' not in mode else mode
-    _io_open(os.devnull, harmless, 0 if buffering == 0 and 'b' not in mode else -1, encoding, errors,
-             newline).close()
+    buffering = 0 if unbuffered and 'b' not in mode else -1
+    _io_open(os.devnull, harmless, buffering, encoding, errors, newline).close()
 
 
 def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors: str | None,
