@@ -93,9 +93,13 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
     cdef int64_t fd
     sys.audit('open', path, None, flags)
     driver.check_caller()
-    driver.end_in_line()                # before it: killed there, it has opened nothing
     fd = open_at_hand(encoded, dir_fd, flags, path)
     if fd >= 0:
+        try:
+            driver.end_in_line()
+        except BaseException:           # killed there
+            posix.close(fd)
+            raise
         return fd
     request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
     request.gives_fd = True

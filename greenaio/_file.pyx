@@ -21,6 +21,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
+from posix.stat cimport S_ISDIR
 
 from greenaio._calls cimport AT_FDCWD, close_file, open_file, truncate_file
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
@@ -667,7 +668,7 @@ cdef object _sync(int fd, Known known, int opcode, name):
         raise ValueError(f'file descriptor cannot be a negative integer ({fd})')
     if known is None:
         known = know(fd, name)
-    if in_line(known, 0):
+    if in_line(known, 0) and (not S_ISDIR(known.mode) or known.device.in_memory):
         driver.check_caller()
         (posix.fdatasync if opcode == FDSYNC else posix.fsync)(fd)
         driver.end_in_line()

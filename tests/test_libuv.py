@@ -13,7 +13,8 @@ HERE = pathlib.Path(__file__).parent
 OTHER = 'libev-cext' if os.environ.get('GEVENT_LOOP') == 'libuv' else 'libuv'
 
 
-@pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_races', 'test_stress'])
+@pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_races', 'test_stress',
+                                  'test_streams', 'test_monkey', 'test_write_ahead_log'])
 def test_on_the_other_loop(name):
     if os.environ.get('GREENAIO_OTHER_LOOP'):
         pytest.skip('this is the other loop')

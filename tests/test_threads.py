@@ -450,3 +450,13 @@ def test_half_of_the_answers_must_be_refusals_before_it_stops_asking():
     for _ in range(3):
         device.reads.answered(True)
     assert device.reads.state == 'pausing'
+
+
+def test_fsync_of_a_folder_takes_a_thread(disk_folder, engine):
+    fd = os.open(disk_folder, os.O_RDONLY | os.O_DIRECTORY)
+    before = engine.lent_total
+    greenaio.os.fsync(fd)
+    with File(disk_folder, os.O_RDONLY | os.O_DIRECTORY) as file:
+        file.fdatasync()
+    assert engine.lent_total - before >= 2
+    os.close(fd)
