@@ -265,12 +265,12 @@ def held_disk(disk_folder):
             self._set(0)
             self.held = False
 
-        def commands(self):
-            """The same for the shell, for the process {me}."""
+        def commands(self, iops=1):
+            """The same for the shell, for the process {me}: how to slow it down to *iops*, and back."""
             def limit(iops):
                 return '; '.join(f'echo {device} {iops} >{group}/blkio.throttle.{kind}_iops_device'
                                  for kind in ('read', 'write'))
-            return f'{limit(1)}; echo {{me}} >{group}/cgroup.procs', limit(0)
+            return f'{limit(iops)}; echo {{me}} >{group}/cgroup.procs', limit(0)
 
     switch = Switch()
     yield switch

@@ -1,0 +1,117 @@
+"""examples/flask_gunicorn.py under gunicorn's gevent worker, patched by environment alone."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from conftest import make_plugin_visible
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
+WITH_A_WINDOW = '''
+import os
+from flask_gunicorn import app
+@app.get('/-/patched')
+def patched():
+    import greenaio.monkey
+    return {'patched': greenaio.monkey.is_patched(), 'pid': os.getpid()}
+'''
+
+
+@pytest.fixture
+def server(disk_folder, tmp_path):
+    """The address of a gunicorn that serves *disk_folder*/files."""
+    files = pathlib.Path(disk_folder, 'files')
+    files.mkdir()
+    app = tmp_path / 'app'
+    app.mkdir()
+    (app / 'windowed.py').write_text(WITH_A_WINDOW)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{probe.getsockname()[1]}'
+    environment = {**os.environ, **make_plugin_visible(tmp_path)}
+    path = os.pathsep.join(filter(None, [str(app), str(EXAMPLES), environment.get('PYTHONPATH')]))
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'gunicorn', '-k', 'gevent', '-w', '2', '--preload', '-b', address,
+         '--log-level', 'error', '--graceful-timeout', '3', 'windowed:app'],
+        env={**environment, 'PYTHONPATH': path, 'GREENAIO_PATCH': '1', 'FILES': str(files)})
+    url = f'http://{address}'
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with contextlib.suppress(requests.ConnectionError):
+            if requests.get(f'{url}/ping', timeout=5).text == 'pong':
+                break
+        time.sleep(0.1)
+    yield url, files
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0
+
+
+def test_serves_and_takes_files_patched(server):
+    url, files = server
+    told = [requests.get(f'{url}/-/patched', timeout=10).json() for _ in range(10)]
+    assert all(one['patched'] for one in told)
+
+    def round_trip(i):
+        data = os.urandom(1000 + i * 300_000)
+        assert requests.put(f'{url}/file{i}', data=data, timeout=30).status_code == 201
+        got = requests.get(f'{url}/file{i}', timeout=30)
+        return hashlib.sha256(got.content).digest() == hashlib.sha256(data).digest()
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(round_trip, range(12)))
+    assert requests.get(url, timeout=10).json() == sorted(f'file{i}' for i in range(12))
+    assert sorted(os.listdir(files)) == sorted(f'file{i}' for i in range(12))
+
+
+@pytest.mark.parametrize('cold', [False, True])
+def test_ranges_return_what_was_promised(server, cold):
+    url, files = server
+    data = os.urandom(3_000_001)
+    with open(files / 'data', 'wb') as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if cold:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for asked, wanted in (('0-99', data[:100]), ('1000000-2000000', data[1_000_000:2_000_001]),
+                          ('2999000-', data[2_999_000:]), ('-5', data[-5:])):
+        got = requests.get(f'{url}/data', headers={'Range': f'bytes={asked}'}, timeout=10)
+        assert got.status_code == 206
+        assert got.content == wanted
+        assert int(got.headers['Content-Length']) == len(wanted)
+        begin = data.index(wanted)
+        assert got.headers['Content-Range'] == f'bytes {begin}-{begin + len(wanted) - 1}/{len(data)}'
+    assert requests.get(f'{url}/data', headers={'Range': 'bytes=9999999-'}, timeout=10).status_code == 416
+    whole = requests.get(f'{url}/data', timeout=10)
+    assert whole.content == data
+    again = requests.get(f'{url}/data', headers={'If-None-Match': whole.headers['ETag']}, timeout=10)
+    assert (again.status_code, again.content) == (304, b'')
+    part = requests.get(f'{url}/data', headers={'Range': 'bytes=0-9', 'If-Range': '"another"'}, timeout=10)
+    assert (part.status_code, part.content) == (200, data)
+
+
+def test_refuses_and_leaves_nothing(server):
+    url, files = server
+    assert requests.get(f'{url}/no-such-file', timeout=10).status_code == 404
+    for name in ('.hidden', '..%2fescaped', '%2e%2e', 'a%00b'):
+        assert requests.put(f'{url}/{name}', data=b'x', timeout=10).status_code in (400, 404, 405)
+    host, port = url.removeprefix('http://').split(':')
+    with socket.create_connection((host, int(port)), timeout=10) as big:
+        big.sendall(b'PUT /big HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n')
+        assert big.recv(100).startswith(b'HTTP/1.1 413')
+    with socket.create_connection((host, int(port))) as torn:
+        torn.sendall(b'PUT /torn HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n' + bytes(1000))
+    end = time.monotonic() + 5
+    while os.listdir(files) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert os.listdir(files) == []
+    assert os.listdir(files.parent) == ['files']
