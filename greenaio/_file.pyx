@@ -188,7 +188,11 @@ cdef class File:
         PyBuffer_Release(&view)
         if more < 0:
             return -1 - got
-        driver.end_in_line()
+        try:
+            driver.end_in_line()
+        except BaseException:           # killed there: it has read nothing
+            os.lseek(fd, -got, os.SEEK_CUR)
+            raise
         return got
 
     def begin(self, bint reading, buffer, int64_t offset):

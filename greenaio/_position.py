@@ -12,12 +12,16 @@ import fcntl
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gevent._fileobjectcommon import cancel_wait_ex
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
+from gevent.exceptions import BlockingSwitchOutError
+from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 from greenaio._fallback import using, wait_for
@@ -28,8 +32,11 @@ except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
     from greenaio import _fallback as _file  # type: ignore[no-redef]
 
+native_sleep = get_original('time', 'sleep')
+
 READ, WRITE = 1, 2              # what both loops call them
 MEMORY = 1                      # the device number's major part of /dev/null, /dev/zero, /dev/urandom
+ANOTHER_LOOK = 0.005            # seconds: how often who waits for another thread's greenlet looks
 PIPE_BUF = 4096                 # bytes: a pipe that poll says is writable takes as much without waiting
 
 class Turn:
@@ -39,13 +46,14 @@ class Turn:
     back, with `leave`. (gevent's RLock does the same, at three times the price of what it protects.)
     """
 
-    __slots__ = ('closer', 'finalizing', 'owner', 'queue')
+    __slots__ = ('_process', 'closer', 'finalizing', 'owner', 'queue')
 
     def __init__(self) -> None:
         self.owner: greenlet | None = None
         self.queue: deque[tuple[greenlet, Event]] = deque()
         self.closer: greenlet | None = None     # others who had to wait meanwhile get EBADF
         self.finalizing = False     # nobody waits any more
+        self._process = os.getpid()
 
     def wait(self) -> bool:
         """Wait until this greenlet has the turn; return False if it had it already. Raises OSError (EBADF)
@@ -53,10 +61,23 @@ class Turn:
         me = getcurrent()
         if self.owner is me:
             return False
+        if self._process != os.getpid():        # who had it, or waits for it, is the parent's
+            self._process = os.getpid()
+            self.owner = self.closer = None
+            self.queue.clear()
         mine = me, Event()
         self.queue.append(mine)
         try:
-            mine[1].wait()
+            while self.owner is not me:
+                if self.owner is None and self.queue[0] is mine:        # another thread left meanwhile
+                    self.queue.popleft()
+                    self.owner = me
+                elif can_wait():
+                    mine[1].wait(ANOTHER_LOOK)  # the owner may be in another thread: then no loop tells us
+                elif get_hub_if_exists() is me:
+                    raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
+                else:
+                    native_sleep(ANOTHER_LOOK)
         except BaseException:           # killed, timed out
             if mine in self.queue:
                 self.queue.remove(mine)
@@ -76,6 +97,36 @@ class Turn:
         else:
             self.owner = None
 
+
+_is_fresh_child = False
+
+
+def can_wait() -> bool:
+    """Whether the caller is a greenlet whose hub can serve others while it waits.
+
+    Not in a forked child before its hub has run for another reason: between fork and exec, as in
+    `gevent.subprocess`, it would run the parent's greenlets there.
+    """
+    if _is_fresh_child or sys.is_finalizing():
+        return False
+    hub = get_hub_if_exists()
+    return hub is not None and getcurrent() is not hub
+
+
+def _after_fork_in_child() -> None:
+    global _is_fresh_child
+    hub = get_hub_if_exists()
+    if hub is not None and hub.loop is not None:
+        _is_fresh_child = True
+        hub.loop.run_callback(_hub_runs)
+
+
+def _hub_runs() -> None:
+    global _is_fresh_child
+    _is_fresh_child = False
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 turns: dict[int, Turn] = {}             # by fd, as long as somebody has it
 
@@ -110,7 +161,7 @@ def _wait(fd: int, mode: int, event: int) -> bool:
 
 def _at_position(fd: int, call: Callable[[int], int]) -> int:
     """Make a positional request of what is asked for at the kernel's position, and move that on."""
-    with turn_of(fd), using(fd):
+    with using(fd), turn_of(fd):
         at = os.lseek(fd, 0, os.SEEK_CUR)
         moved = call(at)
         if moved and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND and call.__name__ == 'writing':

@@ -72,8 +72,11 @@ cdef extern from *:
     {
         char link[32];
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-        fd = openat(AT_FDCWD, link, flags | O_CLOEXEC);
-        return fd < 0 ? -errno : fd;
+        fd = openat(AT_FDCWD, link, flags | O_CLOEXEC | O_NONBLOCK);    /* or it waits for who has a lease */
+        if (fd < 0)
+            return -errno;
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+        return fd;
     }
 
     /* The device that it is on, or 0. */

@@ -19,7 +19,6 @@ import io
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent, greenlet
 
 from greenaio import _fallback, _position, streams
-from greenaio._position import Turn
-from greenaio.streams import ReadAhead, WriteBehind
+from greenaio._position import Turn, can_wait
+from greenaio.streams import ReadAhead, WriteBehind, is_told_by_the_kernel
 
 try:
     from greenaio import _calls
@@ -53,35 +52,6 @@ FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
          'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
 
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
-
-
-_is_fresh_child = False
-
-
-def can_wait() -> bool:
-    """Whether the caller is a greenlet whose hub can serve others while it waits.
-
-    Not in a forked child before its hub has run for another reason: between fork and exec, as in
-    `gevent.subprocess`, it would run the parent's greenlets there.
-    """
-    hub = get_hub_if_exists()
-    return hub is not None and getcurrent() is not hub and not _is_fresh_child and not sys.is_finalizing()
-
-
-def _after_fork_in_child() -> None:
-    global _is_fresh_child
-    hub = get_hub_if_exists()
-    if hub is not None and hub.loop is not None:
-        _is_fresh_child = True
-        hub.loop.run_callback(_hub_runs)
-
-
-def _hub_runs() -> None:
-    global _is_fresh_child
-    _is_fresh_child = False
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class FileIO(io.FileIO):
@@ -127,6 +97,10 @@ class FileIO(io.FileIO):
         flags = FLAGS.get(mode.replace('b', '').replace('+', ''), 0) | os.O_CLOEXEC | more
         if '+' in mode:
             flags = flags & ~os.O_WRONLY | os.O_RDWR
+        elif flags & os.O_DIRECT and flags & os.O_WRONLY:
+            # What is misaligned is read, changed and written.
+            with contextlib.suppress(PermissionError):
+                return self._open(file, mode + '+', closefd, opener, more)
         if flags & os.O_APPEND and flags & os.O_DIRECT:
             flags &= ~os.O_APPEND       # the kernel would append whole sectors only
             self._appends = True
@@ -179,13 +153,23 @@ class FileIO(io.FileIO):
         if n >= 0:
             return n
         n = -1 - n
-        rest = memoryview(buffer).cast('B')[n:] if n else buffer
-        more = self._wait(False, _position.readv, [rest])
-        return n if more is None else n + more
+        if n == 0:
+            return self._wait(False, _position.readv, [buffer])
+        try:
+            more = self._wait(False, _position.readv, [memoryview(buffer).cast('B')[n:]])
+        except OSError as error:
+            if not is_told_by_the_kernel(error):
+                os.lseek(self._fd, -n, os.SEEK_CUR)
+                raise
+            return n                    # a short read, as the system call's
+        except BaseException:           # killed: it has read nothing
+            os.lseek(self._fd, -n, os.SEEK_CUR)
+            raise
+        return n + (more or 0)
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
-        with _position.turn_of(fd), _fallback.using(fd):
+        with _fallback.using(fd), _position.turn_of(fd):
             self._drain()
             at = os.lseek(fd, 0, os.SEEK_CUR)
             n = self._ahead.readinto(buffer, at)
@@ -194,9 +178,7 @@ class FileIO(io.FileIO):
 
     def _write_behind(self, fd: int, data: Any) -> int:
         assert self._behind is not None
-        with _position.turn_of(fd), _fallback.using(fd):
-            if self._ahead is not None:
-                self._ahead.stop()
+        with _fallback.using(fd), _position.turn_of(fd):
             at = os.lseek(fd, 0, os.SEEK_CUR)
             if self._appends and (self._behind.is_idle or at != self._behind.end):
                 at = self._to_the_end(fd)
@@ -209,7 +191,7 @@ class FileIO(io.FileIO):
         return _calls.lseek(fd, 0, os.SEEK_END)
 
     def _write_at_end(self, fd: int, data: Any) -> int:
-        with _position.turn_of(fd):
+        with _fallback.using(fd), _position.turn_of(fd):
             self._to_the_end(fd)
             return _position.write(fd, data)
 
@@ -218,12 +200,16 @@ class FileIO(io.FileIO):
         if self._behind is None or self._behind.is_idle:
             return
         if self._can_wait():
-            behind = self._behind
-            self._wait(True, lambda _: behind.drain())
+            self._wait(True, self._drain_in_turn)
         else:
             with self._through_the_cache():
                 for offset, data in self._behind.take():
                     posix.pwrite(self._fd, data, offset)
+
+    def _drain_in_turn(self, fd: int) -> None:
+        with _fallback.using(fd), _position.turn_of(fd):
+            if self._behind is not None:
+                self._behind.drain()
 
     def flush(self) -> None:
         super().flush()
@@ -251,6 +237,8 @@ class FileIO(io.FileIO):
     def write(self, data: Any, /) -> Any:
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
+        if self._ahead is not None:
+            self._ahead.stop()
         if self._can_wait():
             write = self._write_at_end if self._appends else _position.write
             return self._wait(True, write if self._behind is None else self._write_behind, data)
@@ -272,6 +260,12 @@ class FileIO(io.FileIO):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence >= os.SEEK_END:
             self._drain()
+        if self._can_wait() and self._fd in _position.turns:    # somebody is about to move it
+            with _position.turn_of(self._fd):
+                return self._seek(offset, whence)
+        return self._seek(offset, whence)
+
+    def _seek(self, offset: int, whence: int) -> int:
         if whence < os.SEEK_END or not can_wait():
             return super().seek(offset, whence)
         return _calls.lseek(self.file.fileno(), offset, whence)
@@ -296,9 +290,17 @@ class FileIO(io.FileIO):
             return
         try:
             self._drain()
+        except BaseException as error:  # killed, it is not closed: somebody may flush it yet
+            if is_told_by_the_kernel(error):
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        try:
+            waits = self._can_wait()
         finally:
             fd, self._fd = self._fd, -1
-            waits = self._can_wait()
             self.end_waits()
             if self._ahead is not None:
                 self._ahead.stop()
@@ -374,14 +376,15 @@ class FileIO(io.FileIO):
 def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     """*method*, for one greenlet at a time: `io` raises RuntimeError for the second, or mixes their bytes."""
     @functools.wraps(method)
-    def in_turn(self: Any, /, *args: Any) -> Any:
+    def in_turn(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         turn = self._turn
+        me = getcurrent()
         if turn.owner is None:
-            turn.owner = getcurrent()
+            turn.owner = me             # no call in between: another thread could have its turn there
         elif not turn.wait():
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         try:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         finally:
             turn.leave()
 
@@ -396,8 +399,18 @@ def _close_in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
             turn.finalizing = True
         if turn.owner is not None and not self.closed:
             # Who reads is sent away, and who stands behind. What is being written is written first.
-            turn.closer = getcurrent()
+            me = getcurrent()
+            turn.closer = turn.closer or me
             self._raw().end_waits(writing=False)
+            try:
+                in_turn(self)
+            except cancel_wait_ex:
+                if not self.closed:
+                    raise               # else another was quicker
+            finally:
+                if turn.closer is me and not self.closed:
+                    turn.closer = None  # killed
+            return
         in_turn(self)
 
     in_turn = _in_turn(method)
@@ -427,17 +440,38 @@ class BufferedReader(_Shared, io.BufferedReader):
     __doc__ = io.BufferedReader.__doc__
 
 
-class _FlushesRaw:
+class _Writes:
+    """What both that write do besides `io`: flush the raw file, and lose nothing of who is killed above."""
+
+    _kept: tuple[Any, ...] = ()         # what the text layer has let go of, and this has not got yet
+
+    def write(self, data: Any, /) -> Any:
+        self._write_kept()
+        try:
+            return super().write(data)  # type: ignore[misc]
+        except BaseException as error:
+            if self._is_below_text and not is_told_by_the_kernel(error):
+                self._kept = (*self._kept, bytes(data))
+            raise
+
+    _is_below_text = False
+
+    def _write_kept(self) -> None:
+        while self._kept:
+            super().write(self._kept[0])                    # type: ignore[misc]
+            self._kept = self._kept[1:]
+
     def flush(self) -> None:
+        self._write_kept()
         super().flush()                 # type: ignore[misc]
         self.raw.flush()                # type: ignore[attr-defined]  # it may write behind
 
 
-class BufferedWriter(_Shared, _FlushesRaw, io.BufferedWriter):
+class BufferedWriter(_Shared, _Writes, io.BufferedWriter):
     __doc__ = io.BufferedWriter.__doc__
 
 
-class BufferedRandom(_Shared, _FlushesRaw, io.BufferedRandom):
+class BufferedRandom(_Shared, _Writes, io.BufferedRandom):
     __doc__ = io.BufferedRandom.__doc__
 
 
@@ -506,10 +540,13 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
     if by_line or size < 0:
         size = max(raw._blksize, io.DEFAULT_BUFFER_SIZE)
     if size == 0 and 'b' in mode:
+        if raw._behind is not None:
+            _writers.add(raw)
         return raw
     layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)
     if 'b' not in mode:
+        result._is_below_text = True
         result = TextIOWrapper(result, io.text_encoding(encoding), errors, newline, by_line)
         result.mode = mode
     if raw.writable():

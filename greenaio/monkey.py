@@ -21,7 +21,7 @@ from gevent.monkey import get_original, patch_module
 
 import greenaio.os
 from greenaio import fileobject
-from greenaio.fileobject import can_wait
+from greenaio._position import can_wait
 
 try:
     from greenaio import _calls

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
+from gevent._fileobjectcommon import cancel_wait_ex
 
 from greenaio._fallback import using
 
@@ -35,6 +36,7 @@ SEQUENTIAL = 2                  # reads in order before it begins
 COPY_BLOCK = 4 << 20            # bytes: of a copy, what one thread does before it tells how far it is
 COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
 
+ASK_AGAIN = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ECANCELED)   # of `File.end`
 CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -43,6 +45,11 @@ StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 def block_size(nbytes: int) -> int:
     """How large the blocks are for somebody who reads or writes *nbytes* at a time."""
     return min(max(1 << max(nbytes - 1, 0).bit_length(), BLOCK_MIN), BLOCK_MAX)
+
+
+def is_told_by_the_kernel(error: BaseException) -> bool:
+    """Whether it is an answer, and not thrown into who waits for one, as by ``Timeout(1, TimeoutError)``."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, cancel_wait_ex)
 
 
 class _Block:
@@ -61,6 +68,8 @@ class _Block:
         """Wait for it; return bytes moved. What was refused is asked for again, in the way that never is."""
         begun, self._begun = self._begun, None
         done = -errno.EAGAIN if begun is None else self._file.end(begun)
+        if done < 0 and -done not in ASK_AGAIN:
+            raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)
         done = max(done, 0)
@@ -91,13 +100,15 @@ class ReadAhead:
         self._position = 0              # where a read in order would begin
         self._end = 0                   # what is asked for ends here
         self._size = BLOCK_MIN
+        self._process = os.getpid()
 
     def readinto(self, buffer: Any, position: int) -> int:
         """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
         view = memoryview(buffer).cast('B')
-        if position != self._position:
-            self.stop()
+        if position != self._position or self._process != os.getpid():
+            self.stop()                 # in a forked child this memory is wiped
             self._in_order = 0
+            self._process = os.getpid()
         self._in_order += 1
         try:
             n = self._from_blocks(view, position)
@@ -166,10 +177,15 @@ class WriteBehind:
         self._blocks: deque[_Block] = deque()
         self._memory: Any = None        # being filled, for `_begin`
         self._begin = self._filled = 0
+        self._process = os.getpid()
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to `drain`."""
+        """Whether there is nothing to `drain`; as in a forked child, where it is the parent's to write."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._blocks.clear()
+            self._memory, self._filled = None, 0
         return not self._blocks and not self._filled
 
     @property
@@ -180,8 +196,9 @@ class WriteBehind:
     def write(self, data: Any, position: int) -> int:
         """Take bytes-like *data* for *position*; return how many were taken: all."""
         view = memoryview(data).cast('B')
+        self.is_idle                    # noqa: B018  # looks for a fork
         if position != self.end:
-            self._send()
+            self.drain()                # blocks that overlap would have no order
         done = 0
         while done < len(view):
             if self._memory is None:
@@ -209,8 +226,9 @@ class WriteBehind:
         block = self._blocks[0]
         try:
             block.end()
-        except OSError:
-            self._blocks.popleft()
+        except OSError as error:
+            if is_told_by_the_kernel(error):
+                self._blocks.popleft()
             raise
         self._blocks.popleft()
 
@@ -231,6 +249,8 @@ class WriteBehind:
             try:
                 self._settle()
             except OSError as error:
+                if not is_told_by_the_kernel(error):
+                    raise
                 first = first or error
         if first is not None:
             raise first

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -14,7 +15,8 @@ from typing import Any
 
 from gevent import pywsgi
 
-from greenaio.fileobject import FileIO, can_wait
+from greenaio._position import can_wait
+from greenaio.fileobject import FileIO
 from greenaio.os import fstat
 from greenaio.streams import ReadAhead
 
@@ -45,7 +47,8 @@ class FileWrapper:
         self._ahead = self._read_ahead(filelike)
 
     def _read_ahead(self, filelike: Any) -> ReadAhead | None:
-        if not can_wait():
+        below = getattr(filelike, 'raw', filelike) if isinstance(filelike, io.BufferedIOBase) else filelike
+        if not can_wait() or not isinstance(below, io.FileIO):      # gzip's fileno is of what is compressed
             return None
         try:
             file = filelike.file if isinstance(filelike, FileIO) else File.from_fd(filelike.fileno())
