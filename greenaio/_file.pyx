@@ -603,6 +603,8 @@ def _write_misaligned(Known known, Request asked, buffers):
     try:
         return alignment.shielded(fd, work)
     except OSError as error:
+        if error.errno is None or type(error).__module__ != 'builtins':
+            raise                       # thrown in by somebody, as by a Timeout
         return -error.errno
 
 

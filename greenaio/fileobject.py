@@ -446,8 +446,8 @@ class _Writes:
     _kept: tuple[Any, ...] = ()         # what the text layer has let go of, and this has not got yet
 
     def write(self, data: Any, /) -> Any:
-        self._write_kept()
         try:
+            self._write_kept()
             return super().write(data)  # type: ignore[misc]
         except BaseException as error:
             if self._is_below_text and not is_told_by_the_kernel(error):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
+import greenaio.os
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 
 ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
@@ -586,3 +587,121 @@ def test_frozen_disk_stops_nobody(freezable):
             file.close()
         print(worst)
     ''', freezable.path, freezable.pid)
+
+
+# Found by reading --------------------------------------------------------------------------------
+
+def test_killed_while_text_is_flushed_no_line_of_another_is_lost(disk_folder):
+    path = os.path.join(disk_folder, 'lines')
+    accepted = []
+    with greenaio.open(path, 'w') as file:
+        def write(i):
+            line = f'line {i}\n'
+            file.write(line)
+            accepted.append(line)
+
+        for i in range(3000):
+            writer = gevent.spawn(write, i)
+            gevent.sleep(0)
+            writer.kill()
+    assert set(accepted) <= set(pathlib.Path(path).read_text().splitlines(True))
+    assert len(accepted) > 2000
+
+
+def test_shared_by_threads_without_a_hub(folder):
+    path = os.path.join(folder, 'threads')
+    failed = []
+    with greenaio.open(path, 'w') as file:
+        def write(i):
+            try:
+                for j in range(5000):
+                    file.write(f'{i} {j}\n')
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            gevent.sleep(0.01)
+    assert failed == []
+    wanted = [f'{i} {j}' for i in range(4) for j in range(5000)]
+    assert sorted(pathlib.Path(path).read_text().splitlines()) == sorted(wanted)
+
+
+def test_close_that_was_timed_out_spoils_nothing(held_disk):
+    with greenaio.open(held_disk.file, 'r+b', buffering=4096, direct=True, dsync=True) as file:
+        held_disk.hold()
+        writer = gevent.spawn(file.write, b'x' * 65536)
+        gevent.sleep(0.05)
+        with gevent.Timeout(0.1, False):
+            file.close()
+        assert not file.closed
+        held_disk.release()
+        assert writer.get(timeout=10) == 65536
+        others = [gevent.spawn(file.tell) for _ in range(3)]
+        gevent.joinall(others, raise_error=True, timeout=5)
+        assert {other.value for other in others} == {65536}
+
+
+def test_who_queues_for_a_number_keeps_it(folder):
+    """
+    one                     two                     closer
+    os.read(fd), its turn
+                            os.write(fd), queues
+                                                    os.close(fd)
+    is done
+                                                    opens another file: not with this number
+                            writes, or gets EBADF
+    """
+    path, victim = os.path.join(folder, 'data'), os.path.join(folder, 'victim')
+    for name, content in ((path, pattern(4 * MIB)), (victim, b'v' * 8192)):
+        pathlib.Path(name).write_bytes(content)
+    fd = os.open(path, os.O_RDWR)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = gevent.spawn(greenaio.os.read, fd, 2 * MIB)
+    writer = gevent.spawn(greenaio.os.write, fd, b'A' * 4096)
+    gevent.sleep(0)
+    greenaio.os.close(fd)
+    opened = []
+    while not (reader.ready() and writer.ready()):
+        opened.append(os.open(victim, os.O_RDWR))
+        gevent.sleep(0)
+    for one in opened:
+        os.close(one)
+    assert pathlib.Path(victim).read_bytes() == b'v' * 8192
+
+
+def test_reconfigure_takes_its_keywords(folder):
+    path = os.path.join(folder, 'text')
+    with greenaio.open(path, 'w') as file:
+        file.reconfigure(line_buffering=True)
+        file.write('line\n')
+        assert pathlib.Path(path).read_text() == 'line\n'
+
+
+def test_open_of_a_leased_file_does_not_stop_the_hub(folder):
+    path = os.path.join(folder, 'leased')
+    pathlib.Path(path).write_text('x')
+    holder = subprocess.Popen([sys.executable, '-c', '''
+import fcntl, os, signal, sys, time
+signal.signal(signal.SIGIO, lambda *_: (time.sleep(0.7), os._exit(0)))
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print('leased', flush=True)
+time.sleep(20)
+''', path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == 'leased\n'
+    ticks = []
+
+    def tick():
+        while True:
+            gevent.sleep(0.001)
+            ticks.append(1)
+
+    ticker = gevent.spawn(tick)
+    greenaio.os.close(greenaio.os.open(path, os.O_RDONLY))
+    ticker.kill()
+    holder.wait(10)
+    holder.stdout.close()
+    assert len(ticks) > 50

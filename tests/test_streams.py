@@ -360,3 +360,67 @@ def test_killed_copy_leaves_nothing_open(disk_folder):
         gevent.sleep(0.01)
     assert len(os.listdir('/proc/self/fd')) <= before
     assert not copy.successful() or isinstance(copy.value, gevent.GreenletExit)
+
+
+# Found by reading --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('mode', ['wb', 'ab', 'xb'])
+def test_only_written_it_still_finishes_sectors_that_it_began(folder, mode):
+    path = os.path.join(folder, 'odd')
+    with greenaio.open(path, mode, direct=True) as file:
+        for _ in range(3):
+            file.write(b'x' * 100)
+            file.flush()
+        assert not file.readable()
+    assert pathlib.Path(path).read_bytes() == b'x' * 300
+
+
+def test_written_twice_the_later_counts(disk_folder):
+    path = make(disk_folder, 300_000)
+    with greenaio.open(path, 'r+b', buffering=0, direct=True) as file:
+        file.write(b'a' * 100)
+        file.seek(0)
+        file.write(b'b' * 131_072)
+    assert pathlib.Path(path).read_bytes()[:131_072] == b'b' * 131_072
+
+
+@pytest.mark.parametrize('options', [{'direct': True}, {'direct': True, 'dsync': True}, {'prefetch': 4}])
+def test_own_writes_are_seen_by_own_reads(disk_folder, options):
+    path = make(disk_folder, 2 * MIB)
+    with greenaio.open(path, 'r+b', buffering=0, **options) as file:
+        for _ in range(4):
+            file.read(131_072)
+        at = file.tell()
+        file.seek(at + 4096)
+        file.write(b'N' * 4096)
+        file.seek(at)
+        assert file.read(12_288)[4096:8192] == b'N' * 4096
+
+
+def test_forked_with_something_to_write_behind_the_parent_writes_it(disk_folder):
+    run_python('''
+        import gevent, greenaio, os, sys
+        path = sys.argv[1]
+        file = greenaio.open(path, 'wb', buffering=0, direct=True)
+        file.write(b'x' * 200_000)
+        pid = gevent.os.fork()
+        if pid == 0:
+            file.close()
+            os._exit(0)
+        file.close()
+        assert os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]) == 0
+        assert open(path, 'rb').read() == b'x' * 200_000
+    ''', os.path.join(disk_folder, 'forked'))
+
+
+def test_timeout_of_another_kind_is_not_taken_for_the_disks_error(held_disk):
+    with greenaio.open(held_disk.file, 'r+b', buffering=0, direct=True) as file:
+        held_disk.hold()
+        file.write(b'2' * 131_072 + b'tail')
+        with pytest.raises(TimeoutError), gevent.Timeout(0.2, TimeoutError):
+            file.flush()
+        with gevent.Timeout(0.2, False):
+            file.close()
+        assert not file.closed          # and nothing lost
+        held_disk.release()
+    assert pathlib.Path(held_disk.file).read_bytes()[:131_076] == b'2' * 131_072 + b'tail'
