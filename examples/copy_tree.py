@@ -1,0 +1,100 @@
+"""Copy a tree, several files at a time: ``python examples/copy_tree.py SRC DST``.
+
+Modes, times, extended attributes and symbolic links are kept. A file that can't be copied costs a line on
+stderr and the exit status 1, not the run. With rich installed, a terminal shows how far it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+
+from gevent.pool import Pool
+
+import greenaio
+
+FILES = 16                      # at a time: as many as greenaio has threads for a device
+Step = Callable[[int], object]  # is told of bytes, as they are copied
+
+
+def walk(source: str, target: str, failed: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Folders, top down, where they go, and the names in each of what is no folder."""
+    for folder, folders, names in os.walk(source, onerror=lambda error: failed.append(str(error))):
+        names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        yield folder, os.path.normpath(os.path.join(target, os.path.relpath(folder, source))), names
+
+
+def copy_file(source: str, target: str, progress: Step) -> None:
+    copied = 0
+
+    def step(done: int, size: int) -> None:
+        nonlocal copied
+        progress(done - copied)
+        copied = done
+
+    if stat.S_IFMT(os.lstat(source).st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
+        raise shutil.SpecialFileError(f'{source!r} is no file, no folder and no symbolic link')
+    greenaio.copyfile(source, target, follow_symlinks=False, progress=step)
+    shutil.copystat(source, target, follow_symlinks=False)
+
+
+def copy_tree(source: str, target: str, progress: Step) -> tuple[int, list[str]]:
+    """Copy it; return how many files there were, and what went wrong."""
+    failed: list[str] = []
+    folders, count, pool = [], 0, Pool(FILES)
+
+    def attempt(call: Callable[..., None], *args: object) -> None:
+        try:
+            call(*args)
+        except OSError as error:        # which names no file, if it was being read or written
+            failed.append(str(error) if error.filename or not error.errno else f'{error}: {args[0]!r}')
+
+    for folder, there, names in walk(source, target, failed):
+        attempt(os.makedirs, there)
+        folders.append((folder, there))
+        count += len(names)
+        for name in names:              # waits for one to be done, while FILES are under way
+            pool.spawn(attempt, copy_file, os.path.join(folder, name), os.path.join(there, name), progress)
+    pool.join()
+    for pair in reversed(folders):      # last: what is made in a folder changes its time
+        attempt(shutil.copystat, *pair)
+    return count, failed
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Step]:
+    if not sys.stdout.isatty() or not importlib.util.find_spec('rich'):
+        yield lambda nbytes: None
+        return
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
+    with Progress(SpinnerColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True) as bar:
+        task = bar.add_task('', total=None)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('source', metavar='SRC', help='a folder')
+    parser.add_argument('target', metavar='DST', help='where there is nothing yet')
+    arguments = parser.parse_args()
+    source, target = arguments.source, arguments.target
+    if not os.path.isdir(source):
+        parser.error(f'{source} is not a folder')
+    if os.path.lexists(target) or os.path.realpath(target).startswith(os.path.realpath(source) + '/'):
+        parser.error(f'{target} exists already, or is in {source}')
+    with progress_bar() as progress:
+        count, failed = copy_tree(source, target, progress)
+    for line in failed:
+        print(f'copy_tree.py: {line}', file=sys.stderr)
+    print(f'{count} files, {len(failed)} errors')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""An object store over HTTP on gevent's pywsgi, in which nobody waits for somebody else's disk.
+
+    OBJECT_SERVER_TOKEN=secret python examples/object_server.py /srv/objects
+    curl -H 'Authorization: Bearer secret' -T file http://127.0.0.1:8080/name
+
+PUT, GET with ranges, HEAD, DELETE, and ``GET /?prefix=a&after=b&limit=100`` for a list. Who uploads has an
+answer when the object is on the disk, under its name, with its SHA-256 as ETag; an upload that ends early
+leaves nothing. Needs werkzeug, and a file system with extended attributes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import heapq
+import hmac
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote
+
+import gevent
+from gevent import pywsgi
+from gevent.lock import BoundedSemaphore
+from gevent.pool import Pool
+from werkzeug.exceptions import RequestedRangeNotSatisfiable
+from werkzeug.wrappers import Response
+
+import greenaio
+import greenaio.wsgi
+from greenaio import File
+
+BLOCK = 128 << 10       # bytes of an upload: read, hashed and written at a time
+HEAD_MAX = 16 << 10     # bytes of a request's header lines; http.client alone would take 6 MiB
+NAME_MAX = 255          # bytes of a file's name; in an object's, a slash counts as three
+PAGE_MAX = 1000         # names in a list
+UPLOAD = '.upload-'     # begins the names of unfinished uploads, and no object's
+CHECKSUM = 'user.sha256'
+STATUS = {errno.ENOENT: 404, errno.ELOOP: 404, errno.ENODATA: 404, errno.ENOSPC: 507, errno.EDQUOT: 507}
+
+Environ = dict[str, Any]
+
+
+class Refused(Exception):
+    """To be answered with this."""
+
+    def __init__(self, status: int, why: str, **headers: str) -> None:
+        super().__init__(why)
+        self.response = answer(status, {'error': why}, **headers)
+
+
+def answer(status: int, content: Any = None, **headers: str) -> Response:
+    response = Response('' if content is None else json.dumps(content) + '\n', status,
+                        mimetype='application/json')
+    response.headers.extend({name.replace('_', '-'): value for name, value in headers.items()})
+    return response
+
+
+def in_thread(call: Callable[..., Any], *args: Any) -> Any:
+    """For what `greenaio.os` has not: gevent's thread pool. *args* are paths, not fds: if this greenlet is
+    killed, the thread goes on, and an fd may be another file by then."""
+    return gevent.get_hub().threadpool.apply(call, args)
+
+
+def file_name(path: str) -> str:
+    """The one flat name of an object: without a slash, none leads out of the folder. `unquote` undoes it."""
+    key = path.encode('latin-1').decode(errors='replace')[1:]
+    if path[:1] != '/' or {'', '.', '..'} & set(key.split('/')) or '\ufffd' in key or not key.isprintable():
+        raise Refused(400, 'no object can have this name')
+    name = quote(key, safe='')
+    name = '%2E' + name[1:] if name[0] == '.' else name
+    if len(name) > NAME_MAX:
+        raise Refused(400, 'the name is too long')
+    return name
+
+
+def replace(source: str, target: str) -> bool:
+    """Whether there was a *target*."""
+    existed = os.path.lexists(target)
+    os.rename(source, target)
+    return existed
+
+
+def page(root: str, prefix: str, after: str, limit: int) -> dict[str, Any]:
+    """A part of the list. Looks at every name, holds *limit* of them."""
+    with os.scandir(root) as entries:
+        names = ((unquote(entry.name), entry.path) for entry in entries
+                 if not entry.name.startswith('.') and entry.is_file(follow_symlinks=False))
+        found = heapq.nsmallest(limit + 1, (pair for pair in names if pair[0] > after
+                                            and pair[0].startswith(prefix)))
+    objects = []
+    for name, path in found[:limit]:
+        with contextlib.suppress(FileNotFoundError):        # deleted since
+            objects.append({'name': name, 'size': os.lstat(path).st_size})
+    return {'objects': objects, 'after': found[limit - 1][0] if len(found) > limit else None}
+
+
+class Store:
+    """A WSGI application. *limits*: object_size, uploads, idle_timeout."""
+
+    def __init__(self, root: str, token: str, limits: argparse.Namespace) -> None:
+        self.root, self.limits = os.path.realpath(root), limits
+        self._authorization = b'Bearer ' + os.fsencode(token)
+        self._uploads = BoundedSemaphore(limits.uploads)
+        self._folder = File(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)    # so what is unfinished is nobody's:
+        for name in os.listdir(self.root):
+            if name.startswith(UPLOAD):
+                os.unlink(os.path.join(self.root, name))
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        method = environ['REQUEST_METHOD']
+        try:
+            response = self._serve(environ, method)
+        except Refused as refused:
+            response = refused.response
+        except OSError as error:
+            if error.errno not in STATUS:
+                raise
+            response = answer(STATUS[error.errno], {'error': os.strerror(error.errno)})
+        has_body = environ.get('CONTENT_LENGTH', '0') != '0' or 'HTTP_TRANSFER_ENCODING' in environ
+        if has_body and (method != 'PUT' or response.status_code >= 400):
+            response.headers['Connection'] = 'close'    # what is left of the body would be the next request
+        return response(environ, start_response)
+
+    def _serve(self, environ: Environ, method: str) -> Response:
+        authorization = environ.get('HTTP_AUTHORIZATION', '').encode('latin-1')
+        if not hmac.compare_digest(authorization, self._authorization):
+            raise Refused(401, 'no token, or a wrong one', WWW_Authenticate='Bearer')
+        if method not in ('GET', 'HEAD', 'PUT', 'DELETE'):
+            raise Refused(405, 'no such method', Allow='GET, HEAD, PUT, DELETE')
+        if environ['PATH_INFO'] == '/' and method in ('GET', 'HEAD'):
+            return self._list(environ['QUERY_STRING'])
+        path = os.path.join(self.root, file_name(environ['PATH_INFO']))
+        if method == 'PUT':
+            return self._put(environ, path)
+        if not stat.S_ISREG(greenaio.os.stat(path, follow_symlinks=False).st_mode):
+            raise Refused(404, 'no such object')
+        return self._delete(path) if method == 'DELETE' else self._get(environ, path)
+
+    def _get(self, environ: Environ, path: str) -> Response:
+        """As `greenaio.wsgi.send_file`, which follows links; and the checksum is of the file that is sent."""
+        file = greenaio.open(path, 'rb', 0, opener=lambda path, flags: greenaio.os.open(path,
+                                                                                      flags | os.O_NOFOLLOW))
+        try:
+            facts = greenaio.os.fstat(file.fileno())
+            response = Response(greenaio.wsgi.FileWrapper(file), mimetype='application/octet-stream',
+                                direct_passthrough=True)
+            response.content_length, response.last_modified = facts.st_size, facts.st_mtime
+            response.set_etag(os.getxattr(file.fileno(), CHECKSUM).hex())   # in memory, as the inode
+            return response.make_conditional(environ, accept_ranges=True, complete_length=facts.st_size)
+        except BaseException as error:
+            file.close()
+            if not isinstance(error, RequestedRangeNotSatisfiable):
+                raise
+            raise Refused(416, 'beyond the end', Content_Range=f'bytes */{facts.st_size}') from error
+
+    def _list(self, query: str) -> Response:
+        try:
+            asked = {name: values[0] for name, values in parse_qs(query, max_num_fields=3).items()}
+            limit = int(asked.get('limit', PAGE_MAX))
+        except ValueError:
+            limit = 0
+        if not 1 <= limit <= PAGE_MAX:
+            raise Refused(400, f'a list takes a prefix, after, and a limit up to {PAGE_MAX}')
+        return answer(200, in_thread(page, self.root, asked.get('prefix', ''), asked.get('after', ''), limit))
+
+    def _delete(self, path: str) -> Response:
+        in_thread(os.unlink, path)
+        self._folder.fsync()
+        return answer(204)
+
+    def _put(self, environ: Environ, path: str) -> Response:
+        """Who reads meanwhile has the old object, until all of the new one is on the disk."""
+        blocks = self._body(environ)
+        if not self._uploads.acquire(blocking=False):
+            raise Refused(503, 'too many uploads at a time', Retry_After='1')
+        unfinished = os.path.join(self.root, UPLOAD + uuid.uuid4().hex)
+        try:
+            checksum = self._write(unfinished, blocks)
+            digest = f'sha-256=:{base64.b64encode(checksum).decode()}:'     # RFC 9530
+            if digest not in environ.get('HTTP_REPR_DIGEST', digest).replace(' ', '').split(','):
+                raise Refused(400, 'the content does not have the Repr-Digest that was sent')
+            existed = in_thread(replace, unfinished, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                in_thread(os.unlink, unfinished)
+            raise
+        finally:
+            self._uploads.release()
+        self._folder.fsync()                    # the name
+        return answer(204 if existed else 201, ETag=f'"{checksum.hex()}"')
+
+    def _write(self, path: str, blocks: Iterator[bytes]) -> bytes:
+        """Make a new file, durable but for its name; return its checksum."""
+        digest = hashlib.sha256()
+        with greenaio.open(path, 'xb') as file:
+            for block in blocks:
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            in_thread(os.setxattr, path, CHECKSUM, digest.digest())
+            greenaio.os.fsync(file)             # fdatasync may leave out the checksum
+        return digest.digest()
+
+    def _body(self, environ: Environ) -> Iterator[bytes]:
+        length, coding = environ.get('CONTENT_LENGTH'), environ.get('HTTP_TRANSFER_ENCODING')
+        if coding is not None and coding.lower() != 'chunked':
+            raise Refused(501, 'no Transfer-Encoding but chunked')
+        if coding is None and length is None:
+            raise Refused(411, 'a Content-Length is needed')
+        if int(length or 0) > self.limits.object_size:
+            raise Refused(413, 'the object is too large')
+        return self._blocks(environ['wsgi.input'])
+
+    def _blocks(self, body: Any) -> Iterator[bytes]:
+        """What the client sends. Each block has its time: a byte now and then keeps no upload alive."""
+        size = 0
+        while True:
+            try:
+                with gevent.Timeout(self.limits.idle_timeout, TimeoutError('timed out')):
+                    block = body.read(BLOCK)
+            except OSError as error:            # not all came, or not as chunks should
+                raise Refused(408 if isinstance(error, TimeoutError) else 400, str(error)) from error
+            if not block:
+                return
+            size += len(block)
+            if size > self.limits.object_size:
+                raise Refused(413, 'the object is too large')
+            yield block
+
+
+class Head:
+    """A request's header lines, as long as there are not too many."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._left = file, HEAD_MAX
+
+    def readline(self, limit: int) -> bytes:
+        line: bytes = self._file.readline(min(limit, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise ValueError('the header is too large')
+        return line
+
+
+class Handler(pywsgi.WSGIHandler):
+    """pywsgi's, which bounds neither the header, nor the time that a client takes."""
+
+    ignored_socket_errors = (*pywsgi.WSGIHandler.ignored_socket_errors, errno.ETIMEDOUT, 'timed out')
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        self._timeout = server.application.limits.idle_timeout
+        sock.settimeout(self._timeout)          # for sendall: of a block of the answer
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # the head and the body come apart
+        super().__init__(sock, address, server)
+
+    def read_requestline(self) -> str:
+        with gevent.Timeout(self._timeout, TimeoutError('timed out')):
+            return super().read_requestline()
+
+    def read_request(self, line: str) -> bool:
+        try:
+            with gevent.Timeout(self._timeout, TimeoutError('timed out')):
+                return super().read_request(line)
+        except Exception as error:              # pywsgi prints a traceback of all but ValueError
+            raise ValueError(str(error)) from error
+
+    def MessageClass(self, file: Any, *args: Any) -> Any:
+        return super().MessageClass(Head(file), *args)
+
+    def get_environ(self) -> Environ:
+        environ = super().get_environ()
+        environ['wsgi.input'] = self.wsgi_input     # not the bare socket, if the client says "Upgrade"
+        # And of this one pywsgi reads what the application did not, as long as the client sends. Now a client
+        # that is refused may see a reset instead of the answer; "Expect: 100-continue" is for that.
+        self.wsgi_input = pywsgi.Input(self.rfile, 0)
+        return environ
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('root', metavar='ROOT', help='a folder for nothing else')
+    add('--token', default=os.environ.get('OBJECT_SERVER_TOKEN'),
+        help='who knows it may do everything; by OBJECT_SERVER_TOKEN, ps does not show it')
+    add('--host', default='127.0.0.1')
+    add('--port', type=int, default=8080)
+    add('--object-size', type=int, default=5 << 30, help='bytes at most (%(default)s)')
+    add('--uploads', type=int, default=64, help='at a time (%(default)s); 503 for more')
+    add('--connections', type=int, default=400, help='at a time (%(default)s), of two fds each; more wait')
+    add('--idle-timeout', type=float, default=30,
+        help=f'seconds to send a header, and to send or take {BLOCK >> 10} KiB (%(default)s)')
+    arguments = parser.parse_args()
+    if not arguments.token:
+        parser.error('give a token in the environment, as OBJECT_SERVER_TOKEN')
+    try:
+        store = Store(arguments.root, arguments.token, arguments)
+        server = pywsgi.WSGIServer((arguments.host, arguments.port), store, log=None, handler_class=Handler,
+                                   spawn=Pool(arguments.connections))
+        server.start()
+    except OSError as error:
+        print(f'object_server.py: {error}', file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, server.close)
+    print(f'http://{arguments.host}:{server.server_port}', flush=True)
+    server.serve_forever()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
