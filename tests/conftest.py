@@ -221,6 +221,17 @@ def make_plugin_visible(folder):
     return {'PYTHONPATH': os.pathsep.join(path)}
 
 
+# A process that ticks beside the one that is tested: what it loses, the machine took.
+CONTROL = '''
+import sys, time
+end, worst = time.monotonic() + float(sys.argv[1]), 0
+while (now := time.monotonic()) < end:
+    time.sleep(0.001)
+    worst = max(worst, time.monotonic() - now - 0.001)
+print(worst)
+'''
+
+
 _cgroup_number = itertools.count()
 
 

@@ -11,18 +11,9 @@ import sys
 import tempfile
 
 import pytest
-from conftest import missing, pattern, run_python
+from conftest import CONTROL, missing, pattern, run_python
 
 FROZEN = 1.0        # seconds
-
-CONTROL = '''
-import sys, time
-end, worst = time.monotonic() + float(sys.argv[1]), 0
-while (now := time.monotonic()) < end:
-    time.sleep(0.001)
-    worst = max(worst, time.monotonic() - now - 0.001)
-print(worst)
-'''
 
 FREEZE = '''
 import gevent, os, socket, subprocess, sys, time

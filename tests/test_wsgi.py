@@ -9,7 +9,7 @@ import sys
 
 import gevent
 import pytest
-from conftest import MIB, make_plugin_visible, pattern, run_python
+from conftest import CONTROL, MIB, make_plugin_visible, pattern, run_python
 from gevent import pywsgi, socket
 from werkzeug.test import EnvironBuilder
 
@@ -141,15 +141,6 @@ def test_server_has_a_file_wrapper(data_file, how):
 
 
 # Beside a disk that takes its time ---------------------------------------------------------------
-
-CONTROL = '''
-import sys, time
-end, worst = time.monotonic() + float(sys.argv[1]), 0
-while (now := time.monotonic()) < end:
-    time.sleep(0.001)
-    worst = max(worst, time.monotonic() - now - 0.001)
-print(worst)
-'''
 
 SERVE = '''
 import gevent.monkey
