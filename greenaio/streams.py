@@ -294,15 +294,17 @@ def _copy(source: File, target: File, size: int, progress: Callable[[int, int], 
     with using(source.fileno()), using(target.fileno()):
         ahead: Any = None
         while True:
-            if ahead is None or ahead.ready():
+            if size > COPY_BLOCK and (ahead is None or ahead.ready()):
                 ahead = gevent.spawn(_calls.readahead, source.fileno(), done + COPY_BLOCK, COPY_AHEAD)
             n = _copy_block(source, target, done)
             if n == 0:
                 break
-            _calls.start_writing(target.fileno(), done, n)
+            if size > COPY_BLOCK:       # else it costs more than it brings
+                _calls.start_writing(target.fileno(), done, n)
             done += n
             progress(done, max(size, done))
-        ahead.kill()
+        if ahead is not None:
+            ahead.kill()
 
 
 def _copy_block(source: File, target: File, offset: int) -> int:

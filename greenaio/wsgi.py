@@ -28,7 +28,6 @@ except ImportError:
 __all__ = ['FileWrapper', 'WSGIHandler', 'send_file', 'with_file_wrapper']
 
 BLOCK = 128 << 10               # bytes: handed to the server at a time, if it does not want more
-AHEAD = 2                       # blocks: one on its way to the client, one from the disk
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -36,17 +35,20 @@ Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 class FileWrapper:
     """The rest of *filelike*, in blocks: an iterable for a WSGI server, which calls `close`.
 
-    A file on a disk is read ahead, from its present position on, by two blocks; anything else is read as it
-    can be.
+    A file on a disk is read from its present position on, with the kernel's own reading ahead or, for
+    O_DIRECT, that of `streams`; anything else is read as it can be.
     """
 
     def __init__(self, filelike: Any, block_size: int = 8192) -> None:
         self.filelike = filelike
-        self._buffer = memoryview(bytearray(max(block_size, BLOCK)))
+        self._nbytes = max(block_size, BLOCK)
         self._position = 0
-        self._ahead = self._read_ahead(filelike)
+        self._file = self._stored(filelike)
+        self._ahead: ReadAhead | None = None
+        if self._file is not None and self._file.direct:
+            self._ahead = ReadAhead(self._file, eager=True)
 
-    def _read_ahead(self, filelike: Any) -> ReadAhead | None:
+    def _stored(self, filelike: Any) -> File | None:
         below = getattr(filelike, 'raw', filelike) if isinstance(filelike, io.BufferedIOBase) else filelike
         if not can_wait() or not isinstance(below, io.FileIO):      # gzip's fileno is of what is compressed
             return None
@@ -55,38 +57,42 @@ class FileWrapper:
             if file.kind != stat.S_IFREG:
                 return None
             self._position = filelike.tell()
-        except (AttributeError, OSError, ValueError):       # no file, or none with a position
+        except (OSError, ValueError):   # closed, or without a position
             return None
-        return ReadAhead(file, AHEAD, eager=True)
+        return file
 
     def __iter__(self) -> FileWrapper:
         return self
 
     def __next__(self) -> bytes:
-        if self._ahead is None:
-            data: bytes = self.filelike.read(len(self._buffer))
+        data: bytes
+        if self._file is None:
+            data = self.filelike.read(self._nbytes)
+        elif self._ahead is None:
+            # Blocks asked for ahead cost more than they bring: the page cache does that by itself.
+            data = self._file.pread(self._nbytes, self._position)
         else:
-            n = self._ahead.readinto(self._buffer, self._position)
-            self._position += n
-            data = bytes(self._buffer[:n])
+            buffer = bytearray(self._nbytes)
+            data = bytes(memoryview(buffer)[:self._ahead.readinto(buffer, self._position)])
         if not data:
             raise StopIteration
+        self._position += len(data)
         return data
 
     def seekable(self) -> bool:
         """Whether `seek` works, as ranges want it."""
-        return self._ahead is not None or bool(getattr(self.filelike, 'seekable', bool)())
+        return self._file is not None or bool(getattr(self.filelike, 'seekable', bool)())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
         """Go on from elsewhere."""
-        if self._ahead is None:
+        if self._file is None:
             self.filelike.seek(offset, whence)
         else:
             self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
 
     def tell(self) -> int:
         """The offset, in bytes, of what comes next."""
-        return self._position if self._ahead is not None else int(self.filelike.tell())
+        return self._position if self._file is not None else int(self.filelike.tell())
 
     def close(self) -> None:
         """Close the file, if it can be closed. What is read ahead is forgotten."""
