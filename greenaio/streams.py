@@ -37,6 +37,7 @@ COPY_BLOCK = 4 << 20            # bytes: of a copy, what one thread does before 
 COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
 
 ASK_AGAIN = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ECANCELED)   # of `File.end`
+NEW = os.O_WRONLY | os.O_CREAT
 CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -271,22 +272,30 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
     if not follow_symlinks and os.path.islink(src):
         os.symlink(posix.readlink(src), os.fspath(dst))     # type: ignore[type-var, arg-type]
         return dst
-    facts = one, other = _facts(src), _facts(dst)
-    if one and other and os.path.samestat(one, other):
-        raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file')
-    for name, fact in zip((src, dst), facts, strict=True):
-        if fact and stat.S_ISFIFO(fact.st_mode):        # opening it would wait for somebody
-            raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
-    with File(src) as source, File(dst, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
-        _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
+    one = _checked(src)
+    with File(src) as source:
+        try:
+            target = File(dst, NEW | os.O_EXCL)     # there is nothing to look at, and that costs nothing
+        except FileExistsError:
+            other = _checked(dst)
+            if one and other and os.path.samestat(one, other):
+                raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file') from None
+            target = File(dst, NEW | os.O_TRUNC)
+        with target:
+            _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
     return dst
 
 
-def _facts(name: StrPath) -> os.stat_result | None:
+def _checked(name: StrPath) -> os.stat_result | None:
+    import shutil
+
     try:
-        return _calls.stat(name)
+        found = _calls.stat(name)
     except OSError:
         return None                     # opening it will say why
+    if stat.S_ISFIFO(found.st_mode):    # opening it would wait for somebody
+        raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
+    return found
 
 
 def _copy(source: File, target: File, size: int, progress: Callable[[int, int], object]) -> None:
@@ -303,6 +312,8 @@ def _copy(source: File, target: File, size: int, progress: Callable[[int, int], 
                 _calls.start_writing(target.fileno(), done, n)
             done += n
             progress(done, max(size, done))
+            if source.is_local and 0 < _calls.facts(source.fileno())[1] <= done:
+                break                   # of others, and in /proc, the length says little
         if ahead is not None:
             ahead.kill()
 
@@ -312,6 +323,7 @@ def _copy_block(source: File, target: File, offset: int) -> int:
         n = _calls.copy_file_range(source.fileno(), target.fileno(), COPY_BLOCK, offset, offset)
     except OSError as error:
         if error.errno not in CANNOT_COPY:
+            error.filename, error.filename2 = source.name, target.name  # either may be meant
             raise
         n = 0
     if n:

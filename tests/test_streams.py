@@ -342,9 +342,19 @@ def test_copy_refuses_what_shutil_refuses(folder):
 
 def test_copy_to_a_full_disk(small_disk, disk_folder):
     source = make(disk_folder, 6 * MIB)
+    target = os.path.join(small_disk, 'copy')
     with pytest.raises(OSError, match='No space') as caught:
-        greenaio.copyfile(source, os.path.join(small_disk, 'copy'))
+        greenaio.copyfile(source, target)
     assert caught.value.errno == errno.ENOSPC
+    assert target in (caught.value.filename, caught.value.filename2)
+
+
+def test_copy_replaces_what_is_there_whole(folder):
+    source, target = make(folder, 3 * 4096), make(folder, 2 * MIB, 'other')
+    os.symlink(os.path.join(folder, 'new'), source + '-to-new')
+    for place in (target, source + '-to-new'):
+        greenaio.copyfile(source, place)
+        assert pathlib.Path(place).read_bytes() == pathlib.Path(source).read_bytes()
 
 
 def test_killed_copy_leaves_nothing_open(disk_folder):
