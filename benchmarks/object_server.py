@@ -1,6 +1,5 @@
 """64 clients download cold objects of 8 MiB from examples/object_server.py, as it is, and with the same
-blocks read by gevent.fileobject.FileObjectThread. One more asks for a small object that is in memory. A third
-way, pread, is greenaio without its own reading ahead, which leaves that to the kernel.
+blocks read by gevent.fileobject.FileObjectThread. One more asks for a small object that is in memory.
 
 python benchmarks/object_server.py [FOLDER]: medians of rounds in which the ways take turns. Server, clients
 and the one more are processes of their own.
@@ -21,7 +20,7 @@ import time
 MIB = 1 << 20
 SIZE = 8 * MIB
 TOKEN = 'token'
-WAYS = ('greenaio', 'threads', 'pread')
+WAYS = ('greenaio', 'threads')
 EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 
 
@@ -34,8 +33,6 @@ def serve(way, root):
     import greenaio.wsgi
     if way == 'threads':
         greenaio.wsgi.FileWrapper = by_threads(greenaio.wsgi.BLOCK)
-    elif way == 'pread':
-        greenaio.wsgi.FileWrapper = by_pread(greenaio.wsgi.BLOCK)
     sys.argv = ['object_server.py', root, '--token', TOKEN, '--port', '0']
     return object_server.main()
 
@@ -67,20 +64,6 @@ def by_threads(block):
             self._raw.close()
 
     return FileWrapper
-
-
-def by_pread(block):
-    from greenaio.wsgi import FileWrapper
-
-    class PreadWrapper(FileWrapper):
-        def __next__(self):
-            data = self.filelike.file.pread(block, self._position)
-            if not data:
-                raise StopIteration
-            self._position += len(data)
-            return data
-
-    return PreadWrapper
 
 
 # The clients -------------------------------------------------------------------------------------
@@ -231,10 +214,8 @@ def main():
     for way, (throughput, p50, p99, cpu, _) in medians.items():
         print(f'{way}: {throughput:.0f} MiB/s; small request p50 {p50:.1f} ms, p99 {p99:.1f} ms; '
               f'server {cpu:.2f} CPU')
-    theirs = medians['threads']
-    for way in ('greenaio', 'pread'):
-        throughput, p99 = medians[way][0] / theirs[0], medians[way][2] / theirs[2]
-        print(f'{way} / threads: throughput {throughput:.2f}, p99 {p99:.2f}')
+    ours, theirs = (medians[way] for way in WAYS)
+    print(f'greenaio / threads: throughput {ours[0] / theirs[0]:.2f}, p99 {ours[2] / theirs[2]:.2f}')
     print(f'one reader of the same files, no server: {alone:.0f} MiB/s')
     return 0
 

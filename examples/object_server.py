@@ -33,7 +33,6 @@ import gevent
 from gevent import pywsgi
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
-from werkzeug.exceptions import RequestedRangeNotSatisfiable
 from werkzeug.wrappers import Response
 
 import greenaio
@@ -149,21 +148,16 @@ class Store:
         return self._delete(path) if method == 'DELETE' else self._get(environ, path)
 
     def _get(self, environ: Environ, path: str) -> Response:
-        """As `greenaio.wsgi.send_file`, which follows links; and the checksum is of the file that is sent."""
+        """The checksum is of the file that is sent, whatever has its name by then."""
         file = greenaio.open(path, 'rb', 0, opener=lambda path, flags: greenaio.os.open(path,
                                                                                       flags | os.O_NOFOLLOW))
         try:
-            facts = greenaio.os.fstat(file.fileno())
-            response = Response(greenaio.wsgi.FileWrapper(file), mimetype='application/octet-stream',
-                                direct_passthrough=True)
-            response.content_length, response.last_modified = facts.st_size, facts.st_mtime
-            response.set_etag(os.getxattr(file.fileno(), CHECKSUM).hex())   # in memory, as the inode
-            return response.make_conditional(environ, accept_ranges=True, complete_length=facts.st_size)
-        except BaseException as error:
+            checksum = os.getxattr(file.fileno(), CHECKSUM)     # in memory, as the inode
+            return greenaio.wsgi.send_file(environ, file, mimetype='application/octet-stream',
+                                           etag=checksum.hex())
+        except BaseException:
             file.close()
-            if not isinstance(error, RequestedRangeNotSatisfiable):
-                raise
-            raise Refused(416, 'beyond the end', Content_Range=f'bytes */{facts.st_size}') from error
+            raise
 
     def _list(self, query: str) -> Response:
         try:

@@ -120,23 +120,26 @@ class WSGIHandler(pywsgi.WSGIHandler):              # type: ignore[misc]
         return environ
 
 
-def send_file(environ: dict[str, Any], path: str | os.PathLike[str], **options: Any) -> Any:
-    """Return a werkzeug ``Response``, a WSGI application, that sends the file at *path*.
+def send_file(environ: dict[str, Any], path_or_file: str | os.PathLike[str] | FileIO, **options: Any) -> Any:
+    """Return a werkzeug ``Response``, a WSGI application, that sends a file.
 
-    It honours ranges, If-Range, If-None-Match and If-Modified-Since. *options* are those of
+    It honours ranges, If-Range, If-None-Match and If-Modified-Since. *path_or_file* is a path, or what
+    ``greenaio.open(path, 'rb', 0)`` returned, which is closed with the response. *options* are those of
     ``werkzeug.utils.send_file``: mimetype, as_attachment, download_name, conditional, etag, last_modified,
     max_age. Raises OSError if the file can't be opened. A path that a client named has to be checked before.
     """
-    name = os.fspath(path)
+    if isinstance(path_or_file, FileIO):
+        return _response(environ, path_or_file, **options)
+    name = os.fspath(path_or_file)
     file = FileIO(name)
     try:
-        return _response(environ, file, name, **options)
+        return _response(environ, file, **{'download_name': os.path.basename(name), **options})
     except BaseException:
         file.close()
         raise
 
 
-def _response(environ: dict[str, Any], file: FileIO, name: str, *, conditional: bool = True,
+def _response(environ: dict[str, Any], file: FileIO, *, conditional: bool = True,
               etag: bool | str = True, last_modified: Any = None, **options: Any) -> Any:
     from werkzeug.exceptions import RequestedRangeNotSatisfiable
     from werkzeug.utils import send_file as werkzeug_send_file
@@ -144,7 +147,6 @@ def _response(environ: dict[str, Any], file: FileIO, name: str, *, conditional: 
     st = fstat(file.fileno())
     if etag is True:
         etag = f'{st.st_mtime_ns:x}-{st.st_size:x}-{st.st_ino:x}'
-    options.setdefault('download_name', os.path.basename(name))
     response = werkzeug_send_file(
         file, {**environ, 'wsgi.file_wrapper': FileWrapper}, conditional=False, etag=etag,
         last_modified=st.st_mtime if last_modified is None else last_modified, **options)

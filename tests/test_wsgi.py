@@ -80,6 +80,31 @@ def test_what_cannot_be_opened_raises(path, kind):
         send_file(EnvironBuilder().get_environ(), path)
 
 
+@pytest.mark.parametrize('asked', ['bytes=0-99', 'bytes=99999999999-', None])
+def test_open_file_is_sent_and_closed(data_file, asked):
+    files = []
+
+    def app(environ, start):
+        files.append(greenaio.open(data_file, 'rb', 0))
+        os.rename(data_file, data_file + '-renamed')
+        try:
+            response = send_file(environ, files[0], mimetype='x/y', etag='tag')
+        finally:
+            os.rename(data_file + '-renamed', data_file)
+        return response(environ, start)
+
+    with open(data_file, 'rb') as file:
+        wanted = file.read()
+    with serving(app) as port:
+        status, headers, body = ask(port, **({'Range': asked} if asked else {}))
+    if asked == 'bytes=99999999999-':
+        assert (status, headers['Content-Range']) == (416, f'bytes */{len(wanted)}')
+    else:
+        assert (status, body) == ((206, wanted[:100]) if asked else (200, wanted))
+        assert (headers['Content-Type'], headers['ETag']) == ('x/y', '"tag"')
+    assert files[0].closed
+
+
 def test_client_that_goes_away_leaves_nothing_open(data_file):
     before = len(os.listdir('/proc/self/fd'))
     with open(data_file, 'ab') as file:
