@@ -95,6 +95,7 @@ class ReadAhead:
         self._eager = eager             # begin with the first read
         self._blocks: deque[_Block] = deque()
         self._head: Any = None          # the block that is being read: its memory, as far as it was filled
+        self._used: Any = None          # all of its memory, for the next request: new memory is zeroed
         self._head_offset = 0
         self._window = 1
         self._in_order = 0
@@ -146,22 +147,25 @@ class ReadAhead:
             return False
         block = self._blocks.popleft()
         n = block.end()
+        used, self._used = self._used, block.memory
         self._head, self._head_offset = block.data[:n], block.offset
         self._window = min(2 * self._window, self._depth)
-        self._ask_for_more()
+        self._ask_for_more(used)
         return n > 0
 
-    def _ask_for_more(self) -> None:
+    def _ask_for_more(self, used: Any = None) -> None:
         while len(self._blocks) < self._window:
             # To whole blocks first, so that all that follow are aligned.
             nbytes = self._size - self._end % self._size
-            self._blocks.append(_Block(self._file, True, aligned_buffer(nbytes), nbytes, self._end))
+            memory = used if used is not None and len(used) == nbytes else aligned_buffer(nbytes)
+            used = None
+            self._blocks.append(_Block(self._file, True, memory, nbytes, self._end))
             self._end += nbytes
 
     def stop(self) -> None:
         """Forget what was read ahead; what is under way keeps its memory until it is done."""
         self._blocks.clear()
-        self._head = None
+        self._head = self._used = None
         self._window = 1
 
 
