@@ -315,8 +315,12 @@ cdef int _demotions = 0
 
 
 def forgive():
-    """Let every file that was sent to threads take native AIO again."""
+    """Forget what was learned: let every file that was sent to threads take native AIO again, and ask every
+    file system again whether it would wait."""
+    cdef Device device
     _demoted.clear()
+    for device in _devices.values():
+        device.reads, device.writes = Nowait(), Nowait()
 
 
 def demotions():

@@ -153,11 +153,11 @@ def test_forked_meanwhile_both_read_on(disk_folder):
         data = open(path, 'rb').read()
         with greenaio.open(path, 'rb', buffering=0, direct=True, prefetch=8) as file:
             first = file.read(100_000)
-            pid = gevent.os.fork()
+            pid = gevent.os.fork_gevent()
             if pid == 0:
                 file.seek(100_000)      # the position is shared
                 os._exit(0 if file.read(500_000) == data[100_000:600_000] else 1)
-            assert os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]) == 0
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             file.seek(100_000)
             assert first + file.read() == data
     ''', make(disk_folder, 2 * MIB))
@@ -413,12 +413,12 @@ def test_forked_with_something_to_write_behind_the_parent_writes_it(disk_folder)
         path = sys.argv[1]
         file = greenaio.open(path, 'wb', buffering=0, direct=True)
         file.write(b'x' * 200_000)
-        pid = gevent.os.fork()
+        pid = gevent.os.fork_gevent()
         if pid == 0:
             file.close()
             os._exit(0)
         file.close()
-        assert os.waitstatus_to_exitcode(gevent.os.waitpid(pid, 0)[1]) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert open(path, 'rb').read() == b'x' * 200_000
     ''', os.path.join(disk_folder, 'forked'))
 
