@@ -32,6 +32,7 @@ cdef extern from *:
     const long SYS_openat
     const long SYS_close
     const long SYS_ftruncate
+    const long SYS_fallocate
     const long SYS_copy_file_range
     const long SYS_sendfile
     const long SYS_newfstatat
@@ -210,6 +211,13 @@ def posix_fallocate(int fd, int64_t offset, int64_t length):
     result = _call(fd, known.device, None, POSIX_FALLOCATE, fd, offset, length)
     if result < 0:
         raise failed(result, None)
+
+
+cdef int fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t length) except -1:
+    cdef int64_t result = _call(fd, device, None, SYS_fallocate, fd, mode, offset, length)
+    if result < 0:
+        raise failed(result, None)
+    return 0
 
 
 def copy_file_range(int src, int dst, Py_ssize_t count, offset_src=None, offset_dst=None):

@@ -284,6 +284,9 @@ class File:
     def fdatasync(self) -> None:
         self._call(posix.fdatasync)
 
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self.name)   # Python has it not
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0 and self._closefd:

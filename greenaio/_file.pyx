@@ -23,7 +23,7 @@ from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 from posix.stat cimport S_ISDIR
 
-from greenaio._calls cimport AT_FDCWD, close_file, open_file, truncate_file
+from greenaio._calls cimport AT_FDCWD, close_file, fallocate_file, open_file, truncate_file
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
@@ -260,6 +260,23 @@ cdef class File:
     def fdatasync(self):
         """Make data durable, and what metadata is needed to read it. Errors as for `fsync`."""
         _sync(self._open_fd(), self._known, FDSYNC, self.name)
+
+    def fallocate(self, int mode, int64_t offset, int64_t length):
+        """Allocate, zero or punch a hole into *length* bytes at *offset*: *mode* is that of fallocate(2). Takes
+        its turn with misaligned writes. Raises OSError, EOPNOTSUPP where the file system can't."""
+        cdef int fd = self._open_fd()
+        current_driver().check_caller()
+
+        def work():
+            with alignment.holding((self._known.device.number, self._known.inode), offset, offset + length):
+                return fallocate_file(fd, self._known.device, mode, offset, length)
+
+        try:
+            alignment.shielded(fd, work)
+        except OSError as error:
+            if error.errno is not None and type(error).__module__ == 'builtins':
+                error.filename = None if isinstance(self.name, int) else self.name
+            raise
 
     def fileno(self):
         """The file descriptor."""

@@ -1,0 +1,500 @@
+"""A network block device server: ``python examples/nbd_server.py --unix /tmp/nbd.sock disk.img``.
+
+    qemu-img bench -f raw 'nbd+unix:///?socket=/tmp/nbd.sock'
+    nbdcopy other.img 'nbd+unix:///disk.img?socket=/tmp/nbd.sock'
+
+Speaks the fixed newstyle protocol of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, with
+structured replies and base:allocation. The requests of a connection run concurrently; the replies that are
+ready at the same time leave in one system call. A client that breaks the protocol is dropped, and nobody else
+notices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import ssl
+import stat
+import struct
+import sys
+from typing import Any, NamedTuple
+
+import gevent
+import gevent.ssl
+from gevent import socket
+from gevent.event import Event
+from gevent.pool import Group, Pool
+from gevent.queue import SimpleQueue
+from gevent.server import StreamServer
+
+from greenaio import aligned_buffer
+from greenaio.block import BlockDevice
+
+REQUEST_MAX = 32 << 20          # bytes: what clients assume where nobody tells them
+IN_FLIGHT_MAX = 128             # requests of a connection: then nothing more is received from it ...
+HELD_MAX = 64 << 20             # ... and likewise with so many bytes
+OPTION_MAX = 16 << 10           # bytes
+OPTIONS_MAX = 1000              # of a client that can't make up its mind
+NEGOTIATION_MAX = 10            # seconds
+INPUT = 256 << 10               # bytes: received at once, at most
+IOV_MAX = 1024                  # buffers that the kernel sends at once
+
+# Negotiation
+NBDMAGIC, IHAVEOPT, REPLY_MAGIC = 0x4e42444d41474943, 0x49484156454f5054, 0x3e889045565a9
+FIXED_NEWSTYLE, NO_ZEROES = 1, 2
+EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_CONTEXTS, SET_CONTEXTS = (
+    1, 2, 3, 5, 6, 7, 8, 9, 10)
+ACK, SERVER, INFO_REPLY, CONTEXT = 1, 2, 3, 4
+UNSUPPORTED, POLICY, INVALID, TLS_REQUIRED, UNKNOWN, TOO_BIG = ((1 << 31) + n for n in (1, 2, 3, 5, 6, 9))
+INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
+HELLO, OPTION, OPTION_REPLY = struct.Struct('>QQH'), struct.Struct('>QII'), struct.Struct('>QIII')
+ALLOCATION, ALLOCATION_ID = b'base:allocation', 1
+
+# Transmission
+HAS_FLAGS, READ_ONLY, CAN_FLUSH, CAN_FUA, CAN_TRIM, CAN_ZERO, CAN_DF, MULTI_CONN, CAN_CACHE = (
+    1, 2, 4, 8, 32, 64, 128, 256, 1024)
+READ, WRITE, DISCONNECT, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE = 1, 2, 4, 8
+ALLOWED = {READ: DF, WRITE: FUA, FLUSH: 0, TRIM: FUA, CACHE: 0, WRITE_ZEROES: FUA | NO_HOLE,
+           BLOCK_STATUS: REQ_ONE}
+REQUEST_MAGIC, SIMPLE_MAGIC, CHUNK_MAGIC = 0x25609513, 0x67446698, 0x668e33ef
+REQUEST, SIMPLE = struct.Struct('>IHHQQI'), struct.Struct('>IIQ')
+CHUNK, DATA_CHUNK = struct.Struct('>IHHQI'), struct.Struct('>IHHQIQ')
+DONE, DATA, STATUS, ERROR = 1, 1, 5, (1 << 15) + 1
+HOLE_AND_ZERO = 3
+TOLD = {errno.EPERM: 1, errno.ENOMEM: 12, errno.EINVAL: 22, errno.ENOSPC: 28, errno.EDQUOT: 28,
+        errno.EFBIG: 28}
+EIO = 5
+
+
+class Broken(Exception):
+    """The client is gone, or does not keep to the protocol."""
+
+
+class Export(NamedTuple):
+    name: str
+    device: BlockDevice
+
+    @property
+    def flags(self) -> int:
+        can_write = CAN_FLUSH | CAN_FUA | CAN_TRIM | CAN_ZERO
+        # Any number of connections: a flush on one is for the writes that returned on all.
+        return (HAS_FLAGS | CAN_DF | MULTI_CONN | CAN_CACHE
+                | (READ_ONLY if self.device.readonly else can_write))
+
+
+class Input:
+    """What the client sends, received in large pieces."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self._memory = memoryview(bytearray(INPUT))
+        self._begin = self._end = 0
+
+    def take(self, n: int) -> memoryview:
+        """The next *n* bytes, for as long as nothing else is taken."""
+        if self._end - self._begin < n:
+            left = self._end - self._begin
+            self._memory[:left] = self._memory[self._begin:self._end]
+            self._begin, self._end = 0, left
+            while self._end < n:
+                self._end += self._receive(self._memory[self._end:])
+        self._begin += n
+        return self._memory[self._begin - n:self._begin]
+
+    def fill(self, target: memoryview) -> None:
+        n = min(len(target), self._end - self._begin)
+        target[:n] = self.take(n)
+        while n < len(target):
+            n += self._receive(target[n:])
+
+    def _receive(self, target: memoryview) -> int:
+        n: int = self.sock.recv_into(target)
+        if n == 0:
+            raise Broken('the client is gone')
+        return n
+
+
+# Negotiation -------------------------------------------------------------------------------------
+
+class Negotiation:
+    """Until a client has chosen an export: `run` returns that."""
+
+    def __init__(self, sock: Any, exports: dict[str, Export], tls: ssl.SSLContext | None) -> None:
+        self.sock, self.exports, self.tls = sock, exports, tls
+        self.input = Input(sock)
+        self.structured = False
+        self.context: str | None = None         # the export for which base:allocation is wanted
+
+    def run(self) -> Export | None:
+        self.sock.sendall(HELLO.pack(NBDMAGIC, IHAVEOPT, FIXED_NEWSTYLE | NO_ZEROES))
+        client, = struct.unpack('>I', self.input.take(4))
+        if client & ~(FIXED_NEWSTYLE | NO_ZEROES) or not client & FIXED_NEWSTYLE:
+            raise Broken('flags that nobody knows')
+        for _ in range(OPTIONS_MAX):
+            magic, option, length = OPTION.unpack(self.input.take(OPTION.size))
+            if magic != IHAVEOPT:
+                raise Broken('no option')
+            if length > OPTION_MAX:
+                self._pass_over(length)
+                self._reply(option, TOO_BIG)
+                continue
+            data = bytes(self.input.take(length))
+            if option == ABORT:
+                with contextlib.suppress(OSError):      # it need not wait for that
+                    self._reply(option, ACK)
+                return None
+            if option == EXPORT_NAME:
+                return self._by_name(data, bool(client & NO_ZEROES))
+            if self.tls and option != STARTTLS:
+                self._reply(option, TLS_REQUIRED)
+                continue
+            try:
+                export = self._answer(option, data)
+            except (struct.error, UnicodeDecodeError, IndexError):
+                self._reply(option, INVALID)
+                continue
+            if export:
+                return export
+        raise Broken('no end of options')
+
+    def _pass_over(self, length: int) -> None:
+        while length:
+            length -= len(self.input.take(min(length, OPTION_MAX)))
+
+    def _reply(self, option: int, kind: int, data: bytes = b'') -> None:
+        self.sock.sendall(OPTION_REPLY.pack(REPLY_MAGIC, option, kind, len(data)) + data)
+
+    def _by_name(self, data: bytes, no_zeroes: bool) -> Export:
+        """An old client: it can be told nothing but yes."""
+        export = self.exports.get(data.decode(errors='replace'))
+        if export is None or self.tls:
+            raise Broken('no such export')
+        told = struct.pack('>QH', export.device.size, export.flags)
+        self.sock.sendall(told + bytes(0 if no_zeroes else 124))
+        return export
+
+    def _answer(self, option: int, data: bytes) -> Export | None:
+        if option == LIST:
+            if data:
+                raise IndexError
+            for name in self.exports:
+                if name:                # that of the default is another's too
+                    self._reply(option, SERVER, struct.pack('>I', len(name.encode())) + name.encode())
+            self._reply(option, ACK)
+        elif option in (INFO, GO):
+            return self._info(option, data)
+        elif option == STRUCTURED:
+            self.structured = True
+            self._reply(option, ACK)
+        elif option in (LIST_CONTEXTS, SET_CONTEXTS):
+            self._contexts(option, data)
+        elif option == STARTTLS:
+            self._start_tls(option)
+        else:
+            self._reply(option, UNSUPPORTED)
+        return None
+
+    def _info(self, option: int, data: bytes) -> Export | None:
+        length, = struct.unpack_from('>I', data)
+        name, = struct.unpack_from(f'>{length}s', data, 4)
+        count, = struct.unpack_from('>H', data, 4 + length)
+        wanted = struct.unpack(f'>{count}H', data[6 + length:])
+        export = self.exports.get(name.decode())
+        if export is None:
+            self._reply(option, UNKNOWN)
+            return None
+        self._reply(option, INFO_REPLY, struct.pack('>HQH', INFO_EXPORT, export.device.size, export.flags))
+        if INFO_BLOCK_SIZE in wanted:
+            preferred = max(4096, export.device.alignment)
+            self._reply(option, INFO_REPLY, struct.pack('>HIII', INFO_BLOCK_SIZE, 1, preferred, REQUEST_MAX))
+        self._reply(option, ACK)
+        if option == INFO:
+            return None
+        if self.context != name.decode():
+            self.context = None
+        return export
+
+    def _contexts(self, option: int, data: bytes) -> None:
+        length, = struct.unpack_from('>I', data)
+        name, count = struct.unpack_from(f'>{length}sI', data, 4)
+        place, queries = 8 + length, []
+        for _ in range(count):
+            length, = struct.unpack_from('>I', data, place)
+            queries.append(struct.unpack_from(f'>{length}s', data, place + 4)[0])
+            place += 4 + length
+        if place != len(data) or not self.structured:
+            raise IndexError
+        if name.decode() not in self.exports:
+            self._reply(option, UNKNOWN)
+            return
+        found = ALLOCATION in queries
+        if option == LIST_CONTEXTS:
+            found = found or not queries or b'base:' in queries
+        else:
+            self.context = name.decode() if found else None
+        if found:
+            self._reply(option, CONTEXT, struct.pack('>I', ALLOCATION_ID) + ALLOCATION)
+        self._reply(option, ACK)
+
+    def _start_tls(self, option: int) -> None:
+        if self.tls is None:
+            self._reply(option, POLICY)
+            return
+        self._reply(option, ACK)
+        self.sock = self.tls.wrap_socket(self.sock, server_side=True)
+        self.input = Input(self.sock)   # nothing that came in clear counts any more
+        self.tls, self.structured, self.context = None, False, None
+
+
+# Transmission ------------------------------------------------------------------------------------
+
+class Request(NamedTuple):
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
+    data: memoryview | None
+
+
+class Transmission:
+    """Requests and replies. One greenlet receives, one sends, and one for each request in flight."""
+
+    def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
+        self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
+        self.structured, self.has_context = negotiated.structured, negotiated.context is not None
+        self._requests: Any = SimpleQueue()
+        self._workers, self._idle = Group(), 0
+        self._in_flight = self._held = 0
+        self._room = Event()
+        self._replies: list[bytes] = []
+        self._ready = Event()
+
+    def run(self) -> None:
+        sender = gevent.spawn(self._send)
+        try:
+            while self._receive():
+                pass
+            self._in_flight_is(0)       # what was asked for before a disconnect is answered
+            while self._replies and not sender.ready():
+                gevent.sleep(0.001)
+        finally:
+            sender.kill()
+            self._workers.kill()
+
+    def _in_flight_is(self, wanted: int, held: int = HELD_MAX) -> None:
+        """Wait until it is, at most."""
+        while self._in_flight > wanted or self._in_flight and self._held > held:
+            self._room.clear()
+            self._room.wait()
+
+    def _receive(self) -> bool:
+        magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.take(REQUEST.size))
+        if magic != REQUEST_MAGIC:
+            raise Broken('no request')
+        if command == DISCONNECT:
+            return False
+        data, moved = None, length if command in (READ, WRITE) and length <= REQUEST_MAX else 0
+        self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - moved)
+        if command == WRITE:
+            if length > REQUEST_MAX:
+                raise Broken('a write that is too large')
+            data = aligned_buffer(length)
+            self.input.fill(data)
+        self._in_flight += 1
+        self._held += moved
+        if self._requests.qsize() >= self._idle:
+            self._workers.spawn(self._work)
+            self._idle += 1
+        self._requests.put(Request(flags, command, cookie, offset, length, data))
+        return True
+
+    def _work(self) -> None:
+        while True:
+            request = self._requests.get()
+            self._idle -= 1
+            self._serve(request)
+            self._in_flight -= 1
+            if request.command in (READ, WRITE) and request.length <= REQUEST_MAX:
+                self._held -= request.length
+            self._room.set()
+            self._idle += 1
+
+    def _serve(self, request: Request) -> None:
+        try:
+            self._reply(self._perform(request))
+        except OSError as error:
+            self._reply(self._failure(request, TOLD.get(error.errno or 0, EIO)))
+        except Exception:
+            self._reply(self._failure(request, EIO))
+            raise
+
+    def _perform(self, request: Request) -> list[bytes]:
+        flags, command, cookie, offset, length, data = request
+        device, size = self.device, self.device.size
+        if command not in ALLOWED or flags & ~ALLOWED[command]:
+            raise OSError(errno.EINVAL, 'no such command')
+        if device.readonly and command in (WRITE, TRIM, WRITE_ZEROES):
+            raise OSError(errno.EPERM, 'the export is read-only')
+        if command != FLUSH and offset + length > size:
+            code = errno.ENOSPC if command in (WRITE, WRITE_ZEROES) else errno.EINVAL
+            raise OSError(code, 'beyond the end')
+        fua = bool(flags & FUA)
+        if command == READ:
+            if length > REQUEST_MAX:
+                raise OSError(errno.EINVAL, 'too large')
+            found = device.pread(length, offset)
+            if self.structured:
+                if not found:           # a chunk of data has some
+                    return [CHUNK.pack(CHUNK_MAGIC, DONE, 0, cookie, 0)]
+                return [DATA_CHUNK.pack(CHUNK_MAGIC, DONE, DATA, cookie, 8 + length, offset), found]
+            return [SIMPLE.pack(SIMPLE_MAGIC, 0, cookie), found]
+        if command == BLOCK_STATUS:
+            return self._block_status(request)
+        if command == WRITE:
+            device.pwrite(data, offset, fua=fua)
+        elif command == FLUSH:
+            device.flush()
+        elif command == WRITE_ZEROES:
+            device.write_zeroes(length, offset, may_unmap=not flags & NO_HOLE, fua=fua)
+        elif command == TRIM:
+            device.discard(length, offset)
+            if fua:
+                device.flush()
+        # CACHE: O_DIRECT has no cache to bring it into.
+        return [SIMPLE.pack(SIMPLE_MAGIC, 0, cookie)]
+
+    def _block_status(self, request: Request) -> list[bytes]:
+        if not self.has_context or not request.length:
+            raise OSError(errno.EINVAL, 'nothing to tell')
+        extents = self.device.block_status(request.length, request.offset)
+        if request.flags & REQ_ONE:
+            del extents[1:]
+        told = b''.join(struct.pack('>II', n, 0 if is_data else HOLE_AND_ZERO) for n, is_data in extents)
+        return [CHUNK.pack(CHUNK_MAGIC, DONE, STATUS, request.cookie, 4 + len(told)),
+                struct.pack('>I', ALLOCATION_ID), told]
+
+    def _failure(self, request: Request, code: int) -> list[bytes]:
+        if self.structured:
+            return [CHUNK.pack(CHUNK_MAGIC, DONE, ERROR, request.cookie, 6), struct.pack('>IH', code, 0)]
+        return [SIMPLE.pack(SIMPLE_MAGIC, code, request.cookie)]
+
+    def _reply(self, parts: list[bytes]) -> None:
+        self._replies += parts
+        self._ready.set()               # the sender comes after all who are woken with this one
+
+    def _send(self) -> None:
+        while True:
+            self._ready.wait()
+            self._ready.clear()
+            parts, self._replies = self._replies, []
+            try:
+                self._send_all(parts)
+            except OSError:
+                self.sock.shutdown(socket.SHUT_RDWR)    # the receiver sees an end
+                return
+
+    def _send_all(self, parts: list[bytes]) -> None:
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.sendall(b''.join(parts))
+            return
+        place = 0
+        while place < len(parts):
+            sent = self.sock.sendmsg(parts[place:place + IOV_MAX])
+            while sent and sent >= len(parts[place]):
+                sent -= len(parts[place])
+                place += 1
+            if sent:
+                parts[place] = memoryview(parts[place])[sent:]
+
+
+# The server --------------------------------------------------------------------------------------
+
+class Server:
+    """Serves *exports* by name; *tls* is then the only way."""
+
+    def __init__(self, exports: dict[str, Export], tls: ssl.SSLContext | None = None) -> None:
+        self.exports, self.tls = exports, tls
+
+    def __call__(self, sock: Any, address: Any) -> None:
+        negotiation = Negotiation(sock, self.exports, self.tls)
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with gevent.Timeout(NEGOTIATION_MAX, Broken('it takes too long')):
+                export = negotiation.run()
+            if export:
+                Transmission(negotiation, export.device).run()
+        except (Broken, OSError) as error:
+            print(f'nbd_server.py: a client was dropped: {error}', file=sys.stderr)
+        finally:
+            with contextlib.suppress(OSError):
+                negotiation.sock.close()
+
+
+def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
+    """The listening socket, and the URI of what it leads to."""
+    if arguments.unix:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(arguments.unix).st_mode):      # of a server that was
+                os.unlink(arguments.unix)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(arguments.unix)
+        sock.listen(128)
+        return sock, f'nbd+unix:///?socket={arguments.unix}'
+    host, _, port = arguments.tcp.rpartition(':')
+    sock = socket.create_server((host.strip('[]'), int(port)), backlog=128,
+                                family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    return sock, f'nbd{"s" if arguments.tls else ""}://{host}:{sock.getsockname()[1]}/'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('exports', nargs='+', metavar='[NAME=]PATH',
+        help='a disk or image; the first is the default export too')
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument('--unix', metavar='SOCKET')
+    where.add_argument('--tcp', metavar='HOST:PORT', default='127.0.0.1:10809', help='(%(default)s)')
+    add('--tls', nargs=2, metavar=('CERT', 'KEY'), help='and no client without it')
+    add('--read-only', action='store_true')
+    add('--iops', type=float, help='operations a second of each export, at most')
+    add('--bps', type=float, help='bytes a second, likewise')
+    add('--connections', type=int, default=100, help='at a time (%(default)s); more wait')
+    arguments = parser.parse_args()
+    exports: dict[str, Export] = {}
+    try:
+        for text in arguments.exports:
+            name, equals, path = text.partition('=')
+            if not equals or os.path.exists(text):
+                name, path = os.path.basename(text), text
+            if name in exports:
+                parser.error(f'there are two exports {name!r}')
+            exports[name] = Export(name, BlockDevice(path, readonly=arguments.read_only, iops=arguments.iops,
+                                                     bps=arguments.bps))
+        exports.setdefault('', next(iter(exports.values())))
+        tls = None
+        if arguments.tls:
+            tls = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(*arguments.tls)
+        sock, uri = listen(arguments)
+    except (OSError, ValueError) as error:
+        print(f'nbd_server.py: {error}', file=sys.stderr)
+        return 1
+    server = StreamServer(sock, Server(exports, tls), spawn=Pool(arguments.connections))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, server.close)
+    print(uri, flush=True)
+    server.serve_forever()
+    for device in {export.device for export in exports.values()}:
+        device.flush()
+        device.close()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Zones: parts of a device that are written from their begin to their end, each with its write pointer.
+
+A zoned device has them from the kernel, which also wants the writes to a zone one after another. An ordinary
+file is divided; what is no hole in it has been written, so the pointers outlive the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from gevent.lock import BoundedSemaphore
+
+from greenaio import _fallback
+
+# linux/blkzoned.h
+BLKREPORTZONE, BLKRESETZONE = 0xC0101282, 0x40101283
+BLKGETZONESZ = 0x80041284
+REPORT = struct.Struct('=QII')                      # first sector, zones, flags
+ZONE = struct.Struct('=QQQBBBB4xQ24x')              # start, length, write pointer; type; capacity
+RANGE = struct.Struct('=QQ')                        # first sector, sectors
+FLAG_CAPACITY = 1                                   # capacities are told
+SECTOR, CONVENTIONAL, AT_ONCE = 512, 1, 1024
+PAGE = 4096                         # bytes: holes come in these
+
+
+class Zone(NamedTuple):
+    """What `BlockDevice.zone_append` fills: *capacity* bytes from *offset* on. The next goes to
+    *write_pointer*, an offset in the device."""
+
+    offset: int
+    capacity: int
+    write_pointer: int
+
+
+class _Zone:
+    def __init__(self, offset: int, length: int, capacity: int, write_pointer: int) -> None:
+        self.offset, self.length, self.end = offset, length, offset + capacity
+        self.write_pointer = write_pointer
+        self.turn = BoundedSemaphore(1)
+
+
+class Zones:
+    """Those of *file*, which has *size* bytes."""
+
+    def __init__(self, file: Any, size: int, zone_size: int | None) -> None:
+        self._file = file
+        self._is_kernels = _is_zoned(file)
+        if self._is_kernels:
+            if zone_size is not None:
+                raise ValueError('a zoned device has zones of its own')
+            found = _fallback.call(_reported, file.fileno(), 0, size)
+        elif zone_size is not None:
+            if zone_size % PAGE or not stat.S_ISREG(file.kind):
+                raise ValueError(f'zone_size is for ordinary files, and a multiple of {PAGE}')
+            found = _fallback.call(_divided, file.fileno(), size, zone_size)
+        else:
+            found = []
+        self._zones: dict[int, _Zone] = {zone.offset: zone for zone in found}
+
+    def told(self) -> list[Zone]:
+        return [Zone(zone.offset, zone.end - zone.offset, zone.write_pointer)
+                for zone in self._zones.values()]
+
+    def _at(self, offset: int) -> _Zone:
+        try:
+            return self._zones[offset]
+        except KeyError:
+            raise OSError(errno.EINVAL, 'No zone begins there', self._file.name) from None
+
+    @contextlib.contextmanager
+    def appending(self, offset: int, nbytes: int) -> Iterator[int]:
+        """Where *nbytes* go that are written meanwhile."""
+        zone = self._at(offset)
+        with zone.turn if self._is_kernels else contextlib.nullcontext():
+            where = zone.write_pointer
+            if where + nbytes > zone.end:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+            zone.write_pointer += nbytes
+            try:
+                yield where
+            except BaseException:
+                if self._is_kernels:    # it knows how far the write came
+                    now, = _fallback.call(_reported, self._file.fileno(), offset, offset + zone.length)
+                    zone.write_pointer = now.write_pointer
+                elif zone.write_pointer == where + nbytes:
+                    zone.write_pointer = where
+                raise
+
+    @contextlib.contextmanager
+    def resetting(self, offset: int) -> Iterator[int]:
+        """Empty a zone; yields how many bytes are to be made a hole for that."""
+        zone = self._at(offset)
+        with zone.turn:
+            if self._is_kernels:
+                what = RANGE.pack(offset // SECTOR, zone.length // SECTOR)
+                _fallback.call(lambda fd: fcntl.ioctl(fd, BLKRESETZONE, what), self._file.fileno())
+                yield 0
+            else:
+                yield zone.length
+            zone.write_pointer = offset
+
+
+def _is_zoned(file: Any) -> bool:
+    """Asks the device, which has it in memory."""
+    if not stat.S_ISBLK(file.kind):
+        return False
+    try:
+        return fcntl.ioctl(file.fileno(), BLKGETZONESZ, bytes(4)) != bytes(4)
+    except OSError:
+        return False
+
+
+def _reported(fd: int, offset: int, end: int) -> list[_Zone]:
+    """In a thread: those from *offset* to *end* that are to be written in order."""
+    found = []
+    while offset < end:
+        memory = bytearray(REPORT.size + AT_ONCE * ZONE.size)
+        REPORT.pack_into(memory, 0, offset // SECTOR, AT_ONCE, 0)
+        fcntl.ioctl(fd, BLKREPORTZONE, memory, True)
+        _, count, flags = REPORT.unpack_from(memory)
+        if count == 0:
+            break
+        for i in range(count):
+            start, length, pointer, kind, _, _, _, capacity = ZONE.unpack_from(
+                memory, REPORT.size + i * ZONE.size)
+            capacity = capacity if flags & FLAG_CAPACITY else length
+            offset = (start + length) * SECTOR
+            if kind != CONVENTIONAL and start * SECTOR < end:
+                # That of a full zone is beyond it, or anything.
+                pointer = min(max(pointer, start), start + capacity)
+                found.append(_Zone(start * SECTOR, length * SECTOR, capacity * SECTOR, pointer * SECTOR))
+    return found
+
+
+def _divided(fd: int, size: int, zone_size: int) -> list[_Zone]:
+    """In a thread."""
+    found = []
+    for start in range(0, size - size % PAGE, zone_size):
+        end = min(start + zone_size, size - size % PAGE)
+        found.append(_Zone(start, end - start, end - start, _data_end(fd, start, end)))
+    return found
+
+
+def _data_end(fd: int, offset: int, end: int) -> int:
+    """Where the last data ends that is in the range; where it begins, if all of it is a hole."""
+    try:
+        while (data := os.lseek(fd, offset, os.SEEK_DATA)) < end:
+            offset = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # nothing comes any more
+            raise
+    return offset
