@@ -79,6 +79,7 @@ cdef class Engine:
     cdef readonly dict shares           # by device
     cdef readonly bint blocked          # the kernel is full: the next completion submits
     cdef readonly int depth
+    cdef int burst                      # so many may wait for each other, if there is anything in flight
     cdef readonly uint64_t submitted
     cdef readonly uint64_t completed
     cdef readonly uint64_t batches

@@ -48,8 +48,8 @@ from greenaio._context cimport (
 
 cdef enum:
     STALL_NS = 20000000 # io_submit took that long: it waited for a disk, or for the processor
-    SINGLY = 256        # requests offered one by one after that: twice a device's share
     LOAD_SHARE = 4      # in flight for each that waits in a batch: so many keep the device busy
+    SINGLY = 256        # requests offered one by one after that: twice a device's share
 
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
@@ -417,6 +417,8 @@ cdef class Engine:
         # costs (a doorbell is microseconds on a virtual disk); when it has little, waiting would let
         # it run dry.
         cdef int limit = self.in_flight.count // LOAD_SHARE
+        if limit < self.burst and self.in_flight.count:
+            limit = self.burst
         cdef int room = self.depth - self.in_flight.count
         if limit > BATCH_MAX:
             limit = BATCH_MAX

@@ -16,6 +16,7 @@ cdef class Driver:
     cdef bint _holds_loop
     cdef bint _reattach             # forked: the context is to be made anew
     cdef int _sections              # drain passes under way
+    cdef bint _asked_for_pass       # the eventfd is signalled, and its watcher was not called since
     cdef bint _turn_ends_soon       # a callback that ends the section of this hub turn is queued
     cdef object _retry
     cdef double _retry_after        # seconds

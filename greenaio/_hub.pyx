@@ -57,6 +57,7 @@ cdef enum:
     HITS_MAX = 256              # or as many operations done in line, which cost less than a wake ...
     RUN_MAX_NS = 200000         # ... or this long: draining to empty starved a 1 ms ticker
     POLL_MIN_NS = 4000          # where a spin starts, as in QEMU
+    BURST = 8                   # outside of a pass a turn is short: what comes together goes together
     DEPTH_MIN = 16              # below that a context is not worth having
 
 RETRY_MIN = 0.001               # seconds: EAGAIN with nothing in flight that could end it; doubles ...
@@ -144,6 +145,7 @@ cdef class Driver:
         self.engine = Engine(Context() if context is None else context,
                              config.depth if depth is None else depth)
         self.inbox = Inbox(self.engine.context.eventfd)
+        self.engine.burst = BURST
         self._attach()
         loop = hub.loop
         # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
@@ -407,7 +409,8 @@ cdef class Driver:
 
     cdef int _ask_for_pass(self) except -1:
         """What is ready needs a drain pass: the next turn of the loop has one."""
-        if self.engine.ready.count:
+        if self.engine.ready.count and not self._asked_for_pass:
+            self._asked_for_pass = True
             self.engine.context.signal()
         return 0
 
@@ -443,6 +446,7 @@ cdef class Driver:
             return
         if self._unpolled_since:
             self._adapt_poll(monotonic_ns() - self._unpolled_since)
+        self._asked_for_pass = False
         self.engine.context.clear()     # first: what is signalled later is reaped later
         self._reap()
         if greenlet_current() is self.hub:
@@ -464,6 +468,7 @@ cdef class Driver:
         cdef Request request
         self._run = 0
         self._sections += 1
+        engine.burst = 0
         try:
             while not self.closed and self._more_is_ready() and not self._run_is_over():
                 request = engine.ready.popleft()
@@ -473,6 +478,7 @@ cdef class Driver:
                     self._wake(request)
         finally:
             self._sections -= 1
+            engine.burst = BURST
             self._run = 0
             if not self.closed:
                 self._flush()
@@ -561,7 +567,7 @@ cdef class Driver:
             self.closed = True          # its thread stayed with the parent: nobody is left to wait
             _drivers.discard(self)
             return
-        self._reattach = True
+        self._reattach = self._asked_for_pass = True
         self.engine.context.signal()
 
     def close(self):

@@ -501,6 +501,49 @@ def test_turn_of_the_hub_is_one_section(driver):
     gevent.joinall(first + more, timeout=5)
 
 
+def test_requests_that_come_in_one_turn_go_out_together(driver):
+    """The first at once, for the device has nothing to do; a server's other requests of that moment in batches."""
+    kernel = driver.engine.context
+    greenlets = [gevent.spawn(perform, driver, read(i * 512)) for i in range(20)]
+    turn()
+    assert kernel.batches == [1, 8, 8, 3]
+    kernel.finish_all()
+    gevent.joinall(greenlets, timeout=5, raise_error=True)
+
+
+def test_eventfd_is_signalled_once_for_all_that_is_ready(driver):
+    """
+        greenlets of one turn                   kernel
+        0 asks: submitted at once               has it
+        1 asks, and 6 more: they wait
+        8 asks: a batch of 8                    has finished 0, which is found now, and signalled
+        9 to 24 ask: two batches more           (what is found again needs no second signal)
+    """
+    kernel, signals = driver.engine.context, []
+    signal = kernel.signal
+
+    def counted():
+        signals.append(1)
+        return signal()
+
+    def answer(batch):
+        kernel.signal = signal          # of the kernel's own nobody asks
+        for request in [*kernel.taken, *batch][:1]:
+            if request in kernel.taken:
+                kernel.finish(request)
+        kernel.signal = counted
+        return len(batch)
+
+    kernel.signal = counted
+    kernel.answers.extend([1, answer, answer, answer])
+    greenlets = [gevent.spawn(perform, driver, read(i * 512)) for i in range(25)]
+    turn()
+    assert kernel.batches == [1, 8, 8, 8]
+    assert len(signals) == 1
+    kernel.finish_all()
+    gevent.joinall(greenlets, timeout=5, raise_error=True)
+
+
 def test_drain_pass_is_a_section_and_the_outermost_end_submits(driver):
     """Ten greenlets woken by one pass ask again: their requests go out in batches, not one by one."""
     kernel = driver.engine.context
