@@ -502,7 +502,7 @@ def test_turn_of_the_hub_is_one_section(driver):
 
 
 def test_requests_that_come_in_one_turn_go_out_together(driver):
-    """The first at once, for the device has nothing to do; a server's other requests of that moment in batches."""
+    """The first at once, for the device has nothing to do; the other requests of that moment in batches."""
     kernel = driver.engine.context
     greenlets = [gevent.spawn(perform, driver, read(i * 512)) for i in range(20)]
     turn()
