@@ -8,11 +8,13 @@ two lseeks, and greenlets that use one fd take turns. What epoll accepts waits f
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,62 +44,83 @@ PIPE_BUF = 4096                 # bytes: a pipe that poll says is writable takes
 class Turn:
     """What one greenlet has at a time, first come, first served; and who has it may take it again.
 
-    ``if turn.owner is None: turn.owner = getcurrent()`` takes it, else `wait` says whether it is to be given
-    back, with `leave`. (gevent's RLock does the same, at three times the price of what it protects.)
+    ``if turn.owner is None: turn.owner = me`` takes it, else `wait` says whether it is to be given back, with
+    `leave`. (gevent's RLock does the same, at three times the price of what it protects.) There is no call
+    between the look at `owner` and the assignment: another thread could have its turn there.
+
+    If who has it can never leave, for its thread has ended, or stayed with the parent in a fork, the next
+    takes it. Not if it *guards_io*, whose objects have a lock of their own, that is then held for ever.
     """
 
-    __slots__ = ('_process', 'closer', 'finalizing', 'owner', 'queue')
+    __slots__ = ('__weakref__', 'closers', 'finalizing', 'guards_io', 'owner', 'queue')
 
-    def __init__(self) -> None:
-        self.owner: greenlet | None = None
+    def __init__(self, guards_io: bool = False) -> None:
+        self.owner: greenlet | Gone | None = None
         self.queue: deque[tuple[greenlet, Event]] = deque()
-        self.closer: greenlet | None = None     # others who had to wait meanwhile get EBADF
+        self.closers: list[greenlet] = []       # others who had to wait meanwhile get EBADF
         self.finalizing = False     # nobody waits any more
-        self._process = os.getpid()
+        self.guards_io = guards_io
+        _all_turns.add(weakref.ref(self, _all_turns.discard))   # a WeakSet takes ten times as long
 
     def wait(self) -> bool:
         """Wait until this greenlet has the turn; return False if it had it already. Raises OSError (EBADF)
-        when it comes too late, because somebody closes what this is the turn of."""
+        when it comes too late, because somebody closes what this is the turn of; or (EOWNERDEAD)."""
         me = getcurrent()
         if self.owner is me:
             return False
-        if self._process != os.getpid():        # who had it, or waits for it, is the parent's
-            self._process = os.getpid()
-            self.owner = self.closer = None
-            self.queue.clear()
         if not can_wait():
-            return self._wait_natively(me)
+            self._wait_natively(me)
+            return True
         mine = me, Event()
         self.queue.append(mine)
         try:
             while self.owner is not me:
-                if self.owner is None and self.queue[0] is mine:        # another thread left meanwhile
+                self._look_after_owner()
+                if self.queue and self.queue[0] is mine and self.owner is None:
+                    self.owner = me             # another thread left meanwhile
                     self.queue.popleft()
-                    self.owner = me
                 else:
                     mine[1].wait(ANOTHER_LOOK)  # the owner may be in another thread: then no loop tells us
         except BaseException:           # killed, timed out
-            if mine in self.queue:
-                self.queue.remove(mine)
-            else:
-                self.leave()            # it was ours already
+            self._give_up(mine)
             raise
-        if self.closer not in (None, me):
+        if self.closers and me not in self.closers:
             self.leave()
             raise cancel_wait_ex()
         return True
 
-    def _wait_natively(self, me: greenlet) -> bool:
-        """In a thread without a hub: it is another thread's turn, and will pass."""
-        if get_hub_if_exists() is me:
-            raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
-        while self.owner is not None:
+    def _look_after_owner(self) -> None:
+        owner = self.owner
+        if owner is not None and owner.dead:
+            if self.guards_io:
+                raise OSError(errno.EOWNERDEAD, 'a thread ended while it used this file')
+            if self.owner is owner:
+                self.owner = None
+
+    def _give_up(self, mine: tuple[greenlet, Event]) -> None:
+        me = mine[0]
+        try:
+            self.queue.remove(mine)
+        except ValueError:
+            while self.owner is not me:     # a thread that leaves gives it to us just now
+                native_sleep(0)
+        if self.owner is me:
+            self.leave()
+
+    def _wait_natively(self, me: greenlet) -> None:
+        """In a thread without a hub: it is another thread's turn, and will pass. Who has it in this very
+        thread cannot go on while we are here, as in a forked child before its hub runs: let it be."""
+        here = _thread_of(me)
+        self._look_after_owner()
+        while self.owner is not None and _thread_of(self.owner) is not here:
             native_sleep(ANOTHER_LOOK / 50)
+            self._look_after_owner()
+        if self.owner is not None and get_hub_if_exists() is me:
+            raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
         self.owner = me
-        return True
 
     def leave(self) -> None:
-        """Give the turn to the next."""
+        """Give the turn to the next; for who has it."""
         if self.queue:
             self.owner, event = self.queue.popleft()
             event.set()
@@ -105,6 +128,14 @@ class Turn:
             self.owner = None
 
 
+class Gone:
+    """As owner of a turn: one of a thread that stayed with the parent in a fork."""
+
+    dead = True
+    parent = None
+
+
+_all_turns: set[weakref.ref[Turn]] = set()
 _is_fresh_child = False
 
 
@@ -122,10 +153,25 @@ def can_wait() -> bool:
 
 def _after_fork_in_child() -> None:
     global _is_fresh_child
+    here = _thread_of(getcurrent())
+    for ref in list(_all_turns):
+        turn = ref()
+        if turn is None:
+            continue
+        if turn.owner is not None and _thread_of(turn.owner) is not here:
+            turn.owner = Gone()
+        turn.queue = deque(waiter for waiter in turn.queue if _thread_of(waiter[0]) is here)
     hub = get_hub_if_exists()
     if hub is not None and hub.loop is not None:
         _is_fresh_child = True
         hub.loop.run_callback(_hub_runs)
+
+
+def _thread_of(one: greenlet | Gone) -> greenlet | Gone:
+    """The greenlet that its thread began with."""
+    while one.parent is not None:
+        one = one.parent
+    return one
 
 
 def _hub_runs() -> None:
@@ -135,30 +181,31 @@ def _hub_runs() -> None:
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
-turns: dict[int, Turn] = {}             # by fd, as long as somebody has it
+turns: dict[int, Turn] = {}             # by fd; a number that was used once will be used again
 
 
 @contextlib.contextmanager
 def turn_of(fd: int) -> Iterator[None]:
     """One greenlet at a time, for each fd."""
-    turn = turns.setdefault(fd, Turn())
-    mine = False
+    me = getcurrent()
+    turn = turns.get(fd) or turns.setdefault(fd, Turn())
+    mine = True
+    if turn.owner is None:
+        turn.owner = me
+    else:
+        mine = turn.wait()
     try:
-        if turn.owner is None:
-            turn.owner = getcurrent()
-            mine = True
-        else:
-            mine = turn.wait()
         yield
     finally:
-        if mine:
+        if mine and turn.owner is me:
             turn.leave()
-        if turn.owner is None and turns.get(fd) is turn:
-            del turns[fd]
 
 
 def _wait(fd: int, mode: int, event: int) -> bool:
-    """Wait for the loop to say that *fd* is ready, if it is one that epoll accepts; return whether so."""
+    """Wait for the loop to say that *fd* is ready, if it is one that epoll accepts; return whether so.
+
+    For who is `using` it: a number closed and reused meanwhile would get bytes that are meant for another.
+    """
     if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) and os.major(posix.fstat(fd).st_rdev) == MEMORY:
         return False                    # os itself: an error, or /dev/null and the like
     if os.get_blocking(fd):
@@ -189,17 +236,19 @@ def read(fd: int, n: int) -> bytes:
     if _is_stored(mode):
         _at_position(fd, reading)
         return data
-    if n > 0:
-        _wait(fd, mode, READ)
-    return posix.read(fd, n)
+    with using(fd):
+        if n > 0:
+            _wait(fd, mode, READ)
+        return posix.read(fd, n)
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
     mode = _calls.facts(fd)[0]
     if _is_stored(mode):
         return _at_position(fd, lambda at: _file.preadv(fd, buffers, at))
-    _wait(fd, mode, READ)
-    return posix.readv(fd, buffers)
+    with using(fd):
+        _wait(fd, mode, READ)
+        return posix.readv(fd, buffers)
 
 
 def write(fd: int, data: Any) -> int:
@@ -210,7 +259,8 @@ def write(fd: int, data: Any) -> int:
 
     if _is_stored(mode):
         return _at_position(fd, writing)
-    return _write_all(fd, mode, memoryview(data).cast('B'))
+    with using(fd):
+        return _write_all(fd, mode, memoryview(data).cast('B'))
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:
@@ -221,10 +271,11 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
 
     if _is_stored(mode):
         return _at_position(fd, writing)
-    if stat.S_ISFIFO(mode) and os.get_blocking(fd):
-        return _write_all(fd, mode, memoryview(b''.join(buffers)))
-    _wait(fd, mode, WRITE)
-    return posix.writev(fd, buffers)
+    with using(fd):
+        if stat.S_ISFIFO(mode) and os.get_blocking(fd):
+            return _write_all(fd, mode, memoryview(b''.join(buffers)))
+        _wait(fd, mode, WRITE)
+        return posix.writev(fd, buffers)
 
 
 def _is_stored(mode: int) -> bool:

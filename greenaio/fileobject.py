@@ -19,6 +19,7 @@ import io
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -66,10 +67,11 @@ class FileIO(io.FileIO):
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
     _appends = False                    # each write goes to the end, which is ours to find
+    _piece = 0                          # bytes at most in one write, if the layers above look how many went
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
                  flags: int = 0, prefetch: int | None = None) -> None:
-        self._turn = Turn()             # shared by the layers above
+        self._turn = Turn(guards_io=True)   # shared by the layers above
         self._waiting: dict[greenlet, tuple[Any, bool]] = {}
         fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
         try:
@@ -145,7 +147,8 @@ class FileIO(io.FileIO):
         if not self.readable():
             raise io.UnsupportedOperation('File not open for reading')
         if not self._can_wait():
-            return self._plainly(posix.readv, [buffer])
+            with self._plain():
+                return posix.readv(self._fd, [buffer])
         if self._ahead is not None:
             return self._wait(False, self._read_ahead, buffer)
         turn = _position.turns.get(self._fd)
@@ -176,24 +179,9 @@ class FileIO(io.FileIO):
             os.lseek(fd, at + n, os.SEEK_SET)
         return n
 
-    def _write_behind(self, fd: int, data: Any) -> int:
-        assert self._behind is not None
-        with _fallback.using(fd), _position.turn_of(fd):
-            at = os.lseek(fd, 0, os.SEEK_CUR)
-            if self._appends and (self._behind.is_idle or at != self._behind.end):
-                at = self._to_the_end(fd)
-            n = self._behind.write(data, at)
-            os.lseek(fd, at + n, os.SEEK_SET)
-        return n
-
     def _to_the_end(self, fd: int) -> int:
         self._drain()
         return _calls.lseek(fd, 0, os.SEEK_END)
-
-    def _write_at_end(self, fd: int, data: Any) -> int:
-        with _fallback.using(fd), _position.turn_of(fd):
-            self._to_the_end(fd)
-            return _position.write(fd, data)
 
     def _drain(self) -> None:
         """Have what was taken to be written behind written."""
@@ -202,7 +190,7 @@ class FileIO(io.FileIO):
         if self._can_wait():
             self._wait(True, self._drain_in_turn)
         else:
-            with self._through_the_cache():
+            with self._alone(), self._through_the_cache():
                 for offset, data in self._behind.take():
                     posix.pwrite(self._fd, data, offset)
 
@@ -237,15 +225,47 @@ class FileIO(io.FileIO):
     def write(self, data: Any, /) -> Any:
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
-        if self._ahead is not None:
-            self._ahead.stop()
         if self._can_wait():
-            write = self._write_at_end if self._appends else _position.write
-            return self._wait(True, write if self._behind is None else self._write_behind, data)
-        if self._appends:
+            return self._wait(True, self._write, data)
+        with self._plain():
+            if self._appends:
+                os.lseek(self._fd, 0, os.SEEK_END)
+            return posix.write(self._fd, data)
+
+    def _write(self, fd: int, data: Any) -> int:
+        if self._piece and len(data) > self._piece:
+            return _position.write(fd, memoryview(data).cast('B')[:self._piece])
+        if self._ahead is None and self._behind is None and not self._appends:
+            return _position.write(fd, data)
+        with _fallback.using(fd), _position.turn_of(fd):
+            if self._ahead is not None:
+                self._ahead.stop()      # in our turn: a reader could begin to read ahead again before
+            if self._behind is None:
+                if self._appends:
+                    self._to_the_end(fd)
+                return _position.write(fd, data)
+            at = os.lseek(fd, 0, os.SEEK_CUR)
+            if self._appends and (self._behind.is_idle or at != self._behind.end):
+                at = self._to_the_end(fd)
+            n = self._behind.write(data, at)
+            os.lseek(fd, at + n, os.SEEK_SET)
+        return n
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """The turn with the position; at the end nobody else can go on, and nobody waits."""
+        stored = self.file.kind in (stat.S_IFREG, stat.S_IFBLK)
+        if stored and not self._turn.finalizing and not sys.is_finalizing():
+            return _position.turn_of(self._fd)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[None]:
+        """For a call that blocks; what would block all the same ends it."""
+        with self._alone():
             self._drain()
-            os.lseek(self._fd, 0, os.SEEK_END)
-        return self._plainly(posix.write, data)
+            with self._through_the_cache() if self.file.direct else contextlib.nullcontext(), \
+                    contextlib.suppress(BlockingIOError):
+                yield
 
     @contextlib.contextmanager
     def _through_the_cache(self) -> Iterator[None]:
@@ -260,7 +280,8 @@ class FileIO(io.FileIO):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence >= os.SEEK_END:
             self._drain()
-        if self._can_wait() and self._fd in _position.turns:    # somebody is about to move it
+        turn = _position.turns.get(self._fd)
+        if turn is not None and turn.owner is not None and self._can_wait():    # who is about to move it
             with _position.turn_of(self._fd):
                 return self._seek(offset, whence)
         return self._seek(offset, whence)
@@ -271,17 +292,24 @@ class FileIO(io.FileIO):
         return _calls.lseek(self.file.fileno(), offset, whence)
 
     def truncate(self, size: int | None = None, /) -> int:
-        self._drain()
-        if self._ahead is not None:
-            self._ahead.stop()
         if not self._can_wait():
+            self._drain()
+            if self._ahead is not None:
+                self._ahead.stop()
             return super().truncate(size)
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
+        self._drain()
         if size is None:
             size = self.tell()
-        self._wait(True, _calls.ftruncate, size)
+        self._wait(True, self._truncate, size)
         return size
+
+    def _truncate(self, fd: int, size: int) -> None:
+        with _fallback.using(fd), _position.turn_of(fd):
+            if self._ahead is not None:
+                self._ahead.stop()
+            _calls.ftruncate(fd, size)
 
     def close(self) -> None:
         """Close it. Greenlets that wait for it get OSError (EBADF); their memory stays the kernel's as long
@@ -317,8 +345,9 @@ class FileIO(io.FileIO):
     def end_waits(self, writing: bool = True) -> None:
         """Let those who wait for a read, and if *writing* those who wait for a write, get EBADF."""
         for waiter, (hub, writes) in list(self._waiting.items()):
-            if writing or not writes:
-                hub.loop.run_callback_threadsafe(self._end_wait, waiter)
+            loop = hub.loop             # None if its thread has ended
+            if loop is not None and (writing or not writes):
+                loop.run_callback_threadsafe(self._end_wait, waiter)
 
     def _end_wait(self, waiter: greenlet) -> None:
         if waiter in self._waiting:     # it is parked in there, and nowhere else
@@ -338,15 +367,6 @@ class FileIO(io.FileIO):
                 del self._waiting[me]
             else:
                 self._waiting[me] = before
-
-    def _plainly(self, call: Callable[..., Any], *args: Any) -> Any:
-        """The result of a *call* on the fd that blocks."""
-        self._drain()
-        try:
-            with self._through_the_cache() if self.file.direct else contextlib.nullcontext():
-                return call(self._fd, *args)
-        except BlockingIOError:
-            return None
 
     def _can_wait(self) -> bool:
         return can_wait() and not self._turn.finalizing
@@ -378,42 +398,58 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def in_turn(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         turn = self._turn
-        me = getcurrent()
+        try:
+            me = getcurrent()
+        except RuntimeError:            # the interpreter is being finalized
+            return method(self, *args, **kwargs)
         if turn.owner is None:
-            turn.owner = me             # no call in between: another thread could have its turn there
+            turn.owner = me
         elif not turn.wait():
             return method(self, *args, **kwargs)
         try:
             return method(self, *args, **kwargs)
         finally:
-            turn.leave()
+            if turn.owner is me:        # not in a forked child, when that took it
+                turn.leave()
 
     return in_turn
 
 
 def _close_in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    def flush_and_close(self: Any) -> None:
+        if not self.closed and self.writable() and not self._turn.finalizing:
+            try:
+                self.flush()
+            except BaseException as error:
+                if is_told_by_the_kernel(error):
+                    with contextlib.suppress(OSError):
+                        method(self)
+                raise                   # killed, it is not closed: what is buffered may be flushed yet
+        method(self)
+
+    in_turn = _in_turn(flush_and_close)
+
     @functools.wraps(method)
     def close(self: Any) -> None:
         turn = self._turn
         if getattr(self, '_finalizing', False):
             turn.finalizing = True
-        if turn.owner is not None and not self.closed:
-            # Who reads is sent away, and who stands behind. What is being written is written first.
-            me = getcurrent()
-            turn.closer = turn.closer or me
-            self._raw().end_waits(writing=False)
-            try:
-                in_turn(self)
-            except cancel_wait_ex:
-                if not self.closed:
-                    raise               # else another was quicker
-            finally:
-                if turn.closer is me and not self.closed:
-                    turn.closer = None  # killed
+        if turn.owner is None or sys.is_finalizing() or self.closed:
+            in_turn(self)
             return
-        in_turn(self)
+        # Who reads is sent away, and who stands behind. What is being written is written first.
+        me = getcurrent()
+        turn.closers.append(me)
+        self._raw().end_waits(writing=False)
+        try:
+            in_turn(self)
+        except cancel_wait_ex:
+            if not self.closed:
+                raise                   # else another was quicker
+        finally:
+            if not self.closed:
+                turn.closers.remove(me)     # killed
 
-    in_turn = _in_turn(method)
     return close
 
 
@@ -443,23 +479,29 @@ class BufferedReader(_Shared, io.BufferedReader):
 class _Writes:
     """What both that write do besides `io`: flush the raw file, and lose nothing of who is killed above."""
 
-    _kept: tuple[Any, ...] = ()         # what the text layer has let go of, and this has not got yet
+    _is_below_text = False
+    _kept: tuple[bytes, ...] = ()       # what the text layer has let go of, and this has not got yet
 
     def write(self, data: Any, /) -> Any:
-        try:
-            self._write_kept()
+        if not self._is_below_text:
             return super().write(data)  # type: ignore[misc]
-        except BaseException as error:
-            if self._is_below_text and not is_told_by_the_kernel(error):
-                self._kept = (*self._kept, bytes(data))
-            raise
-
-    _is_below_text = False
+        self._kept = (*self._kept, bytes(data))
+        self._write_kept()
+        return len(data)
 
     def _write_kept(self) -> None:
-        while self._kept:
-            super().write(self._kept[0])                    # type: ignore[misc]
-            self._kept = self._kept[1:]
+        # Of what its buffer can hold io takes all or nothing; of more it can't say how much went.
+        piece = self.raw._piece         # type: ignore[attr-defined]
+        try:
+            while self._kept:
+                data = self._kept[0]
+                n = min(piece or len(data), len(data))
+                super().write(data[:n])                     # type: ignore[misc]
+                self._kept = (data[n:], *self._kept[1:]) if n < len(data) else self._kept[1:]
+        except BaseException as error:
+            if is_told_by_the_kernel(error):
+                self._kept = ()         # as io: who wrote it knows
+            raise
 
     def flush(self) -> None:
         self._write_kept()
@@ -543,6 +585,8 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         if raw._behind is not None:
             _writers.add(raw)
         return raw
+    if raw.file.kind not in (stat.S_IFREG, stat.S_IFBLK):
+        raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
     layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)
     if 'b' not in mode:

@@ -56,11 +56,12 @@ def is_told_by_the_kernel(error: BaseException) -> bool:
 class _Block:
     """A request that is under way, and its memory."""
 
-    __slots__ = ('_begun', '_file', 'data', 'memory', 'offset', 'reading')
+    __slots__ = ('_begun', '_file', '_process', 'data', 'memory', 'offset', 'reading')
 
     def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int) -> None:
         self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
         self._file = file
+        self._process = os.getpid()
         self._begun = None
         with contextlib.suppress(OSError, RuntimeError):    # `end` will say why
             self._begun = file.begin(reading, self.data, offset)
@@ -73,6 +74,8 @@ class _Block:
             raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)
+        if self._process != os.getpid():    # forked: it is the parent's, and this memory is wiped
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._file.name)
         done = max(done, 0)
         while done < len(self.data):
             n = self._file.pwrite(self.data[done:], self.offset + done)
@@ -304,22 +307,24 @@ def _checked(name: StrPath) -> os.stat_result | None:
 
 def _copy(source: File, target: File, size: int, progress: Callable[[int, int], object]) -> None:
     done = 0
+    ahead: Any = None
     with using(source.fileno()), using(target.fileno()):
-        ahead: Any = None
-        while True:
-            if size > COPY_BLOCK and (ahead is None or ahead.ready()):
-                ahead = gevent.spawn(_calls.readahead, source.fileno(), done + COPY_BLOCK, COPY_AHEAD)
-            n = _copy_block(source, target, done)
-            if n == 0:
-                break
-            if size > COPY_BLOCK:       # else it costs more than it brings
-                _calls.start_writing(target.fileno(), done, n)
-            done += n
-            progress(done, max(size, done))
-            if source.is_local and 0 < _calls.facts(source.fileno())[1] <= done:
-                break                   # of others, and in /proc, the length says little
-        if ahead is not None:
-            ahead.kill()
+        try:
+            while True:
+                if size > COPY_BLOCK and (ahead is None or ahead.ready()):
+                    ahead = gevent.spawn(_calls.readahead, source.fileno(), done + COPY_BLOCK, COPY_AHEAD)
+                n = _copy_block(source, target, done)
+                if n == 0:
+                    return
+                if size > COPY_BLOCK:   # else it costs more than it brings
+                    _calls.start_writing(target.fileno(), done, n)
+                done += n
+                progress(done, max(size, done))
+                if source.is_local and 0 < _calls.facts(source.fileno())[1] <= done:
+                    return              # of others, and in /proc, the length says little
+        finally:
+            if ahead is not None:
+                ahead.kill(block=False)
 
 
 def _copy_block(source: File, target: File, offset: int) -> int:
