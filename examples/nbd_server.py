@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import gevent
 import gevent.ssl
 from gevent import socket
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
+from gevent.lock import Semaphore
 from gevent.pool import Group, Pool
-from gevent.queue import SimpleQueue
 from gevent.server import StreamServer
 
 from greenaio import aligned_buffer
@@ -258,33 +258,71 @@ class Request(NamedTuple):
     cookie: int
     offset: int
     length: int
+    held: int                           # bytes of memory
     data: memoryview | None
 
 
 class Transmission:
-    """Requests and replies. One greenlet receives, one sends, and one for each request in flight."""
+    """Requests and replies. Each greenlet receives one request, lets another receive the next, and serves it."""
 
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
         self.structured, self.has_context = negotiated.structured, negotiated.context is not None
-        self._requests: Any = SimpleQueue()
         self._workers, self._idle = Group(), 0
-        self._in_flight = self._held = 0
+        self._turn = Semaphore()        # to receive
+        self._end: Any = AsyncResult()
+        self._in_flight = self._held = 0        # requests and bytes that were received, until their replies left
         self._room = Event()
         self._replies: list[bytes] = []
+        self._unsent = self._unsent_bytes = 0   # of the requests that these replies are for
+        self._sending = False
         self._ready = Event()
 
     def run(self) -> None:
-        sender = gevent.spawn(self._send)
+        sender = gevent.spawn(self._send_what_is_ready)
         try:
-            while self._receive():
-                pass
+            self._workers.spawn(self._work)
+            self._end.get()
             self._in_flight_is(0)       # what was asked for before a disconnect is answered
-            while self._replies and not sender.ready():
-                gevent.sleep(0.001)
         finally:
             sender.kill()
             self._workers.kill()
+
+    def _work(self) -> None:
+        while True:
+            self._idle += 1
+            self._turn.acquire()        # and never released after the last request
+            self._idle -= 1
+            try:
+                request = self._receive()
+            except (Broken, OSError) as error:
+                self._end.set_exception(error)
+                return
+            if request is None:
+                self._end.set()
+                return
+            if not self._idle:
+                self._workers.spawn(self._work)
+            self._turn.release()
+            self._serve(request)
+
+    def _receive(self) -> Request | None:
+        magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.take(REQUEST.size))
+        if magic != REQUEST_MAGIC:
+            raise Broken('no request')
+        if command == DISCONNECT:
+            return None
+        data, held = None, length if command in (READ, WRITE) and length <= REQUEST_MAX else 0
+        if self._in_flight >= IN_FLIGHT_MAX or self._held + held > HELD_MAX:
+            self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - held)
+        if command == WRITE:
+            if length > REQUEST_MAX:
+                raise Broken('a write that is too large')
+            data = aligned_buffer(length)
+            self.input.fill(data)
+        self._in_flight += 1
+        self._held += held
+        return Request(flags, command, cookie, offset, length, held, data)
 
     def _in_flight_is(self, wanted: int, held: int = HELD_MAX) -> None:
         """Wait until it is, at most."""
@@ -292,49 +330,18 @@ class Transmission:
             self._room.clear()
             self._room.wait()
 
-    def _receive(self) -> bool:
-        magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.take(REQUEST.size))
-        if magic != REQUEST_MAGIC:
-            raise Broken('no request')
-        if command == DISCONNECT:
-            return False
-        data, moved = None, length if command in (READ, WRITE) and length <= REQUEST_MAX else 0
-        self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - moved)
-        if command == WRITE:
-            if length > REQUEST_MAX:
-                raise Broken('a write that is too large')
-            data = aligned_buffer(length)
-            self.input.fill(data)
-        self._in_flight += 1
-        self._held += moved
-        if self._requests.qsize() >= self._idle:
-            self._workers.spawn(self._work)
-            self._idle += 1
-        self._requests.put(Request(flags, command, cookie, offset, length, data))
-        return True
-
-    def _work(self) -> None:
-        while True:
-            request = self._requests.get()
-            self._idle -= 1
-            self._serve(request)
-            self._in_flight -= 1
-            if request.command in (READ, WRITE) and request.length <= REQUEST_MAX:
-                self._held -= request.length
-            self._room.set()
-            self._idle += 1
-
     def _serve(self, request: Request) -> None:
         try:
-            self._reply(self._perform(request))
+            reply = self._perform(request)
         except OSError as error:
-            self._reply(self._failure(request, TOLD.get(error.errno or 0, EIO)))
+            reply = self._failure(request, TOLD.get(error.errno or 0, EIO))
         except Exception:
-            self._reply(self._failure(request, EIO))
+            self._reply(request, self._failure(request, EIO))
             raise
+        self._reply(request, reply)
 
     def _perform(self, request: Request) -> list[bytes]:
-        flags, command, cookie, offset, length, data = request
+        flags, command, cookie, offset, length, _, data = request
         device, size = self.device, self.device.size
         if command not in ALLOWED or flags & ~ALLOWED[command]:
             raise OSError(errno.EINVAL, 'no such command')
@@ -383,20 +390,40 @@ class Transmission:
             return [CHUNK.pack(CHUNK_MAGIC, DONE, ERROR, request.cookie, 6), struct.pack('>IH', code, 0)]
         return [SIMPLE.pack(SIMPLE_MAGIC, code, request.cookie)]
 
-    def _reply(self, parts: list[bytes]) -> None:
+    def _reply(self, request: Request, parts: list[bytes]) -> None:
         self._replies += parts
-        self._ready.set()               # the sender comes after all who are woken with this one
+        self._unsent += 1
+        self._unsent_bytes += request.held
+        if self._in_flight == self._unsent:
+            self._send()                # nobody else is going to reply soon
+        else:
+            self._ready.set()           # the sender comes after all who are woken with this one
 
-    def _send(self) -> None:
+    def _send_what_is_ready(self) -> None:
         while True:
             self._ready.wait()
             self._ready.clear()
-            parts, self._replies = self._replies, []
-            try:
+            self._send()
+
+    def _send(self) -> None:
+        if self._sending:
+            return                      # it looks for more
+        self._sending = True
+        try:
+            while parts := self._replies:
+                n, held = self._unsent, self._unsent_bytes
+                self._replies, self._unsent, self._unsent_bytes = [], 0, 0
                 self._send_all(parts)
-            except OSError:
+                self._in_flight -= n
+                self._held -= held
+                self._room.set()
+        except OSError:
+            with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)    # the receiver sees an end
-                return
+            self._in_flight = self._held = 0
+            self._room.set()
+        finally:
+            self._sending = False
 
     def _send_all(self, parts: list[bytes]) -> None:
         if isinstance(self.sock, ssl.SSLSocket):
@@ -444,12 +471,15 @@ def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
                 os.unlink(arguments.unix)
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(arguments.unix)
-        sock.listen(128)
-        return sock, f'nbd+unix:///?socket={arguments.unix}'
-    host, _, port = arguments.tcp.rpartition(':')
-    sock = socket.create_server((host.strip('[]'), int(port)), backlog=128,
-                                family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    return sock, f'nbd{"s" if arguments.tls else ""}://{host}:{sock.getsockname()[1]}/'
+        uri = f'nbd+unix:///?socket={arguments.unix}'
+    else:
+        host, _, port = arguments.tcp.rpartition(':')
+        sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip('[]'), int(port)))
+        uri = f'nbd{"s" if arguments.tls else ""}://{host}:{sock.getsockname()[1]}/'
+    sock.listen(128)
+    return sock, uri
 
 
 def main() -> int:

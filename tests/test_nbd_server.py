@@ -1,0 +1,363 @@
+"""examples/nbd_server.py, started as a user would, driven by the clients that its users have."""
+
+import filecmp
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+
+import pytest
+from conftest import MIB, missing, pattern, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SERVER = pathlib.Path(__file__).parent.parent / 'examples' / 'nbd_server.py'
+SIZE = 32 * MIB
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool) is None:
+            missing(f'needs {tool}')
+
+
+class Server:
+    def __init__(self, *args, where=None):
+        self.process = subprocess.Popen([sys.executable, SERVER, *(where or ('--tcp', '127.0.0.1:0')), *args],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.uri = self.process.stdout.readline().strip()
+        assert self.uri, self.process.stderr.read()
+        self.port = int(self.uri.rstrip('/').rpartition(':')[2]) if where is None else None
+
+    def connect(self):
+        return socket.create_connection(('127.0.0.1', self.port), timeout=10)
+
+    def rss(self):
+        """MiB."""
+        with open(f'/proc/{self.process.pid}/statm') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / MIB
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=20)
+        assert 'Traceback' not in errors, errors
+        assert self.process.returncode == 0, errors
+        return errors
+
+
+@pytest.fixture
+def image(folder):
+    path = os.path.join(folder, 'disk.img')
+    with open(path, 'wb') as file:
+        file.truncate(SIZE)
+    return path
+
+
+@pytest.fixture
+def server(image):
+    server = Server(image)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def unix_server(image, tmp_path):
+    server = Server(image, where=('--unix', str(tmp_path / 'sock')))
+    yield server
+    server.stop()
+
+
+# The clients that there are ----------------------------------------------------------------------
+
+def test_nbdinfo(image, tmp_path):
+    need('nbdinfo')
+    with open(tmp_path / 'other', 'wb') as file:
+        file.truncate(MIB + 1)
+    server = Server(image, f'second={tmp_path / "other"}')
+    try:
+        exports = json.loads(run('nbdinfo', '--json', '--list', server.uri))['exports']
+        assert [(one['export-name'], one['export-size']) for one in exports] == [
+            ('disk.img', SIZE), ('second', MIB + 1)]
+        facts = json.loads(run('nbdinfo', '--json', server.uri))['exports'][0]
+        for name in ('can_multi_conn', 'can_fua', 'can_flush', 'can_trim', 'can_zero', 'can_df', 'can_cache'):
+            assert facts[name], name
+        assert not facts['is_read_only']
+        assert facts['contexts'] == ['base:allocation']
+        with open(image, 'r+b') as file:
+            file.seek(MIB)
+            file.write(b'x' * MIB)
+            os.fsync(file.fileno())
+        extents = json.loads(run('nbdinfo', '--json', '--map', server.uri))
+        assert [(one['offset'], one['length'], one['type']) for one in extents] == [
+            (0, MIB, 3), (MIB, MIB, 0), (2 * MIB, SIZE - 2 * MIB, 3)]
+        assert subprocess.run(['nbdinfo', server.uri + 'no-such'], capture_output=True).returncode != 0
+    finally:
+        server.stop()
+
+
+def test_nbdcopy_both_ways(unix_server, image, tmp_path):
+    need('nbdcopy')
+    source, back = tmp_path / 'source', tmp_path / 'back'
+    source.write_bytes((pattern(3 * MIB) + bytes(5 * MIB)) * 4)
+    run('nbdcopy', '--flush', source, unix_server.uri)
+    assert filecmp.cmp(source, image, shallow=False)
+    run('nbdcopy', unix_server.uri, back)
+    assert filecmp.cmp(source, back, shallow=False)
+
+
+def test_qemu_img_convert_and_compare(unix_server, tmp_path):
+    need('qemu-img')
+    source = tmp_path / 'source'
+    source.write_bytes(pattern(5 * MIB) + bytes(SIZE - 5 * MIB))
+    run('qemu-img', 'convert', '-n', '-f', 'raw', '-O', 'raw', source, unix_server.uri)
+    assert 'identical' in run('qemu-img', 'compare', '-f', 'raw', '-F', 'raw', source, unix_server.uri)
+    run('qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', unix_server.uri, tmp_path / 'back.qcow2')
+    assert 'identical' in run('qemu-img', 'compare', source, '-f', 'raw', tmp_path / 'back.qcow2')
+
+
+def test_qemu_io_asynchronous(server):
+    need('qemu-io')
+    generator, commands = random.Random(5), []
+    for i in range(200):
+        offset = i * 100_000 + generator.randrange(1000)
+        commands.append(f'aio_write -P {i + 1} {offset} {generator.choice([512, 4096, 70_001])}')
+    commands.append('aio_flush')
+    commands += [command.replace('aio_write', 'aio_read') for command in commands[:-1]]
+    commands += ['aio_flush', 'write -z 0 1000000', 'discard 2000000 500000', 'write -f -P 7 3000000 512', 'flush',
+                 'read -P 0 0 1000000', 'read -P 7 3000000 512']
+    done = subprocess.run(['qemu-io', '-f', 'raw', server.uri], input='\n'.join(commands), capture_output=True,
+                          text=True, timeout=60, check=True)
+    assert 'failed' not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.stdout.count('wrote') == 202
+    assert done.stdout.count('read ') == 202
+
+
+def test_fio_verifies(unix_server):
+    need('fio')
+    found = run('fio', '--enghelp')
+    if ' nbd' not in found:
+        missing('needs fio with the nbd engine')
+    run('fio', '--name=x', '--ioengine=nbd', f'--uri={unix_server.uri}', '--rw=randrw', '--iodepth=32', '--bs=4k',
+        f'--size={SIZE}', '--verify=crc32c', '--verify_fatal=1')
+
+
+def test_file_system_lives_on_it(unix_server, tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    need('nbdfuse', 'losetup', 'mkfs.ext4')
+    mount, tree = tmp_path / 'mnt', tmp_path / 'tree'
+    disk = mount / 'disk'
+    mount.mkdir()
+    tree.mkdir()
+    fuse = subprocess.Popen(['nbdfuse', disk, unix_server.uri])
+    try:
+        end = time.monotonic() + 10
+        while not disk.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        loop = run('losetup', '-f', '--show', disk).strip()
+        try:
+            run('mkfs.ext4', '-q', loop)
+            run('mount', loop, tree)
+            source = os.path.join(sysconfig.get_path('stdlib'), 'encodings')
+            try:
+                shutil.copytree(source, tree / 'copy')
+                run('umount', tree)
+                run('mount', loop, tree)
+                compared = filecmp.dircmp(source, tree / 'copy', ignore=[])
+                names = [name for name in compared.common_files]
+                assert len(names) > 50
+                assert filecmp.cmpfiles(source, tree / 'copy', names, shallow=False)[1:] == ([], [])
+            finally:
+                run('umount', tree)
+            run('fsck.ext4', '-fn', loop)
+        finally:
+            run('losetup', '-d', loop)
+    finally:
+        for _ in range(50):
+            if subprocess.run(['umount', mount], capture_output=True, check=False).returncode == 0:
+                break
+            time.sleep(0.1)
+        fuse.wait(10)
+
+
+def test_tls(image, tmp_path):
+    need('openssl', 'nbdinfo')
+    key, certificate = tmp_path / 'key.pem', tmp_path / 'ca-cert.pem'
+    run('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', key, '-out', certificate, '-days',
+        '2', '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1')
+    server = Server('--tls', str(certificate), str(key), image)
+    try:
+        uri = f'nbds://localhost:{server.port}/?tls-certificates={tmp_path}'
+        assert run('nbdinfo', '--size', uri).strip() == str(SIZE)
+        source = tmp_path / 'source'
+        source.write_bytes(pattern(SIZE))
+        run('nbdcopy', '--flush', source, uri)
+        assert filecmp.cmp(source, image, shallow=False)
+        refused = subprocess.run(['nbdinfo', f'nbd://localhost:{server.port}/'], capture_output=True, text=True)
+        assert refused.returncode != 0
+        assert 'TLS' in refused.stderr
+    finally:
+        server.stop()
+
+
+def test_read_only(image):
+    need('qemu-io')
+    server = Server('--read-only', image)
+    try:
+        done = subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write 0 512', server.uri], capture_output=True,
+                              text=True)
+        assert 'ermi' in done.stdout + done.stderr or 'read-only' in done.stdout + done.stderr
+        assert run('nbdinfo', '--is', 'read-only', server.uri) == ''
+    finally:
+        server.stop()
+
+
+# What breaks the protocol ------------------------------------------------------------------------
+
+def negotiated(server):
+    """A connection whose client has just sent NBD_OPT_EXPORT_NAME for the default export."""
+    sock = server.connect()
+    hello = receive(sock, 18)
+    assert hello[:16] == b'NBDMAGICIHAVEOPT'
+    sock.sendall(struct.pack('>I', 3) + b'IHAVEOPT' + struct.pack('>II', 1, 0))
+    size, flags = struct.unpack('>QH', receive(sock, 10))
+    assert size == SIZE
+    assert flags & 1
+    return sock
+
+
+def receive(sock, n):
+    data = b''
+    while len(data) < n:
+        more = sock.recv(n - len(data))
+        assert more, 'closed'
+        data += more
+    return data
+
+
+def request(command, offset, length, cookie=1, flags=0, magic=0x25609513):
+    return struct.pack('>IHHQQI', magic, flags, command, cookie, offset, length)
+
+
+def reply(sock):
+    magic, error, cookie = struct.unpack('>IIQ', receive(sock, 16))
+    assert magic == 0x67446698
+    return error, cookie
+
+
+def test_errors_are_told_and_the_connection_goes_on(server):
+    with negotiated(server) as sock:
+        for asked, error in [
+                (request(0, SIZE - 1, 2), 22), (request(0, 0, 64 * MIB), 22), (request(9, 0, 0), 22),
+                (request(0, 0, 4, flags=1 << 9), 22), (request(1, SIZE, 4) + b'data', 28),
+                (request(6, SIZE - 1, 2), 28), (request(4, SIZE, 1), 22), (request(7, 0, 10), 22),
+                (request(0, (1 << 64) - 1, 10), 22), (request(3, 0, 0), 0), (request(5, 0, 4096), 0)]:
+            sock.sendall(asked)
+            assert reply(sock) == (error, 1), asked
+        sock.sendall(request(1, 5, 4, cookie=7) + b'data')
+        assert reply(sock) == (0, 7)
+        sock.sendall(request(0, 4, 6, cookie=8))
+        assert reply(sock) == (0, 8)
+        assert receive(sock, 6) == b'\0data\0'
+
+
+def test_many_requests_at_once_are_all_answered(server):
+    with negotiated(server) as sock:
+        sock.sendall(b''.join(request(1, i * 4096, 4096, cookie=i) + bytes([i % 251]) * 4096 for i in range(1000)))
+        assert sorted(reply(sock) for _ in range(1000)) == [(0, i) for i in range(1000)]
+        sock.sendall(b''.join(request(0, i * 4096, 4096, cookie=i) for i in range(1000)) + request(2, 0, 0))
+        for _ in range(1000):
+            error, cookie = reply(sock)
+            assert error == 0
+            assert receive(sock, 4096) == bytes([cookie % 251]) * 4096
+        assert sock.recv(1) == b''      # all were answered before the disconnect
+
+
+def test_who_does_not_take_its_replies_is_held_back(server):
+    before = server.rss()
+    with negotiated(server) as sock:
+        sock.settimeout(1)
+        with pytest.raises(TimeoutError):
+            while True:
+                sock.sendall(request(0, 0, MIB) * 1000)
+        assert server.rss() - before < 300
+        with negotiated(server) as other:
+            other.sendall(request(0, 0, 512))
+            assert reply(other) == (0, 1)
+
+
+def test_flush_covers_the_writes_of_other_connections(server):
+    with negotiated(server) as one, negotiated(server) as other:
+        one.sendall(request(1, 0, 4096) + b'x' * 4096)
+        assert reply(one) == (0, 1)
+        other.sendall(request(3, 0, 0))
+        assert reply(other) == (0, 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.one_of(
+    st.binary(max_size=80),
+    st.tuples(st.integers(0, 12), st.binary(max_size=60)).map(
+        lambda pair: b'IHAVEOPT' + struct.pack('>II', pair[0], len(pair[1])) + pair[1]),
+    st.tuples(st.sampled_from([6, 7, 9, 10]), st.integers(0, 70), st.binary(max_size=60)).map(
+        lambda three: b'IHAVEOPT' + struct.pack('>III', three[0], len(three[2]) + 4, three[1]) + three[2]),
+    st.integers(0, 1 << 32).map(lambda n: struct.pack('>I', n & 0xffffffff))), max_size=6), st.booleans())
+def test_nonsense_in_the_negotiation_disturbs_nobody(server, parts, begins_well):
+    with server.connect() as sock:
+        sock.sendall((struct.pack('>I', 3) if begins_well else b'') + b''.join(parts))
+        sock.shutdown(socket.SHUT_WR)
+        drained(sock)
+    assert_alive(server)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.one_of(
+    st.binary(max_size=60),
+    st.builds(request, st.integers(0, 9), st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 32).map(
+        lambda n: n & 0xffffffff), st.integers(0, 3), st.integers(0, 31)),
+    st.builds(request, st.sampled_from([0, 4, 6, 7]), st.integers(0, SIZE), st.integers(0, MIB))), max_size=8))
+def test_nonsense_in_requests_disturbs_nobody(server, parts):
+    with negotiated(server) as sock:
+        sock.sendall(b''.join(parts))
+        sock.shutdown(socket.SHUT_WR)
+        drained(sock)
+    assert_alive(server)
+
+
+def drained(sock):
+    try:
+        while sock.recv(1 << 20):
+            pass
+    except ConnectionResetError:
+        pass
+
+
+def assert_alive(server):
+    with negotiated(server) as sock:
+        sock.sendall(request(0, 0, 512))
+        assert reply(sock) == (0, 1)
+        assert len(receive(sock, 512)) == 512
+    assert server.process.poll() is None
+
+
+def test_bad_command_lines(tmp_path, image):
+    for args in ([], ['/no/such'], ['a=/dev/null'], [image, image], ['--tcp', 'x:y', image],
+                 ['--tls', '/no/cert', '/no/key', image]):
+        done = subprocess.run([sys.executable, SERVER, *args], capture_output=True, text=True, timeout=20)
+        assert done.returncode in (1, 2), args
+        assert 'Traceback' not in done.stderr, done.stderr
+        assert done.stderr
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    done = subprocess.run([sys.executable, SERVER, '--unix', precious, image], capture_output=True, text=True,
+                          timeout=20)
+    assert done.returncode == 1
+    assert precious.read_text() == 'mine'
