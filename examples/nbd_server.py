@@ -71,7 +71,11 @@ EIO = 5
 
 
 class Broken(Exception):
-    """The client is gone, or does not keep to the protocol."""
+    """The client does not keep to the protocol."""
+
+
+class Gone(Broken):
+    """The client has closed the connection."""
 
 
 class Export(NamedTuple):
@@ -105,6 +109,10 @@ class Input:
         self._begin += n
         return self._memory[self._begin - n:self._begin]
 
+    def __len__(self) -> int:
+        """Bytes received and not taken."""
+        return self._end - self._begin
+
     def fill(self, target: memoryview) -> None:
         n = min(len(target), self._end - self._begin)
         target[:n] = self.take(n)
@@ -114,7 +122,7 @@ class Input:
     def _receive(self, target: memoryview) -> int:
         n: int = self.sock.recv_into(target)
         if n == 0:
-            raise Broken('the client is gone')
+            raise Gone('it is gone')
         return n
 
 
@@ -263,7 +271,7 @@ class Request(NamedTuple):
 
 
 class Transmission:
-    """Requests and replies. Each greenlet receives one request, lets another receive the next, and serves it."""
+    """Requests and replies: each greenlet receives one, lets another receive the next, and serves it."""
 
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
@@ -271,7 +279,7 @@ class Transmission:
         self._workers, self._idle = Group(), 0
         self._turn = Semaphore()        # to receive
         self._end: Any = AsyncResult()
-        self._in_flight = self._held = 0        # requests and bytes that were received, until their replies left
+        self._in_flight = self._held = 0        # requests, and their bytes, until their replies have left
         self._room = Event()
         self._replies: list[bytes] = []
         self._unsent = self._unsent_bytes = 0   # of the requests that these replies are for
@@ -307,7 +315,13 @@ class Transmission:
             self._serve(request)
 
     def _receive(self) -> Request | None:
-        magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.take(REQUEST.size))
+        try:
+            header = self.input.take(REQUEST.size)
+        except Gone:
+            if self.input:
+                raise
+            return None                 # between two requests: it has asked for all that it wants
+        magic, flags, command, cookie, offset, length = REQUEST.unpack(header)
         if magic != REQUEST_MAGIC:
             raise Broken('no request')
         if command == DISCONNECT:
@@ -355,9 +369,10 @@ class Transmission:
             if length > REQUEST_MAX:
                 raise OSError(errno.EINVAL, 'too large')
             found = device.pread(length, offset)
+            if not found:               # a chunk of data has some; and sendmsg would send nothing for ever
+                return [CHUNK.pack(CHUNK_MAGIC, DONE, 0, cookie, 0) if self.structured
+                        else SIMPLE.pack(SIMPLE_MAGIC, 0, cookie)]
             if self.structured:
-                if not found:           # a chunk of data has some
-                    return [CHUNK.pack(CHUNK_MAGIC, DONE, 0, cookie, 0)]
                 return [DATA_CHUNK.pack(CHUNK_MAGIC, DONE, DATA, cookie, 8 + length, offset), found]
             return [SIMPLE.pack(SIMPLE_MAGIC, 0, cookie), found]
         if command == BLOCK_STATUS:
@@ -426,7 +441,7 @@ class Transmission:
             self._sending = False
 
     def _send_all(self, parts: list[bytes]) -> None:
-        if isinstance(self.sock, ssl.SSLSocket):
+        if isinstance(self.sock, gevent.ssl.SSLSocket):
             self.sock.sendall(b''.join(parts))
             return
         place = 0
