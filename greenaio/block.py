@@ -11,13 +11,14 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gevent
 
 from greenaio import _fallback, alignment
 from greenaio._zones import Zone, Zones
+from greenaio.streams import Block
 
 try:
     from greenaio import _calls
@@ -135,12 +136,34 @@ class BlockDevice:
 
         They are pinned until the kernel is done with them, whatever becomes of the greenlet."""
         wanted = sum(memoryview(buffer).nbytes for buffer in buffers)
+        self._check_range(wanted, offset)       # to preadv(2) an offset of -1 is the file's position
         if self._throttle is not None:
             self._throttle.wait(wanted)
         done = self._file.preadv(buffers, offset)
         if done < wanted:
             self._read_rest(buffers, done, offset + done)
         return wanted
+
+    def pread_each(self, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview | OSError]:
+        """Read *ranges*, pairs of a number of bytes and an offset, all at once: yields the bytes of each, in
+        order, or its OSError. Cheaper than `pread` in as many greenlets."""
+        for n, offset in ranges:
+            self._check_range(n, offset)
+        if self._throttle is not None:
+            self._throttle.wait(sum(n for n, _ in ranges), len(ranges))
+        rooms = [-(-n // PAGE) * PAGE for n, _ in ranges]       # each begins where O_DIRECT can
+        memory, at, blocks = aligned_buffer(sum(rooms)), 0, []
+        for (n, offset), room in zip(ranges, rooms, strict=True):
+            blocks.append(Block(self._file, True, memory[at:at + room], n, offset))
+            at += room
+        for block in blocks:
+            try:
+                done, data = block.end(), block.data
+                if done < len(data):
+                    self._read_rest([data], done, block.offset + done)
+                yield data
+            except OSError as error:
+                yield error
 
     def _read_rest(self, buffers: Sequence[Any], done: int, offset: int) -> None:
         """A read was short: the end of the file, most likely; but the kernel takes 2 GiB at once at most."""
@@ -260,12 +283,15 @@ class BlockDevice:
             _calls.ftruncate(self._file.fileno(), n)
         self._size = n
 
+    def _check_range(self, n: int, offset: int) -> None:
+        if n < 0 or offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._file.name)
+
     def _check(self, n: int, offset: int, writing: bool = False) -> None:
         self._file.fileno()
+        self._check_range(n, offset)
         code = 0
-        if n < 0 or offset < 0:
-            code = errno.EINVAL
-        elif writing and self._readonly:
+        if writing and self._readonly:
             code = errno.EBADF          # as os.pwrite has it
         elif offset + n > self._size:
             code = errno.ENOSPC
@@ -362,11 +388,11 @@ class _Throttle:
         self._rates = iops or 0.0, bps or 0.0
         self._free = [0.0, 0.0]         # when a bucket will have let through all who came
 
-    def wait(self, nbytes: int) -> None:
-        """Wait for the turn of an operation on *nbytes*."""
+    def wait(self, nbytes: int, operations: int = 1) -> None:
+        """Wait for the turn of so many *operations*, on *nbytes* together."""
         now = time.monotonic()
         began, costs = now, [0.0, 0.0]
-        for i, (amount, rate) in enumerate(zip((1, nbytes), self._rates, strict=True)):
+        for i, (amount, rate) in enumerate(zip((operations, nbytes), self._rates, strict=True)):
             if rate:
                 at, costs[i] = max(self._free[i], now - BURST), amount / rate
                 self._free[i] = at + costs[i]

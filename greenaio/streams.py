@@ -7,7 +7,6 @@ has a `ReadAhead` and a `WriteBehind`. Each holds at most `DEPTH` blocks of `BLO
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posix
@@ -53,7 +52,7 @@ def is_told_by_the_kernel(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None and not isinstance(error, cancel_wait_ex)
 
 
-class _Block:
+class Block:
     """A request that is under way, and its memory."""
 
     __slots__ = ('_begun', '_file', '_process', 'data', 'memory', 'offset', 'reading')
@@ -63,8 +62,10 @@ class _Block:
         self._file = file
         self._process = os.getpid()
         self._begun = None
-        with contextlib.suppress(OSError, RuntimeError):    # `end` will say why
+        try:                            # noqa: SIM105  # for every block, and that costs
             self._begun = file.begin(reading, self.data, offset)
+        except (OSError, RuntimeError):
+            pass                        # `end` will say why
 
     def end(self) -> int:
         """Wait for it; return bytes moved. What was refused is asked for again, in the way that never is."""
@@ -96,7 +97,7 @@ class ReadAhead:
         self._file = file
         self._depth = depth
         self._eager = eager             # begin with the first read
-        self._blocks: deque[_Block] = deque()
+        self._blocks: deque[Block] = deque()
         self._head: Any = None          # the block that is being read: its memory, as far as it was filled
         self._used: Any = None          # all of its memory, for the next request: new memory is zeroed
         self._head_offset = 0
@@ -162,7 +163,7 @@ class ReadAhead:
             nbytes = self._size - self._end % self._size
             memory = used if used is not None and len(used) == nbytes else aligned_buffer(nbytes)
             used = None
-            self._blocks.append(_Block(self._file, True, memory, nbytes, self._end))
+            self._blocks.append(Block(self._file, True, memory, nbytes, self._end))
             self._end += nbytes
 
     def stop(self) -> None:
@@ -182,7 +183,7 @@ class WriteBehind:
     def __init__(self, file: File, depth: int = DEPTH) -> None:
         self._file = file
         self._depth = depth
-        self._blocks: deque[_Block] = deque()
+        self._blocks: deque[Block] = deque()
         self._memory: Any = None        # being filled, for `_begin`
         self._begin = self._filled = 0
         self._process = os.getpid()
@@ -227,7 +228,7 @@ class WriteBehind:
         memory, n, self._memory, self._filled = self._memory, self._filled, None, 0
         if n:
             self._begin += n
-            self._blocks.append(_Block(self._file, False, memory, n, self._begin - n))
+            self._blocks.append(Block(self._file, False, memory, n, self._begin - n))
 
     def _settle(self) -> None:
         """Wait for the oldest block; raise its error. If this is killed, the block is written again."""

@@ -88,6 +88,34 @@ def test_past_the_end_are_zeros(image, size):
             assert b''.join(buffers) == wanted
 
 
+def test_many_reads_of_one_greenlet(image):
+    data = pattern(MIB)
+    ranges = [(4096, i * 4096) for i in range(100)]
+    ranges += [(1, 7), (5000, 3), (0, 5), (8192, MIB - 100), (300_000, 0)]
+    with BlockDevice(image, create_size=MIB) as device:
+        device.pwrite(data, 0)
+        assert [bytes(one) for one in device.pread_each(ranges)] == [
+            data[offset:offset + n].ljust(n, b'\0') for n, offset in ranges]
+        for wrong in ((-1, 0), (4096, -1)):
+            with pytest.raises(OSError, match='Invalid'):
+                next(device.pread_each([(4096, 0), wrong]))
+        with pytest.raises(OSError, match='Invalid'):
+            device.preadv([bytearray(10)], -1)
+        assert list(device.pread_each([])) == []
+    with pytest.raises(ValueError, match='closed'):
+        next(device.pread_each([(1, 0)]))
+
+
+def test_many_reads_abandoned_keep_their_memory(held_disk):
+    with BlockDevice(held_disk.file) as device:
+        held_disk.hold()
+        reader = gevent.spawn(list, device.pread_each([(4096, i * 4096) for i in range(32)]))
+        gevent.sleep(0.05)
+        reader.kill()
+        held_disk.release()
+        assert device.pread(4096, 0) == pattern(4096)
+
+
 def test_write_past_the_end_writes_nothing(image):
     with BlockDevice(image, create_size=10_000) as device:
         for offset, n in ((10_000, 1), (9_999, 2), (0, 10_001), (1 << 40, 4096)):

@@ -4,6 +4,7 @@ A FUSE file system fails as it is told; a loop device on its file takes the erro
 to native AIO, as far as that has words for them. What ``os`` says on the same fd is the answer.
 """
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,7 @@ from conftest import missing, run, run_python
 
 import greenaio.os
 from greenaio import File, _hub, aligned_buffer
+from greenaio.block import BlockDevice
 
 ERRNOS = ['EACCES', 'EAGAIN', 'EBUSY', 'EDQUOT', 'EFBIG', 'EIO', 'ENODATA', 'ENOLINK', 'ENOMEM',
           'ENOSPC', 'EPERM', 'EROFS', 'ESTALE', 'ETIMEDOUT']
@@ -179,3 +181,15 @@ def test_one_that_fails_harms_no_other(faulty, folder):
             assert [read.value and read.value[0] for read in reads] == [OSError, None] * 20
         finally:
             faulty.work()
+
+
+def test_reads_of_one_greenlet_fail_each_for_itself(faulty, faulty_block_device):
+    with BlockDevice(faulty_block_device) as device:
+        faulty.fail('EIO')
+        try:
+            found = list(device.pread_each([(BLOCK, i * BLOCK) for i in range(8)]))
+            assert [(type(one), one.errno, one.filename) for one in found] == [
+                (OSError, errno.EIO, faulty_block_device)] * 8
+        finally:
+            faulty.work()
+        assert [bytes(one) for one in device.pread_each([(BLOCK, 0), (BLOCK, BLOCK)])] == [bytes(BLOCK)] * 2
