@@ -225,12 +225,12 @@ def test_read_only(image):
 
 # What breaks the protocol ------------------------------------------------------------------------
 
-def negotiated(server):
-    """A connection whose client has just sent NBD_OPT_EXPORT_NAME for the default export."""
+def negotiated(server, name=b''):
+    """A connection whose client has just sent NBD_OPT_EXPORT_NAME."""
     sock = server.connect()
     hello = receive(sock, 18)
     assert hello[:16] == b'NBDMAGICIHAVEOPT'
-    sock.sendall(struct.pack('>I', 3) + b'IHAVEOPT' + struct.pack('>II', 1, 0))
+    sock.sendall(struct.pack('>I', 3) + b'IHAVEOPT' + struct.pack('>II', 1, len(name)) + name)
     size, flags = struct.unpack('>QH', receive(sock, 10))
     assert size == SIZE
     assert flags & 1
@@ -328,6 +328,23 @@ def test_who_has_sent_all_still_gets_its_replies(server):
         sock.shutdown(socket.SHUT_WR)
         data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
     assert len(data) == 100 * (16 + 65536)
+
+
+def test_export_that_has_its_limit_holds_up_no_other(image, tmp_path):
+    with open(tmp_path / 'other', 'wb') as file:
+        file.truncate(SIZE)
+    server = Server('--iops', '20', image, f'other={tmp_path / "other"}')
+    try:
+        with negotiated(server) as busy, negotiated(server, b'other') as other:
+            busy.sendall(b''.join(request(0, i * 512, 512, cookie=i) for i in range(100)))
+            for i in range(5):
+                other.sendall(request(0, 0, 512, cookie=i))
+                assert reply(other) == (0, i)
+                receive(other, 512)
+            busy.setblocking(False)
+            assert len(busy.recv(1 << 20, socket.MSG_PEEK)) < 100 * 528     # it takes 5 s
+    finally:
+        server.stop()
 
 
 def test_flush_covers_the_writes_of_other_connections(server):
