@@ -100,6 +100,7 @@ class Input:
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock
+        self._is_tls = isinstance(sock, gevent.ssl.SSLSocket)
         self._memory = memoryview(bytearray(INPUT))
         self._begin = self._end = 0
 
@@ -121,6 +122,10 @@ class Input:
     def __len__(self) -> int:
         """Bytes received and not taken."""
         return self._end - self._begin
+
+    def has_more(self) -> bool:
+        """Whether there is something to take of which the loop knows nothing."""
+        return self._end > self._begin or self._is_tls and self.sock.pending() > 0
 
     def fill(self, target: memoryview) -> None:
         n = min(len(target), self._end - self._begin)
@@ -280,14 +285,15 @@ class Request(NamedTuple):
 
 
 class Transmission:
-    """Requests and replies: each greenlet receives one, lets another receive the next, and serves it."""
+    """Requests and replies: each greenlet receives one and serves it; the next is another's, once it comes."""
 
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
         self.size = device.size
         self.structured, self.has_context = negotiated.structured, negotiated.context is not None
         self._workers, self._idle = Group(), 0
-        self._turn = Semaphore()        # to receive
+        self._turn = Semaphore(0)       # to receive
+        self._readable = gevent.get_hub().loop.io(self.sock.fileno(), 1)
         self._end: Any = AsyncResult()
         self._in_flight = self._held = 0        # requests, and their bytes, until their replies have left
         self._room = Event()
@@ -299,17 +305,24 @@ class Transmission:
     def run(self) -> None:
         sender = gevent.spawn(self._send_what_is_ready)
         try:
-            self._workers.spawn(self._work)
+            self._let_receive()
             self._end.get()
             self._in_flight_is(0)       # what was asked for before a disconnect is answered
         finally:
+            self._readable.close()
             sender.kill()
             self._workers.kill()
+
+    def _let_receive(self) -> None:
+        self._readable.stop()
+        if not self._idle:
+            self._workers.spawn(self._work)
+        self._turn.release()
 
     def _work(self) -> None:
         while True:
             self._idle += 1
-            self._turn.acquire()        # and never released after the last request
+            self._turn.acquire()        # which nobody has again after the last request
             self._idle -= 1
             try:
                 request = self._receive()
@@ -319,10 +332,11 @@ class Transmission:
             if request is None:
                 self._end.set()
                 return
-            if not self._idle:
-                self._workers.spawn(self._work)
             reads = self._more_reads(request)
-            self._turn.release()
+            if self.input.has_more():
+                self._let_receive()
+            else:                       # so a client that asks for one thing at a time has one greenlet here
+                self._readable.start(self._let_receive)
             if reads:
                 self._serve_reads(reads)
             else:
