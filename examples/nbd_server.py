@@ -285,7 +285,7 @@ class Request(NamedTuple):
 
 
 class Transmission:
-    """Requests and replies: each greenlet receives one and serves it; the next is another's, once it comes."""
+    """Requests and replies: each greenlet receives one and serves it, then another the next."""
 
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
