@@ -16,8 +16,9 @@ from conftest import CONTROL, missing, pattern, run_python
 FROZEN = 1.0        # seconds
 
 FREEZE = '''
-import gevent, os, socket, subprocess, sys, time
+import gevent, os, socket, sys, time
 import greenaio, greenaio.os
+from gevent import subprocess           # what freezes the disk must not stop the hub itself
 from greenaio import File, _hub, aligned_buffer
 path, healthy, freeze, thaw, frozen = *sys.argv[1:5], float(sys.argv[5])
 MANY = 4 * 128                  # four times what a device's queue holds
