@@ -38,6 +38,7 @@ cdef class Context:
     cpdef int64_t result(self, int index) except? -4096
     cpdef int commit(self, int count) except -1
     cpdef int spin(self, uint64_t limit_ns) except -1
+    cpdef uint64_t now(self) except? 0
     cpdef int signal(self) except -1
     cpdef int clear(self) except -1
     cpdef after_fork_in_child(self)

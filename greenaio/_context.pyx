@@ -294,6 +294,10 @@ cdef class Context:
                 abi_relax()
         return found
 
+    cpdef uint64_t now(self) except? 0:
+        """Nanoseconds of CLOCK_MONOTONIC. Here, because who simulates the kernel simulates time as well."""
+        return monotonic_ns()
+
     cpdef int signal(self) except -1:
         """Make the eventfd readable."""
         cdef uint64_t one = 1

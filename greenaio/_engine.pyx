@@ -42,8 +42,7 @@ from libc.stdint cimport uintptr_t
 from posix.unistd cimport close
 
 from greenaio._context cimport (
-    BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns,
-    times_waited,
+    BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, times_waited,
 )
 
 cdef enum:
@@ -456,9 +455,9 @@ cdef class Engine:
                                address, length, request.offset, request.flags)
             at = request._next
             n += 1
-        took = monotonic_ns()
+        took = self.context.now()
         taken = self.context.submit()
-        took = monotonic_ns() - took
+        took = self.context.now() - took
         if took > STALL_NS:
             self._stalled(took, alone, alone and times_waited() > waited)
         return taken

@@ -24,7 +24,7 @@ from greenaio._ends import before_destroy
 
 from cpython.ref cimport PyObject
 
-from greenaio._context cimport Context, forked, monotonic_ns
+from greenaio._context cimport Context, forked
 from greenaio._engine cimport CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, new_request
 from greenaio._threads cimport Inbox, Pool, withdraw
 
@@ -255,7 +255,7 @@ cdef class Driver:
         cdef Request request
         if self._run == 0:
             self._end_turn_soon()
-            self._run_began = monotonic_ns()
+            self._run_began = self.engine.context.now()
         self._run += 1
         if self._run % HITS_UNTIMED == 0 and self._run_is_over(HITS_MAX):
             request = new_request(CALL, -1, 0, 0, 1)
@@ -364,7 +364,7 @@ cdef class Driver:
     cdef bint _run_is_over(self, int limit=RUN_MAX) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
         # greenlet parks on a request that is done, and a later drain pass resumes it.
-        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t now = self.engine.context.now()
         if self._run == 0:
             self._run_began = now
         self._run += 1
@@ -445,7 +445,7 @@ cdef class Driver:
         if self.closed:
             return
         if self._unpolled_since:
-            self._adapt_poll(monotonic_ns() - self._unpolled_since)
+            self._adapt_poll(self.engine.context.now() - self._unpolled_since)
         self._asked_for_pass = False
         self.engine.context.clear()     # first: what is signalled later is reaped later
         self._reap()
@@ -523,7 +523,7 @@ cdef class Driver:
             self._unpolled_since = 0
             engine.reap()
             return True
-        self._unpolled_since = monotonic_ns()
+        self._unpolled_since = self.engine.context.now()
         return False
 
     def _adapt_poll(self, uint64_t waited):
