@@ -316,7 +316,8 @@ cdef class Driver:
                 to = self._next()       # first: our own request may be the next
                 request.waiter = current
                 greenlet_switch(to)
-                if request.waiter is not None:
+                # `close` takes the waiter away from what is in flight: that alone tells nothing.
+                if request.waiter is not None or request.state != DONE:
                     raise InvalidSwitchError(f'{current!r} was switched into, but waits for {request!r}')
         except BaseException:           # killed, timed out, thrown into
             request.waiter = None

@@ -105,7 +105,8 @@ def test_new_hub_of_the_thread_gets_a_new_driver():
     ''')
 
 
-def test_destroyed_with_requests_in_flight_keeps_their_memory_until_the_kernel_is_done():
+@pytest.mark.parametrize('end', ['kill', 'switch'])
+def test_destroyed_with_requests_in_flight_keeps_their_memory_until_the_kernel_is_done(end):
     """
         hub                             native thread
         close: greenlets forgotten
@@ -124,7 +125,12 @@ def test_destroyed_with_requests_in_flight_keeps_their_memory_until_the_kernel_i
     greenlet = gevent.spawn(perform, driver, read(memory=memory))
     turn()
     driver.close()
-    greenlet.kill()
+    if end == 'kill':
+        greenlet.kill()
+    else:                               # a stranger's, who finds nobody's token there any more
+        gevent.get_hub().loop.run_callback(greenlet.switch)
+        with pytest.raises(gevent.exceptions.InvalidSwitchError):
+            greenlet.get(timeout=5)
     for _ in range(5):
         turn()
         with pytest.raises(BufferError):

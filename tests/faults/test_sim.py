@@ -1,0 +1,18 @@
+"""Some thousand histories of the driver over a simulated kernel; a million are `python -m tests.sim`."""
+
+import pytest
+import sim
+
+
+@pytest.mark.parametrize('first', range(0, 4000, 1000))
+def test_every_history_ends_well(first):
+    failed = sim.run_many(first, 1000)
+    assert not failed, f'{len(failed)} failed; python -m tests.sim --trace --first {failed[0][0]}\n{failed[0][1]}'
+
+
+def test_same_seed_is_the_same_history():
+    assert [sim.run(seed) for seed in range(100)] == [sim.run(seed) for seed in range(100)]
+
+
+def test_different_seeds_are_different_histories():
+    assert len({repr(sim.run(seed)) for seed in range(100)}) == 100
