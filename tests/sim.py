@@ -395,6 +395,7 @@ class History:
         starter = _hub._start_new_thread
         _hub._start_new_thread = lambda *what: self.native_threads.append(what)
         try:
+            self.start_some()
             for _ in range(self.rng.choice([3, 10, 40])):
                 self.do_anything()
                 self.turn()
