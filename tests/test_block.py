@@ -766,6 +766,9 @@ def cut_power(mount, generator, fua, started, durable):
 
     writers = [gevent.spawn(write, who) for who in range(WRITERS)]
     gevent.sleep(generator.uniform(0.1, 0.4))
+    with gevent.Timeout(30):            # not by time alone: a busy machine has written little by then
+        while sum(map(bool, durable)) < 60:
+            gevent.sleep(0.01)
     folder = os.open(mount, os.O_RDONLY)
     is_off = True
     fcntl.ioctl(folder, SHUTDOWN, struct.pack('I', 2))
