@@ -11,17 +11,18 @@ import sys
 
 from libc.errno cimport EAGAIN, EBADF
 from libc.stdint cimport int64_t, uint64_t
+from posix.unistd cimport close as close_fd
 
 from greenaio import _fallback
 from greenaio._hub import all_drivers, driver_if_exists
 
-from greenaio._engine cimport Request
+from greenaio._engine cimport NEW, Request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
     STORED, WRITABLE, Device, Known, device_of_path, failed, file_size, in_line, know, open_at_hand, path_at_hand,
 )
-from greenaio._threads cimport POSIX_FALLOCATE, new_call
+from greenaio._threads cimport POSIX_FALLOCATE, Pool, new_call
 
 cdef extern from *:
     """
@@ -99,7 +100,7 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
         try:
             driver.end_in_line()
         except BaseException:           # killed there
-            posix.close(fd)
+            close_fd(fd)
             raise
         return fd
     request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
@@ -129,8 +130,10 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     current_driver().check_caller()
     cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
     if fd >= 0:
-        found = posix.fstat(fd)
-        posix.close(fd)
+        try:
+            found = posix.fstat(fd)
+        finally:
+            close_fd(fd)
         current_driver().end_in_line()
         return found
     cdef Device device = device_of_path(encoded, where)
@@ -270,33 +273,64 @@ def close(int fd, *, bint may_wait=True):
     close_file(fd, may_wait)
 
 
+cdef enum:
+    LEFT_MAX = 64
+
+cdef int _left[LEFT_MAX]                # fds that there was no memory to close with ...
+cdef int _left_count = 0                # ... which the next close does
+
+
 cdef int close_file(int fd, bint may_wait) except -1:
     """Close *fd*. What is queued on it is submitted first. What may have something to write or somebody to
     tell is closed by a thread, for which this greenlet waits if it can and *may_wait*: in the hub and in
     finalizers it does not."""
+    global _left_count
+    cdef Request request = None
+    cdef Pool pool = None
     cdef Known known
-    cdef Request request
+    cdef bint left = False
     cdef int64_t result
-    driver = driver_if_exists()
-    if driver is not None:
-        driver.submit_now()
-    queued = [request for driver in all_drivers() for request in driver.engine.queued(fd)]
-    if queued or _fallback.in_use(fd) or not may_wait or driver is None or (<Driver>driver).in_hub():
+    try:
+        driver = driver_if_exists()
+        if driver is not None:
+            driver.submit_now()
+        queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
+        if not (queued or _fallback.in_use(fd) or not may_wait or driver is None or (<Driver>driver).in_hub()):
+            try:
+                known = _open_file(fd)
+            except OSError as error:
+                if error.errno == EBADF:
+                    raise
+                known = None            # xfs that is shut down tells nothing, and has nothing to wait for
+            if known is not None and not in_line(known, 0) and (
+                    known.kind & WRITABLE or not known.device.is_local):
+                pool = known.device.pool()
+                request = new_call(-1, None, SYS_close, fd)     # on no fd: its own number is not to stay taken
+                request.must_run = True
+    except MemoryError:                 # what is queued on it can't be asked for: the number stays taken
+        if _left_count == LEFT_MAX:
+            raise
+        _left[_left_count] = fd
+        _left_count += 1
+        left = True                     # no return from here: Cython trusts in a traceback, which needs memory
+    if left:
+        return 0
+    if _left_count:
+        _left_count -= 1
+        try:
+            close_file(_left[_left_count], False)
+        except OSError:
+            pass
+    if request is None:
         _fallback.close(fd, queued)
         return 0
     try:
-        known = _open_file(fd)
-    except OSError as error:
-        if error.errno == EBADF:
+        result = (<Driver>driver).perform_by_thread(request, pool)
+    except RuntimeError:
+        if request.state != NEW:
             raise
-        _fallback.close(fd)             # xfs that is shut down tells nothing, and has nothing to wait for
-        return 0
-    if in_line(known, 0) or not known.kind & WRITABLE and known.device.is_local:
-        _fallback.close(fd)
-        return 0
-    request = new_call(-1, None, SYS_close, fd)     # on no fd: it is not to keep its own number taken
-    request.must_run = True
-    result = (<Driver>driver).perform_by_thread(request, known.device.pool())
+        _fallback.close(fd)             # no thread to be had
+        result = 0
     if result < 0:
         raise failed(result, None)
     return 0

@@ -79,8 +79,8 @@ cdef bint forked() noexcept nogil:
     return _parent_word != NULL and _parent_word[0] == 0
 
 
-def acknowledge_fork():
-    """Make `forked` say no again: what was inherited has been put right."""
+def acknowledge_fork(bint done=True):
+    """Make `forked` say no again: what was inherited has been put right. Or yes, if it has not."""
     global _parent_word
     cdef void *page
     if _parent_word == NULL:
@@ -90,7 +90,7 @@ def acknowledge_fork():
         if madvise(page, PAGE, MADV_WIPEONFORK) < 0:
             return              # before Linux 4.14: Python's hooks must do
         _parent_word = <unsigned int *>page
-    _parent_word[0] = 1
+    _parent_word[0] = done
 
 
 acknowledge_fork()

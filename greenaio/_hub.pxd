@@ -1,7 +1,7 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._engine cimport Engine, Request
+from greenaio._engine cimport Engine, Request, RequestList
 from greenaio._threads cimport Inbox, Pool
 
 cdef class Driver:
@@ -51,5 +51,6 @@ cdef class Driver:
     cdef int _hold_loop(self) except -1
     cdef int _let_go_of_loop(self) except -1
     cdef int _attach(self) except -1
+    cdef int _abandon_all(self, RequestList requests) except -1
 
 cdef Driver current_driver()

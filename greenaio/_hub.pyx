@@ -10,7 +10,6 @@ parks during the pass goes straight to the next in that queue, where the hub, wh
 meanwhile, would go next anyway: one switch for a request instead of two.
 """
 
-import errno
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from greenaio._config import config
 from greenaio._ends import before_destroy
 
 from cpython.ref cimport PyObject
+from libc.errno cimport EAGAIN
 
 from greenaio._context cimport Context, forked
 from greenaio._engine cimport CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, new_request
@@ -51,6 +51,9 @@ cdef extern from *:
 
 greenlet_import()
 
+cdef extern from "<errno.h>":
+    const int ECANCELED
+
 cdef enum:
     RUN_MAX = 64                # greenlets woken before the loop has its turn again ...
     HITS_UNTIMED = 8            # for the clock is a tenth of what a hit costs
@@ -69,7 +72,7 @@ log = logging.getLogger('greenaio')
 _start_new_thread = get_original('_thread', 'start_new_thread')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
-_drivers = set()                        # of all threads; close() takes one out
+cdef set _drivers = set()               # of all threads; close() takes one out
 _warned = False
 _pid = os.getpid()
 
@@ -107,9 +110,14 @@ cdef Driver _make_driver():
     if thread_driver != NULL and not (<Driver>thread_driver).closed:
         driver.close()                  # another greenlet was here while a handler logged our warning
         return <Driver>thread_driver
-    cdef _Sentinel sentinel = _Sentinel()
-    sentinel.driver = driver
-    _local.sentinel = sentinel
+    cdef _Sentinel sentinel
+    try:
+        sentinel = _Sentinel()
+        sentinel.driver = driver
+        _local.sentinel = sentinel
+    except BaseException:
+        driver.close()
+        raise
     thread_driver = <PyObject *>driver
     return driver
 
@@ -152,9 +160,13 @@ cdef class Driver:
         # ours alone here, for nobody else watches our eventfd.
         io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
         self._watcher = io(loop, self.engine.context.eventfd, READ, ref=False)
-        self._watcher.start(self._on_eventfd)
-        before_destroy(hub, self.close)     # first: it watches through the loop
-        _drivers.add(self)
+        try:
+            self._watcher.start(self._on_eventfd)
+            before_destroy(hub, self.close)     # first: it watches through the loop
+            _drivers.add(self)
+        except BaseException:           # or the loop would keep it
+            self.close()
+            raise
 
     cdef int _attach(self) except -1:
         """Get a context of the kernel, with fewer requests if it must be; `native` says whether."""
@@ -168,7 +180,7 @@ cdef class Driver:
             try:
                 context.open(depth)
             except OSError as error:
-                if error.errno == errno.EAGAIN and depth // 2 >= DEPTH_MIN:
+                if error.errno == EAGAIN and depth // 2 >= DEPTH_MIN:
                     depth //= 2
                     continue
                 self.native = False
@@ -290,8 +302,8 @@ cdef class Driver:
     cdef int _end_turn_soon(self) except -1:
         """A section of the hub's turn begins, if this is none already; a pass has an end of its own."""
         if self._sections == 0 and not self._turn_ends_soon:
-            self._turn_ends_soon = True
             self.hub.loop.run_callback(self._on_turn_end)
+            self._turn_ends_soon = True
         return 0
 
     def perform_request(self, Request request not None):
@@ -411,8 +423,8 @@ cdef class Driver:
     cdef int _ask_for_pass(self) except -1:
         """What is ready needs a drain pass: the next turn of the loop has one."""
         if self.engine.ready.count and not self._asked_for_pass:
-            self._asked_for_pass = True
             self.engine.context.signal()
+            self._asked_for_pass = True
         return 0
 
     def _retry_soon(self):
@@ -420,7 +432,7 @@ cdef class Driver:
             return
         if self._retry_after > RETRY_MAX:
             self._retry_after = RETRY_MIN
-            self.engine.refuse(errno.EAGAIN)
+            self.engine.refuse(EAGAIN)
             self._ask_for_pass()
         else:
             self._retry = self.hub.loop.timer(self._retry_after)
@@ -560,10 +572,11 @@ cdef class Driver:
         The watcher stays as it is, over a fresh eventfd: closing or stopping it here would abort the loop
         or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
         """
+        inbox = Inbox(self.engine.context.eventfd)
         self.engine.context.after_fork_in_child()
         self.inbox.forget()             # what a worker of the parent does goes to the parent
-        self.inbox = Inbox(self.engine.context.eventfd)
-        self.engine.cancel(errno.ECANCELED)
+        self.inbox = inbox
+        self.engine.cancel(ECANCELED)
         if self.hub.thread_ident != _get_ident():
             self.closed = True          # its thread stayed with the parent: nobody is left to wait
             _drivers.discard(self)
@@ -584,27 +597,48 @@ cdef class Driver:
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
         _drivers.discard(self)
-        for watcher in (self._watcher, self._retry):
+        try:                            # each step, whatever becomes of the one before it
+            self._stop(self._watcher)
+            self._stop(self._retry)
+        finally:
             try:
-                if watcher is not None:
-                    watcher.stop()
-                    watcher.close()
-            except ValueError:
-                pass                    # the loop is gone, and its watchers with it
-        self.engine.refuse(errno.ECANCELED)
-        for request in [*self.engine.in_flight, *self.engine.lent]:
-            (<Request>request).waiter = None
-            (<Request>request).abandoned = True
-            if not (<Request>request).must_run and withdraw(<Request>request):
-                self.engine._finish(<Request>request, -<int64_t>errno.ECANCELED)
+                self._give_up()
+            finally:
+                self._end()
+
+    def _stop(self, watcher):
+        try:
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        except ValueError:
+            pass                        # the loop is gone, and its watchers with it
+
+    def _give_up(self):
+        self.engine.refuse(ECANCELED)
+        self._abandon_all(self.engine.in_flight)
+        self._abandon_all(self.engine.lent)
         _let_go(self.engine.ready)
+
+    cdef int _abandon_all(self, RequestList requests) except -1:
+        cdef Request request, following = requests.first()
+        while following is not None:    # no list of them: there may be no memory for it
+            request = following
+            following = <Request>request._next if request._next != NULL else None
+            request.waiter = None       # a greenlet that is parked has itself on its stack: none ends here
+            request.abandoned = True
+            if not request.must_run and withdraw(request):
+                self.engine._finish(request, -<int64_t>ECANCELED)
+        return 0
+
+    def _end(self):
         self.inbox.stop_signalling()
         self.engine.context.close_eventfd()
         if not self.engine.context.is_open and self.engine.lent.count == 0:
             return
         try:
             _start_new_thread(_end_context, (self.engine, self.inbox))
-        except RuntimeError:            # no thread, or the interpreter ends: the process's end does it
+        except (RuntimeError, MemoryError):     # no thread, or the interpreter ends: the process's end does it
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
 
@@ -635,16 +669,22 @@ cdef inline _notice_fork():
 
 
 def _after_fork_in_child():
-    """Once per child, whoever comes first: Python's hook, or the next use after a fork in C."""
+    """Once per child, whoever comes first: Python's hook, or the next use after a fork in C. Without the memory
+    for it, the next use again."""
     global _pid
     pid = os.getpid()
     if pid == _pid and not forked():
         return
     _pid = pid
     acknowledge_fork()
-    _threads.after_fork_in_child()
-    for driver in list(_drivers):
-        driver.after_fork_in_child()
+    try:
+        _threads.after_fork_in_child()
+        for driver in list(_drivers):
+            driver.after_fork_in_child()
+    except MemoryError:
+        _pid = 0
+        acknowledge_fork(False)
+        raise
 
 
 def _proc(name):

@@ -19,6 +19,7 @@ import struct
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISREG
+from posix.unistd cimport close as close_fd
 
 from greenaio._context cimport monotonic_ns
 from greenaio._threads cimport Pool, pool_of
@@ -229,7 +230,7 @@ def _watch_mounts():
     """At import, and in each forked child: who shares an open file shares what it was told of."""
     global _mounts
     if _mounts >= 0:
-        posix.close(_mounts)
+        close_fd(_mounts)
     try:
         _mounts = posix.open('/proc/self/mountinfo', os.O_RDONLY)
     except OSError:
@@ -396,12 +397,15 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
         if fd in (-errno.ENOENT, -errno.ENOTDIR, -errno.EACCES, -errno.ELOOP, -errno.ENAMETOOLONG):
             raise failed(fd, name)
         return -1
-    if facts_of(fd, b'', &found) == 0:
-        device = device_of(found.device)
-        if device.is_local and device.file_system != 'overlay':     # that has two below it
-            return fd
-    posix.close(fd)
-    return -1
+    cdef bint is_good = False
+    try:
+        if facts_of(fd, b'', &found) == 0:
+            device = device_of(found.device)
+            is_good = device.is_local and device.file_system != 'overlay'       # that has two below it
+    finally:
+        if not is_good:
+            close_fd(fd)
+    return fd if is_good else -1
 
 
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
@@ -416,7 +420,7 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
         return -1
     if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode):
         opened = max(-1, reopen(fd, flags & ~O_NOFOLLOW))
-    posix.close(fd)
+    close_fd(fd)
     return opened
 
 
