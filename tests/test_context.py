@@ -108,6 +108,22 @@ def test_ring_wraps_around(data_file, reads_ring):
         engine.context.close()
 
 
+def test_what_was_peeked_is_not_given_back_before_it_is_committed(data_file, context):
+    engine = Engine(context, depth=16)
+    fd = os.open(data_file, os.O_RDONLY | os.O_DIRECT)
+    for i in range(4):
+        engine.enqueue(Request(Opcode.PREAD, fd, aligned_buffer(4096), i * 4096))
+    engine.flush()
+    while context.peek() < 4:
+        time.sleep(0.001)
+    assert context.peek() == 4
+    context.commit(1)               # the slots of three are ours still
+    assert context.peek() == 3
+    context.commit(3)
+    assert context.peek() == 0
+    os.close(fd)
+
+
 def test_completion_signals_the_eventfd(context, data_file):
     engine = Engine(context, depth=16)
     fd = os.open(data_file, os.O_RDONLY | os.O_DIRECT)
