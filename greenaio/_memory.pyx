@@ -33,7 +33,7 @@ cdef int _kept_count[CLASSES]
 cdef int _class_of(size_t capacity) noexcept:
     cdef int i = 0
     cdef size_t size = PAGE
-    while size < capacity:
+    while size < capacity and i < CLASSES:     # size would end at 0
         size <<= 1
         i += 1
     return i

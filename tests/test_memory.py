@@ -45,7 +45,8 @@ def test_empty_buffer():
 
 @pytest.mark.parametrize('args, error', [
     ((-1,), ValueError), ((10, 0), ValueError), ((10, 3), ValueError), ((10, -4096), ValueError),
-    (('x',), TypeError), ((1 << 62,), MemoryError), ((1.5,), TypeError)])
+    (('x',), TypeError), ((1 << 62,), MemoryError), (((1 << 63) - 1, 8192), MemoryError),
+    ((1.5,), TypeError)])
 def test_bad_sizes_are_refused(args, error):
     with pytest.raises(error):
         aligned_buffer(*args)
