@@ -268,7 +268,8 @@ cdef class File:
         current_driver().check_caller()
 
         def work():
-            with alignment.holding((self._known.device.number, self._known.inode), offset, offset + length):
+            with alignment.holding((self._known.device.number, self._known.inode), offset,
+                                   <uint64_t>offset + <uint64_t>length):
                 return fallocate_file(fd, self._known.device, mode, offset, length)
 
         try:
@@ -429,7 +430,7 @@ cdef bint _extends(Request request, Known known) except -1:
     """Whether a write makes the file longer: the kernel would do that inside io_submit, and wait."""
     if known.kind & APPEND or request.flags & RWF_APPEND:
         return True
-    return known.kind & REGULAR and request.offset + <int64_t>request.nbytes > file_size(request.fd)
+    return known.kind & REGULAR and <uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)
 
 
 cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
@@ -447,7 +448,7 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
         known = know(fd, name)
     before = _misfit(known, offset)
     if before or _misfit(known, n):
-        memory = scratch(_span(known, before + n))
+        memory = scratch(_span(known, <uint64_t>before + n))
     else:
         memory = scratch(n)     # ours: nobody sees an abandoned read land
     request = new_request(PREAD, fd, offset - before, 0, max_batch)
@@ -551,9 +552,10 @@ cdef int64_t _misfit(Known known, int64_t n) noexcept:
     return 0 if known.device.in_memory else n & (known.align - 1)
 
 
-cdef int64_t _span(Known known, int64_t nbytes) noexcept:
+cdef int64_t _span(Known known, uint64_t nbytes) noexcept:
     """*nbytes* in whole sectors."""
-    return (nbytes + known.align - 1) & ~<int64_t>(known.align - 1)
+    cdef uint64_t more = known.align - 1
+    return (nbytes + more) & ~more
 
 
 cdef bint _is_misaligned(Known known, Request request) noexcept:
@@ -593,8 +595,8 @@ def _write_misaligned(Known known, Request asked, buffers):
     data = b''.join([memoryview(buffer).cast('B') for buffer in buffers])
     cdef int fd = asked.fd
     cdef int flags = asked.flags
-    cdef int64_t offset = asked.offset, end = offset + len(data)
-    cdef int64_t start = offset - _misfit(known, offset)
+    cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
+    cdef uint64_t start = offset - _misfit(known, offset)
     span = aligned_buffer(_span(known, end - start))
     inode = (known.device.number, known.inode)
 
@@ -607,7 +609,7 @@ def _write_misaligned(Known known, Request asked, buffers):
         return result
 
     def work():
-        grows = known.kind & REGULAR and start + len(span) > file_size(fd)
+        grows = known.kind & REGULAR and start + len(span) > <uint64_t>file_size(fd)
         with alignment.holding(inode, start, alignment.EVERYTHING if grows else start + len(span)) as first:
             if first:
                 alignment.wait_for_all([request for driver in all_drivers()
