@@ -16,6 +16,13 @@ def before_destroy(hub: Any, function: Callable[[], object]) -> None:
     functions.append(function)
 
 
+def forget(hub: Any, function: Callable[[], object]) -> None:
+    """Don't call *function* after all."""
+    functions = hub.__dict__.get('_greenaio_before_destroy', ())
+    if function in functions:
+        functions.remove(function)
+
+
 class _Destroy:
     """Stands before ``Hub.destroy`` on one hub, and does not keep that hub alive."""
 

@@ -17,7 +17,7 @@ cdef class Driver:
     cdef bint _reattach             # forked: the context is to be made anew
     cdef int _sections              # drain passes under way
     cdef bint _asked_for_pass       # the eventfd is signalled, and its watcher was not called since
-    cdef bint _turn_ends_soon       # a callback that ends the section of this hub turn is queued
+    cdef object _turn_end           # the queued callback that ends the section of this hub turn, or None
     cdef object _retry
     cdef double _retry_after        # seconds
     cdef int _run                   # wakes and in-line completions since the loop had its turn

@@ -19,7 +19,7 @@ from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.monkey import get_original
 
 from greenaio._config import config
-from greenaio._ends import before_destroy
+from greenaio._ends import before_destroy, forget
 
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN
@@ -301,9 +301,8 @@ cdef class Driver:
 
     cdef int _end_turn_soon(self) except -1:
         """A section of the hub's turn begins, if this is none already; a pass has an end of its own."""
-        if self._sections == 0 and not self._turn_ends_soon:
-            self.hub.loop.run_callback(self._on_turn_end)
-            self._turn_ends_soon = True
+        if self._sections == 0 and self._turn_end is None:
+            self._turn_end = self.hub.loop.run_callback(self._on_turn_end)
         return 0
 
     def perform_request(self, Request request not None):
@@ -406,7 +405,7 @@ cdef class Driver:
     def _on_turn_end(self):
         """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
         _notice_fork()
-        self._turn_ends_soon = False
+        self._turn_end = None
         self._run = 0
         if not self.closed:
             self._flush()
@@ -598,6 +597,8 @@ cdef class Driver:
             thread_driver = NULL
         _drivers.discard(self)
         try:                            # each step, whatever becomes of the one before it
+            forget(self.hub, self.close)    # gevent keeps the hub of a thread that just ended for ever
+            self._stop(self._turn_end)
             self._stop(self._watcher)
             self._stop(self._retry)
         finally:
