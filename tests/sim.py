@@ -14,6 +14,7 @@ import errno
 import faulthandler
 import os
 import random
+import signal
 import sys
 import traceback
 import weakref
@@ -467,13 +468,14 @@ def run(seed):
 def run_many(first, count):
     """The seeds that failed, each with its traceback."""
     failed = []
+    faulthandler.register(signal.SIGVTALRM, chain=True)     # a seed that hangs is busy: nothing here waits
     for seed in range(first, first + count):
-        faulthandler.dump_traceback_later(60, exit=True)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 60)
         try:
             run(seed)
         except Exception:
             failed.append((seed, traceback.format_exc()))
-    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     return failed
 
 

@@ -1,13 +1,14 @@
 """Every core scenario is repeated until nothing of it is left: LEAK of the matrix.
 
-One fresh process for each place and loop goes through the table. After a warm-up it measures what an attempt of
-some rounds has left: one attempt of the first few must leave nothing. Caches fill up and threads start once;
-a leak of 16 bytes a round, or of one object, fd, thread or page in 8, is there in every attempt.
+One fresh process for each place and loop goes through the table. After a warm-up it measures what an attempt
+of some rounds has left: one attempt of the first few must leave nothing. Caches fill up and threads start
+once; a leak of 16 bytes a round, or of one object, fd, thread or page in 8, is there in every attempt.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import gc
 import json
@@ -19,7 +20,7 @@ import time
 
 import gevent
 import pytest
-from conftest import MIB, path_of_tests, pattern, real_disk, run_python
+from conftest import MIB, path_of_tests, pattern, run_python
 from greenlet import greenlet
 
 import greenaio.os
@@ -29,12 +30,12 @@ from greenaio.block import BlockDevice
 ATTEMPTS = 12
 COUNTED = ('objects', 'greenlets', 'fds', 'threads', 'aio-nr', 'blocks of Python', 'bytes of C', 'pages')
 
-SCENARIOS = {}                  # function: rounds of an attempt, what to compare it with, objects allowed
+SCENARIOS = {}                  # function: rounds of an attempt, what to compare it with, objects kept
 
 
 def scenario(rounds, beside=None, kept=0):
-    """*beside* is the same without greenaio: what gevent itself leaves does not count, nor *kept* objects that
-    hang on it."""
+    """*beside* is the same without greenaio: what gevent itself leaves does not count, nor *kept* objects
+    that hang on it."""
     def add(function):
         SCENARIOS[function] = rounds, beside, kept
         return function
@@ -238,10 +239,8 @@ def in_thread(work):
 def destroy_hub():
     hub = gevent.get_hub()
     hub.destroy(destroy_loop=True)
-    try:
+    with contextlib.suppress(gevent.exceptions.LoopExit):
         hub.throw(gevent.GreenletExit)  # what is suspended when its thread ends, greenlet keeps for ever
-    except gevent.exceptions.LoopExit:
-        pass
 
 
 def wait_in_hub():
@@ -357,8 +356,9 @@ def patch_and_unpatch(place):
 # The meter ---------------------------------------------------------------------------------------
 
 class Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd',
+        'usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost')]
 
 
 libc = ctypes.CDLL(None)
@@ -416,8 +416,8 @@ def left_by(work, place, rounds, beside, kept):
     left = {}
     for number in range(ATTEMPTS + 1):
         attempt()
-        left = {name: c - b - max(0, b - a)
-                for name, a, b, c, most in zip(COUNTED, start, before, after, allowed) if c - b - max(0, b - a) > most}
+        more = [c - b - max(0, b - a) for a, b, c in zip(start, before, after)]
+        left = {name: n for name, n, most in zip(COUNTED, more, allowed) if n > most}
         if number and not left:         # the first warms up
             break
     return left
