@@ -222,7 +222,7 @@ def run(source: Path, mode: str, arguments: list[str]) -> tuple[int, str]:
     """Run pytest; return its status, and what was reported."""
     reports = Path(tempfile.mkdtemp(dir=source.parent, prefix='reports-'))
     done = subprocess.run([*command(mode, reports), '-m', 'pytest', '-q', '-p', 'no:faulthandler',
-                           '-p', 'no:cacheprovider', *arguments],
+                           '-p', 'no:cacheprovider', '--capture=sys', *arguments],
                           cwd=source, env=settings(source, mode, reports), stderr=subprocess.PIPE, text=True,
                           errors='replace')
     found = ''.join(path.read_text(errors='replace') for path in sorted(reports.iterdir()))
