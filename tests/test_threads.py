@@ -44,7 +44,7 @@ class Plug:
     """Keeps threads of one device busy: each opens a FIFO that nobody writes."""
 
     def __init__(self, folder, count):
-        self.path = os.path.join(folder, 'plug')
+        self.path = os.path.join(folder, f'greenaio-plug-{os.getpid()}')
         os.mkfifo(self.path)
         self.greenlets = [gevent.spawn(greenaio.os.open, self.path, os.O_RDONLY) for _ in range(count)]
         gevent.sleep(0.05)
