@@ -222,11 +222,11 @@ def run(source: Path, mode: str, arguments: list[str]) -> tuple[int, str]:
     """Run pytest; return its status, and what was reported."""
     reports = Path(tempfile.mkdtemp(dir=source.parent, prefix='reports-'))
     done = subprocess.run([*command(mode, reports), '-m', 'pytest', '-q', '-p', 'no:faulthandler',
-                           '-p', 'no:cacheprovider', '--capture=sys', *arguments],
+                           '-p', 'no:cacheprovider', *arguments],
                           cwd=source, env=settings(source, mode, reports), stderr=subprocess.PIPE, text=True,
                           errors='replace')
     found = ''.join(path.read_text(errors='replace') for path in sorted(reports.iterdir()))
-    if 'Sanitizer' in done.stderr:      # an abort is reported there, whatever log_path says
+    if 'Sanitizer' in done.stderr:      # an abort is reported there, if pytest does not capture it
         found += done.stderr
     return done.returncode, found
 
@@ -240,7 +240,7 @@ def prove(source: Path, mode: str) -> int:
         kept = (source / name).read_text()
         replace(source, name, old, new)
         build(source, mode)
-        status, found = run(source, mode, arguments)
+        status, found = run(source, mode, ['--capture=sys', *arguments])
         seen = bool(status) and word in found
         print(f'{what}: {"found" if seen else "MISSED"} (status {status}, {found[:300]!r})', flush=True)
         if not seen:
