@@ -34,6 +34,54 @@ def missing(reason):
     pytest.skip(reason)
 
 
+# Nothing inside a process ends a system call that a frozen disk holds. So another process looks on: it is told
+# of each test that begins and each disk that is made, and where none has begun for long enough, thaws the disks
+# and has the tests print where they are and die.
+WATCHDOG = '''
+import contextlib, os, select, signal, sys, time
+pid, patience = int(sys.argv[1]), float(sys.argv[2])
+test, disks = '', []
+while select.select([0], [], [], patience)[0]:
+    told = os.read(0, 65536).decode()
+    if not told:
+        sys.exit()
+    for line in told.splitlines():
+        what, value = line.split(None, 1)
+        if what == 'disk':
+            disks.append(int(value))
+        else:
+            test, disks = value, []
+print('hangs:', test, file=sys.stderr)
+for number in (signal.SIGABRT, signal.SIGKILL):
+    for process in (*disks, pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number if process == pid else signal.SIGCONT)
+    time.sleep(5)
+'''
+PATIENCE = 600                  # seconds
+_watchdog = None
+
+
+def tell_watchdog(*words):
+    if _watchdog is not None:
+        print(*words, file=_watchdog.stdin, flush=True)
+
+
+def pytest_sessionstart():
+    global _watchdog
+    _watchdog = subprocess.Popen([sys.executable, '-c', WATCHDOG, str(os.getpid()), str(PATIENCE)],
+                                 stdin=subprocess.PIPE, text=True, bufsize=1)
+
+
+def pytest_runtest_logstart(nodeid):
+    tell_watchdog('test', nodeid)
+
+
+def pytest_sessionfinish():
+    _watchdog.stdin.close()
+    _watchdog.wait()
+
+
 def file_system(path):
     return subprocess.run(['stat', '-f', '-c', '%T', str(path)], capture_output=True, text=True,
                           check=True).stdout.strip()
@@ -320,6 +368,7 @@ class FreezableDisk:
         self._wait(lambda: os.path.exists(pidfile) and os.path.getsize(pidfile))
         with open(pidfile) as file:
             self.pid = int(file.read())
+        tell_watchdog('disk', self.pid)
         self._undo.append(lambda: os.kill(self.pid, signal.SIGTERM))
         disk = os.path.join(mount, 'disk')
         fuse = subprocess.Popen(['nbdfuse', '-C', '4', disk, f'nbd+unix:///?socket={socket}'])

@@ -402,7 +402,8 @@ def left_by(work, place, rounds, beside, kept):
     """What the best attempt left: an empty dict for nothing."""
     start, before, after = (array.array('q', [0] * len(COUNTED)) for _ in range(3))
     kept *= rounds
-    allowed = [kept, 0, 0, 0, 0, rounds // 8 + 3 * kept, 16 * rounds + 256 * kept, rounds // 8 + kept // 16]
+    few = max(2, rounds // 8)
+    allowed = [kept, 0, 0, 0, 0, few + 3 * kept, 16 * rounds + 256 * kept, few + kept // 16]
 
     def attempt():
         measure(start)
