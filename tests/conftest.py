@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -34,9 +35,9 @@ def missing(reason):
     pytest.skip(reason)
 
 
-# Nothing inside a process ends a system call that a frozen disk holds. So another process looks on: it is told
-# of each test that begins and each disk that is made, and where none has begun for long enough, thaws the disks
-# and has the tests print where they are and die.
+# Nothing inside a process ends a system call that a frozen disk holds. So another process looks on: it is
+# told of each test that begins and each disk that is made, and where none has begun for long enough, thaws
+# the disks and has the tests print where they are and die.
 WATCHDOG = '''
 import contextlib, os, select, signal, sys, time
 pid, patience = int(sys.argv[1]), float(sys.argv[2])
@@ -348,6 +349,11 @@ def run(*command):
     return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
 
 
+def is_mounted(folder):
+    with open('/proc/self/mounts') as mounts:
+        return any(line.split()[1] == folder for line in mounts)
+
+
 class FreezableDisk:
     """A disk that stands still on demand: nbdkit serves it, nbdfuse makes it a file, and on that file there
     may be a loop device with a file system. ``path`` is a folder on it, or the file itself; whoever sends
@@ -369,10 +375,10 @@ class FreezableDisk:
         with open(pidfile) as file:
             self.pid = int(file.read())
         tell_watchdog('disk', self.pid)
-        self._undo.append(lambda: os.kill(self.pid, signal.SIGTERM))
+        self._undo.append(lambda: self._signal(signal.SIGTERM))
         disk = os.path.join(mount, 'disk')
         fuse = subprocess.Popen(['nbdfuse', '-C', '4', disk, f'nbd+unix:///?socket={socket}'])
-        self._undo.append(lambda: (run('umount', mount), fuse.wait(10)))
+        self._undo.append(lambda: (is_mounted(mount) and run('umount', mount), fuse.wait(10)))
         self._wait(lambda: os.path.exists(disk))
         self.path = disk
         if file_system is None:
@@ -391,9 +397,13 @@ class FreezableDisk:
         while not there() and time.monotonic() < end:
             time.sleep(0.01)
 
+    def _signal(self, number):
+        with contextlib.suppress(ProcessLookupError):       # tests kill it, too
+            os.kill(self.pid, number)
+
     def close(self):
         if hasattr(self, 'pid'):
-            os.kill(self.pid, signal.SIGCONT)
+            self._signal(signal.SIGCONT)
         while self._undo:
             for attempt in range(50):       # busy for as long as the last requests come home
                 try:
