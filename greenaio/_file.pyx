@@ -489,7 +489,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     else:
         request = new_call(fd, data, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
         more = driver.perform_by_thread(request, known.device.pool())
-    if more < 0 and got == 0:
+    if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)
     if more > 0:
         got += more
@@ -658,8 +658,8 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known) except?
         if more != -EAGAIN and more != -EOPNOTSUPP:
             return _done_in_line(driver, got if got else more)
     more = _by_thread(driver, request, known)
-    if more < 0:
-        return got if got else more
+    if more < 0:                        # in a forked child it is over: a short read would look like the end
+        return got if got and more != -ECANCELED else more
     return got + more
 
 

@@ -192,6 +192,36 @@ wait(pid)
 ''', fork_file)
 
 
+def test_part_that_was_cached_is_no_short_read_in_the_child(disk_folder):
+    """It would be taken for the end of the file."""
+    path = os.path.join(disk_folder, 'data')
+    with open(path, 'wb') as data:
+        data.write(bytes(65536))
+        os.fsync(data.fileno())
+    run_python(COMMON + '''
+fd = os.open(path, os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+for read in (lambda: len(File.from_fd(fd).pread(32768, 0)),
+             lambda: File.from_fd(fd).preadv([aligned_buffer(32768)], 0)):
+    for _ in range(100):                # until the kernel really forgets the rest
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pread(fd, 4096, 0)
+        reader = gevent.spawn(read)
+        gevent.sleep(0)
+        if not reader.ready():
+            break
+        gevent.sleep(0.01)
+    def child():
+        try:
+            raise AssertionError(reader.get(timeout=10))
+        except OSError as error:
+            assert error.errno == errno.ECANCELED
+    pid = in_child(child)
+    assert reader.get(timeout=10) == 32768
+    wait(pid)
+''', path)
+
+
 def test_child_that_exits_disturbs_nothing(fork_file):
     run_python(COMMON + '''
 for turn in range(10):
