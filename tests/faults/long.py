@@ -5,8 +5,12 @@ on stderr every ten seconds, and at Ctrl-C. The status is 1 at the first thing t
 """
 
 import argparse
+import contextlib
 import faulthandler
+import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +29,16 @@ def parser(name, doc):
     parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(1 << 31))
     parser.add_argument('--folder', help='where the files are, and so the disk; by default a real one')
     return parser
+
+
+@contextlib.contextmanager
+def own_folder(folder):
+    where, owner = tempfile.mkdtemp(dir=folder, prefix='greenaio-long-'), os.getpid()
+    try:
+        yield where
+    finally:
+        if os.getpid() == owner:        # and not a child that exits
+            shutil.rmtree(where)
 
 
 def main(name, doc, unit, count, rounds, **options):
@@ -49,12 +63,14 @@ def repeat(name, unit, count, seed, folder, rounds, chosen):
         rate = done / (time.monotonic() - began + 1e-9)
         print(f'{done} of {count} {unit}, {rate:.0f}/s, now seed {seed}{what}', file=sys.stderr, flush=True)
 
+    # Not dump_traceback_later(): a forked child would wait at its exit for the thread of that.
+    faulthandler.register(signal.SIGALRM, chain=True)
     print(f'{name}: seed {seed}', file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder or real_disk(), prefix='greenaio-long-') as where:
+    with own_folder(folder or real_disk()) as where:
         try:
             with rounds(where, **chosen) as one_round:
                 while done < count:
-                    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # if even the hub stands still
+                    signal.alarm(2 * PATIENCE)      # if even the hub stands still
                     with gevent.Timeout(PATIENCE):
                         done += one_round(seed)
                     seed += 1
@@ -64,11 +80,13 @@ def repeat(name, unit, count, seed, folder, rounds, chosen):
         except KeyboardInterrupt:
             tell('; interrupted')
             return 130
+        except SystemExit:
+            raise                       # a child's
         except BaseException:
             traceback.print_exc()
             tell(f'; again: {again} --seed {seed}')
             return 1
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            signal.alarm(0)
     tell('; all is well')
     return 0
