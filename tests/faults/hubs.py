@@ -1,0 +1,115 @@
+"""HUBS: ``python -m tests.faults.hubs --cycles 10000``.
+
+A cycle is a thread with a hub of its own, which reads, or not, and destroys its hub, or forgets to, or has
+two of them; with I/O queued, in flight and with threads at that moment, or without. Of all these nothing
+stays: no fd, no context of native AIO, no thread, no driver; and none disturbs another. (What is suspended
+when its thread ends, greenlet keeps for ever: some KiB each.)
+"""
+
+import contextlib
+import os
+import random
+import sys
+import threading
+
+import gevent
+
+from greenaio import File, _hub, _threads, aligned_buffer
+from tests.conftest import MIB, pattern
+from tests.faults import long
+
+PAGE = 4096
+CONTENT = pattern(MIB)
+SIDE_BY_SIDE = 4                # threads of a round
+
+
+class Place:
+    def __init__(self, folder):
+        path = os.path.join(folder, 'data')
+        with open(path, 'wb') as file:
+            file.write(CONTENT)
+            os.fsync(file.fileno())
+        self.direct, self.cold = File(path, os.O_RDONLY | os.O_DIRECT), File(path, os.O_RDONLY)
+        os.posix_fadvise(self.cold.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def close(self):
+        self.direct.close()
+        self.cold.close()
+
+    def read(self, file, at):
+        memory = [aligned_buffer(PAGE), bytearray(PAGE)]
+        assert file.pread(PAGE, at) == CONTENT[at:at + PAGE]
+        assert file.preadv(memory, at) == 2 * PAGE and b''.join(memory) == CONTENT[at:at + 2 * PAGE]
+
+    def readers(self, rng):
+        return [gevent.spawn(self.read, rng.choice((self.direct, self.cold)), rng.randrange(255) * PAGE)
+                for _ in range(rng.randrange(1, 12))]
+
+
+class Cycle(threading.Thread):
+    """What one thread does: told by its rng, so that it does the same again."""
+
+    def __init__(self, place, seed):
+        super().__init__()
+        self.place, self.rng = place, random.Random(seed)
+        self.error = self.forgotten = None
+        self.start()
+
+    def run(self):
+        try:
+            for last in (False, True)[self.rng.random() < 0.7:]:
+                self.one_hub(last)
+        except BaseException as error:
+            self.error = error
+
+    def one_hub(self, may_forget):
+        place, rng, hub = self.place, self.rng, gevent.get_hub()
+        if rng.random() < 0.8:
+            gevent.joinall(place.readers(rng), raise_error=True)
+        if rng.random() < 0.6:
+            place.readers(rng)
+        gevent.sleep(0) if rng.random() < 0.7 else gevent.sleep(0.0003)
+        if may_forget and rng.random() < 0.3:
+            self.forgotten = hub
+        else:
+            hub.destroy(destroy_loop=True)
+
+
+def counts():
+    with open('/proc/self/maps') as maps:
+        contexts = sum('[aio]' in line for line in maps)    # aio-nr counts those of other processes too
+    return {'fds': len(os.listdir('/proc/self/fd')), 'contexts': contexts, 'drivers': len(_hub.all_drivers()),
+            'threads': len(os.listdir('/proc/self/task')) - sum(pool.threads for pool in _threads.pools())}
+
+
+@contextlib.contextmanager
+def rounds(folder):
+    with contextlib.closing(Place(folder)) as place:
+        place.read(place.direct, 0)     # what this thread has and keeps
+        before = counts()
+
+        def one_round(seed):
+            rng = random.Random(seed)
+            os.posix_fadvise(place.cold.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            cycles = [Cycle(place, rng.random()) for _ in range(SIDE_BY_SIDE)]
+            while any(cycle.is_alive() for cycle in cycles):
+                place.read(place.direct, rng.randrange(255) * PAGE)     # this hub goes on meanwhile
+            for cycle in cycles:
+                cycle.join()
+                if cycle.forgotten:
+                    cycle.forgotten.loop.destroy()      # what gevent would keep for ever
+                if cycle.error:
+                    raise cycle.error
+            for _ in range(1000):       # native threads end what was in flight
+                if counts() == before:
+                    break
+                gevent.sleep(0.005)
+            assert counts() == before, f'{before} at first, {counts()} now'
+            _hub.get_driver().engine._check()
+            return SIDE_BY_SIDE
+
+        yield one_round
+
+
+if __name__ == '__main__':
+    sys.exit(long.main('tests.faults.hubs', __doc__, 'cycles', 10_000, rounds))
