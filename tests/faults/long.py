@@ -65,6 +65,7 @@ def repeat(name, unit, count, seed, folder, rounds, chosen):
 
     # Not dump_traceback_later(): a forked child would wait at its exit for the thread of that.
     faulthandler.register(signal.SIGALRM, chain=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # or it would leave mounts behind
     print(f'{name}: seed {seed}', file=sys.stderr, flush=True)
     with own_folder(folder or real_disk()) as where:
         try:
