@@ -583,8 +583,9 @@ def test_section_never_spans_a_park(driver):
     greenlets = [gevent.spawn(worker, i) for i in range(40)]
     turn()
     kernel.finish_all()
-    gevent.sleep(0.02)
-    assert len(kernel.taken) == 40
+    with gevent.Timeout(5):
+        while len(kernel.taken) < 40:
+            gevent.sleep(0.001)
     kernel.finish_all()
     gevent.joinall(greenlets, timeout=5, raise_error=True)
 
