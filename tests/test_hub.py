@@ -630,7 +630,9 @@ def test_again_with_nothing_in_flight_is_retried_by_a_timer(driver):
     kernel = driver.engine.context
     kernel.answers.extend([-errno.EAGAIN] * 3)
     greenlet = gevent.spawn(perform, driver, read())
-    gevent.sleep(0.05)
+    with gevent.Timeout(5):
+        while not kernel.batches:
+            gevent.sleep(0.001)
     assert kernel.batches == [1]
     kernel.finish()
     assert greenlet.get(timeout=5) == 512
@@ -700,8 +702,10 @@ def test_timeout_in_flight_goes_up_at_once_and_the_rest_goes_on(driver):
         return perform(driver, read(1))
 
     greenlet = gevent.spawn(worker)
-    gevent.sleep(0.02)
     kernel = driver.engine.context
+    with gevent.Timeout(5):
+        while len(kernel.taken) < 2:
+            gevent.sleep(0.001)
     kernel.finish(kernel.taken[0], 5)
     kernel.finish(kernel.taken[0], 7)
     assert greenlet.get(timeout=5) == 7
