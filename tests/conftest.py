@@ -356,8 +356,8 @@ def is_mounted(folder):
 
 class FreezableDisk:
     """A disk that stands still on demand: nbdkit serves it, nbdfuse makes it a file, and on that file there
-    may be a loop device with a file system. ``path`` is a folder on it, or the file itself; whoever sends
-    ``pid`` SIGSTOP freezes it, SIGCONT thaws it."""
+    may be a loop device with a file system. ``path`` is a folder on it, or the file itself; ``pid`` is
+    the server."""
 
     def __init__(self, folder, file_system=None, size='512M'):
         self._undo = []
@@ -396,6 +396,16 @@ class FreezableDisk:
         end = time.monotonic() + 10
         while not there() and time.monotonic() < end:
             time.sleep(0.01)
+
+    def freeze(self):
+        subprocess.run(self.commands()[0], shell=True, check=True)
+
+    def commands(self):
+        """For the shell: how to freeze it, and how to thaw it. A process that was stopped is still at work
+        until each of its threads has noticed."""
+        return (f'kill -STOP {self.pid}; '
+                f'while cat /proc/{self.pid}/task/*/stat | grep -qv ") [tT] "; do sleep 0.01; done',
+                f'kill -CONT {self.pid}')
 
     def _signal(self, number):
         with contextlib.suppress(ProcessLookupError):       # tests kill it, too

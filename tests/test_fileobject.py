@@ -6,7 +6,6 @@ import os
 import pathlib
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -566,26 +565,25 @@ def test_frozen_disk_stops_nobody(freezable):
     """A file object on it waits; the hub does not: it would until somebody else thaws the disk."""
     if os.path.isdir(freezable.path):
         pytest.skip('the calls below are tested there')
-    os.kill(freezable.pid, signal.SIGCONT)
     run_python('''
         import gevent, os, signal, subprocess, sys
         from greenaio.fileobject import FileObject
-        path, pid = sys.argv[1], int(sys.argv[2])
+        path, freeze, thaw = sys.argv[1:]
         files = [FileObject(path, 'rb') for _ in range(4)]
-        thaw = subprocess.Popen(['sh', '-c', f'exec >&- 2>&-; sleep 10; kill -CONT {pid}'])
-        os.kill(pid, signal.SIGSTOP)
+        rescue = subprocess.Popen(['sh', '-c', f'exec >&- 2>&-; sleep 10; {thaw}'])
+        subprocess.run(freeze, shell=True, check=True)
         os.posix_fadvise(files[0].fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         jobs = [gevent.spawn(file.read, 10) for file in files] + [gevent.spawn(FileObject, path, 'rb')]
         for _ in range(300):
             gevent.sleep(0.001)
         assert not any(job.ready() for job in jobs[:-1])
-        os.kill(pid, signal.SIGCONT)
+        subprocess.run(thaw, shell=True, check=True)
         gevent.joinall(jobs, raise_error=True, timeout=10)
         jobs[-1].value.close()
         for file in files:
             file.close()
-        thaw.kill()
-    ''', freezable.path, freezable.pid)
+        rescue.kill()
+    ''', freezable.path, *freezable.commands())
 
 
 # Found by reading --------------------------------------------------------------------------------

@@ -193,16 +193,16 @@ def test_patched_a_frozen_disk_stops_nobody(freezable):
     if os.path.isdir(freezable.path):
         pytest.skip('shown once is enough')
     run_python(PATCHED + '''
-import signal, time
-path, pid = sys.argv[1], int(sys.argv[2])
+import subprocess, time
+path, freeze, thaw = sys.argv[1:]
 def use():
     with open(path, 'rb') as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.read(100000)
         os.pread(file.fileno(), 100, 1 << 20)
 use()
-thaw = gevent.spawn_later(0.6, os.kill, pid, signal.SIGCONT)
-os.kill(pid, signal.SIGSTOP)
+subprocess.run(freeze, shell=True, check=True)
+subprocess.Popen(f'sleep 0.6; {thaw}', shell=True)
 jobs = [gevent.spawn(use) for _ in range(5)]
 end, worst = time.monotonic() + 0.5, 0
 while (now := time.monotonic()) < end:
@@ -211,7 +211,7 @@ while (now := time.monotonic()) < end:
 assert not any(job.ready() for job in jobs)
 gevent.joinall(jobs, raise_error=True, timeout=10)
 assert worst < 0.3, worst
-''', freezable.path, freezable.pid)
+''', freezable.path, *freezable.commands())
 
 
 def test_run_runs_a_script_patched(tmp_path):

@@ -185,8 +185,7 @@ def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
         pytest.skip('the disk itself gets no longer')
     if os.path.isdir(path):
         path = make_file(path, 8 << 20)
-    show_that_nobody_notices(case, path, make_file(disk_folder, 4096), f'kill -STOP {freezable.pid}',
-                             f'kill -CONT {freezable.pid}')
+    show_that_nobody_notices(case, path, make_file(disk_folder, 4096), *freezable.commands())
 
 
 @pytest.mark.parametrize('case', ['direct', 'overwrite', 'buffered', 'buffered raw'])
@@ -208,11 +207,11 @@ def test_without_greenaio_dns_waits_for_the_disk(freezable):
     done = run_python('''
         import gevent, os, signal, subprocess, sys, time
         from gevent.fileobject import FileObjectThread
-        path, pid = sys.argv[1], int(sys.argv[2])
+        path, freeze, thaw = sys.argv[1:]
         files = [FileObjectThread(os.open(path, os.O_RDONLY), 'rb', buffering=0) for _ in range(20)]
         os.posix_fadvise(files[0].fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        thaw = subprocess.Popen(['sh', '-c', f'sleep 1; kill -CONT {pid}'])
-        os.kill(pid, signal.SIGSTOP)
+        subprocess.run(freeze, shell=True, check=True)
+        thaw = subprocess.Popen(['sh', '-c', f'sleep 1; {thaw}'])
         jobs = [gevent.spawn(file.read, 10) for file in files]
         gevent.sleep(0.05)
         began = time.monotonic()
@@ -222,5 +221,5 @@ def test_without_greenaio_dns_waits_for_the_disk(freezable):
         gevent.joinall(jobs)
         for file in files:
             file.close()
-    ''', freezable.path, freezable.pid)
+    ''', freezable.path, *freezable.commands())
     assert float(done.stdout) > 0.5
