@@ -41,6 +41,12 @@ def own_folder(folder):
             shutil.rmtree(where)
 
 
+def catch_signals():
+    # Not dump_traceback_later(): a forked child would wait at its exit for the thread of that.
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # or it would leave mounts behind
+
+
 def main(name, doc, unit, count, rounds, **options):
     """*rounds*, given a folder and the values of *options*, is a context manager of a function: of a seed, it
     returns how many of *unit* were done."""
@@ -63,9 +69,7 @@ def repeat(name, unit, count, seed, folder, rounds, chosen):
         rate = done / (time.monotonic() - began + 1e-9)
         print(f'{done} of {count} {unit}, {rate:.0f}/s, now seed {seed}{what}', file=sys.stderr, flush=True)
 
-    # Not dump_traceback_later(): a forked child would wait at its exit for the thread of that.
-    faulthandler.register(signal.SIGALRM, chain=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # or it would leave mounts behind
+    catch_signals()
     print(f'{name}: seed {seed}', file=sys.stderr, flush=True)
     with own_folder(folder or real_disk()) as where:
         try:
