@@ -82,6 +82,7 @@ class Model:
         else:
             memory = Memory(rng, n)
             got = file.preadv(memory.buffers, at)
+            assert 0 <= got <= n, f'{got} of {n} bytes'
             memory.check()
             found = b''.join(memory.buffers)[:got]
         wanted = self.bytes[at:at + n]
