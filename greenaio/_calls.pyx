@@ -9,6 +9,7 @@ import os
 import posix            # for what may be patched in os
 import sys
 
+from cpython.number cimport PyIndex_Check
 from libc.errno cimport EAGAIN, EBADF
 from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport close as close_fd
@@ -20,7 +21,8 @@ from greenaio._engine cimport NEW, Request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    STORED, WRITABLE, Device, Known, device_of_path, failed, file_size, in_line, know, open_at_hand, path_at_hand,
+    STORED, WRITABLE, Device, Known, c_int, device_of_path, failed, file_size, in_line, know, open_at_hand,
+    path_at_hand,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, new_call
 
@@ -111,14 +113,14 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
     return fd
 
 
-def open(path, int flags, int mode=0o777, *, dir_fd=None):
-    return open_file(os.fspath(path), flags, mode, AT_FDCWD if dir_fd is None else dir_fd)
+def open(path, flags, mode=0o777, *, dir_fd=None):
+    return open_file(os.fspath(path), c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd))
 
 
 def stat(path, *, dir_fd=None, follow_symlinks=True):
     cdef bytes encoded
     cdef int flags = 0 if follow_symlinks else AT_SYMLINK_NOFOLLOW
-    if isinstance(path, int):
+    if PyIndex_Check(path):
         if dir_fd is not None:
             raise ValueError("stat: can't specify dir_fd without matching path")
         if not follow_symlinks:
@@ -126,7 +128,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
         return fstat(path)
     path = os.fspath(path)
     encoded = _encoded(path)
-    cdef int where = AT_FDCWD if dir_fd is None else dir_fd
+    cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
     current_driver().check_caller()
     cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
     if fd >= 0:
@@ -142,11 +144,12 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     return _stat(-1, where, encoded, flags, device, path)
 
 
-def fstat(int fd):
-    cdef Known known = _open_file(fd)
+def fstat(fd):
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
     if in_line(known, 0) or known.device.is_local:
-        return posix.fstat(fd)
-    return _stat(fd, fd, b'', AT_EMPTY_PATH, known.device, None)
+        return posix.fstat(number)
+    return _stat(number, number, b'', AT_EMPTY_PATH, known.device, None)
 
 
 cdef object _stat(int fd, int dir_fd, bytes path, int flags, Device device, name):
@@ -174,9 +177,10 @@ cdef double _seconds(timespec when) noexcept:
     return <double>when.tv_sec + 1e-9 * when.tv_nsec
 
 
-def facts(int fd):
+def facts(fd):
     """The st_mode and st_size of *fd*, as far as the kernel has them in memory: asks nothing that could wait."""
-    return _open_file(fd).mode, file_size(fd)
+    cdef int number = c_int(fd)
+    return _open_file(number).mode, file_size(number)
 
 
 def lseek(int fd, int64_t offset, int whence):
@@ -194,11 +198,12 @@ def lseek(int fd, int64_t offset, int whence):
 
 # Descriptors -------------------------------------------------------------------------------------
 
-def ftruncate(int fd, int64_t length):
-    cdef Known known = _open_file(fd)
+def ftruncate(fd, Py_ssize_t length):
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
     if in_line(known, 0):
-        return posix.ftruncate(fd, length)
-    truncate_file(fd, known.device, length)
+        return posix.ftruncate(number, length)
+    truncate_file(number, known.device, length)
 
 
 cdef int truncate_file(int fd, Device device, int64_t length) except -1:
@@ -208,10 +213,11 @@ cdef int truncate_file(int fd, Device device, int64_t length) except -1:
     return 0
 
 
-def posix_fallocate(int fd, int64_t offset, int64_t length):
-    cdef Known known = _open_file(fd)
+def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
     cdef int64_t result
-    result = _call(fd, known.device, None, POSIX_FALLOCATE, fd, offset, length)
+    result = _call(number, known.device, None, POSIX_FALLOCATE, number, offset, length)
     if result < 0:
         raise failed(result, None)
 
@@ -223,19 +229,21 @@ cdef int fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t
     return 0
 
 
-def copy_file_range(int src, int dst, Py_ssize_t count, offset_src=None, offset_dst=None):
-    cdef Known known = _open_file(src)
+def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None):
+    cdef int source = c_int(src), target = c_int(dst)
+    cdef Known known
     cdef AlignedBuffer memory = scratch(16)
-    cdef int64_t *offsets = <int64_t *>memory.address
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory.address
     cdef int64_t result
     if count < 0:
         raise ValueError('negative value for \'count\' not allowed')
-    _open_file(dst)
     offsets[0] = 0 if offset_src is None else offset_src
     offsets[1] = 0 if offset_dst is None else offset_dst
-    result = _call(src, known.device, memory, SYS_copy_file_range,
-                   src, 0 if offset_src is None else <long>&offsets[0],
-                   dst, 0 if offset_dst is None else <long>&offsets[1], count, dst)
+    known = _open_file(source)
+    _open_file(target)
+    result = _call(source, known.device, memory, SYS_copy_file_range,
+                   source, 0 if offset_src is None else <long>&offsets[0],
+                   target, 0 if offset_dst is None else <long>&offsets[1], count, target)
     if result < 0:
         raise failed(result, None)
     return result
@@ -251,26 +259,28 @@ def start_writing(int fd, int64_t offset, int64_t nbytes):
     _call(fd, _open_file(fd).device, None, SYS_sync_file_range, fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
 
 
-def sendfile(int out_fd, int in_fd, offset, Py_ssize_t count):
-    cdef Known known = _open_file(in_fd)
+def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
+    cdef int target = c_int(out_fd), source = c_int(in_fd)
+    cdef Known known
     cdef AlignedBuffer memory = scratch(8)
-    cdef int64_t *at = <int64_t *>memory.address
+    cdef Py_ssize_t *at = <Py_ssize_t *>memory.address
     cdef int64_t result
-    _open_file(out_fd)
     at[0] = 0 if offset is None else offset
+    known = _open_file(source)
+    _open_file(target)
     while True:
-        result = _call(in_fd, known.device, memory, SYS_sendfile, out_fd, in_fd,
-                       0 if offset is None else <long>at, count, 0, out_fd)
+        result = _call(source, known.device, memory, SYS_sendfile, target, source,
+                       0 if offset is None else <long>at, count, 0, target)
         if result != -EAGAIN:
             break
-        _fallback.wait_for(out_fd, 2)   # a non-blocking socket that is full, as gevent's are
+        _fallback.wait_for(target, 2)   # a non-blocking socket that is full, as gevent's are
     if result < 0:
         raise failed(result, None)
     return result
 
 
-def close(int fd, *, bint may_wait=True):
-    close_file(fd, may_wait)
+def close(fd, *, bint may_wait=True):
+    close_file(c_int(fd), may_wait)
 
 
 cdef enum:

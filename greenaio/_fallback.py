@@ -54,6 +54,12 @@ class _Job:
         self.closer = None
 
 
+def flat(buffer: Any) -> memoryview:
+    """The bytes of *buffer*, without the shape, which can't be cast away where there is a zero in it."""
+    view = memoryview(buffer)
+    return view.cast('B') if view.nbytes else memoryview(bytearray())
+
+
 class _Use:
     """An operation of several steps on one fd, which must not come to mean another file between them."""
 

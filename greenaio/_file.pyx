@@ -29,8 +29,8 @@ from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Known, Nowait, Way, failed, file_size,
-    in_line, know,
+    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Known, Nowait, Way, c_int, failed,
+    file_size, in_line, know,
 )
 from greenaio._threads cimport any_busy, as_call, new_call
 
@@ -115,50 +115,53 @@ cdef class File:
     def __cinit__(self):
         self._fd = -1
 
-    def __init__(self, path, int flags=os.O_RDONLY, int mode=0o666, *, int max_batch=BATCH_MAX):
+    def __init__(self, path, flags=os.O_RDONLY, mode=0o666, *, max_batch=BATCH_MAX):
         if self._fd >= 0:
             raise ValueError('this File is open already')
         self._set_max_batch(max_batch)
         self.name = os.fspath(path)
         self._closefd = True
-        self._fd = open_file(self.name, flags, mode, AT_FDCWD)
+        self._fd = open_file(self.name, c_int(flags), c_int(mode), AT_FDCWD)
         self._known = know(self._fd, self.name)
 
     @staticmethod
-    def from_fd(int fd, closefd=False, *, int max_batch=BATCH_MAX):
+    def from_fd(fd, closefd=False, *, max_batch=BATCH_MAX):
         """Make a File of an open *fd*; with *closefd*, closing it closes the fd. Whether it is O_DIRECT is
         asked here once."""
         cdef File self = File.__new__(File)
+        cdef int number = c_int(fd)
         self._set_max_batch(max_batch)
-        self.name = fd
-        self._known = know(fd, fd)
-        self._fd = fd
+        self.name = number
         self._closefd = closefd
+        self._known = know(number, number)
+        self._fd = number
         return self
 
-    def _set_max_batch(self, int max_batch):
-        if not 1 <= max_batch <= BATCH_MAX:
+    cdef int _set_max_batch(self, max_batch) except -1:
+        if not 1 <= c_int(max_batch) <= BATCH_MAX:
             raise ValueError(f'max_batch must be from 1 to {BATCH_MAX}, not {max_batch}')
-        self._max_batch = max_batch
+        self._max_batch = c_int(max_batch)
+        return 0
 
     cdef int _open_fd(self) except -1:
         if self._fd < 0:
             raise ValueError('I/O operation on closed file')
         return self._fd
 
-    def pread(self, Py_ssize_t n, int64_t offset):
+    def pread(self, Py_ssize_t n, Py_ssize_t offset):
         """Read up to *n* bytes at *offset*; fewer only as ``os.pread`` would. Returns bytes."""
         return _pread(self._open_fd(), self._known, n, offset, self.name, self._max_batch)
 
-    def preadv(self, buffers, int64_t offset, int flags=0):
+    def preadv(self, buffers, Py_ssize_t offset, flags=0):
         """Read at *offset* into a sequence of writable *buffers*; return bytes read. *flags*:
         ``os.RWF_*``.
 
         If the greenlet is killed or timed out meanwhile, the kernel may still write into the buffers;
         they stay pinned until it is done.
         """
-        return _vectored(True, self._open_fd(), self._known, buffers, offset, flags, self.name,
-                         self._max_batch)
+        cdef int how = c_int(flags)
+        cdef tuple steady = _sequence(True, buffers)    # first: it may run code that closes this
+        return _vectored(True, self._open_fd(), self._known, steady, offset, how, self.name, self._max_batch)
 
     def read_cached(self, buffer):
         """Read into *buffer* at the file's own position, which the kernel keeps and moves on, without waiting.
@@ -195,7 +198,7 @@ cdef class File:
             raise
         return got
 
-    def begin(self, bint reading, buffer, int64_t offset):
+    def begin(self, bint reading, buffer, Py_ssize_t offset):
         """Ask for a read or write of *buffer*, and wait for nothing: `end` gives the result of what this
         returns. None where it takes more than one request; then `preadv` or `pwrite` has to do.
 
@@ -241,17 +244,19 @@ cdef class File:
              else self._known.device.writes).answered(result == -EAGAIN)
         return result
 
-    def pwrite(self, data, int64_t offset):
+    def pwrite(self, data, Py_ssize_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
         ``os.pwrite`` would. If the greenlet is killed meanwhile, the write may still happen."""
-        return _vectored(False, self._open_fd(), self._known, (data,), offset, 0, self.name,
-                         self._max_batch)
+        cdef int fd = self._open_fd()
+        _check_place(data, offset, self.name)
+        return _vectored(False, fd, self._known, (data,), offset, 0, self.name, self._max_batch)
 
-    def pwritev(self, buffers, int64_t offset, int flags=0):
+    def pwritev(self, buffers, Py_ssize_t offset, flags=0):
         """Write a sequence of *buffers* at *offset*; return bytes written. *flags*: ``os.RWF_*``.
         If the greenlet is killed meanwhile, the write may still happen."""
-        return _vectored(False, self._open_fd(), self._known, buffers, offset, flags, self.name,
-                         self._max_batch)
+        cdef int how = c_int(flags)
+        cdef tuple steady = _sequence(False, buffers)
+        return _vectored(False, self._open_fd(), self._known, steady, offset, how, self.name, self._max_batch)
 
     def fsync(self):
         """Make data and metadata durable. An error is never retried: what it was about may be lost."""
@@ -261,16 +266,17 @@ cdef class File:
         """Make data durable, and what metadata is needed to read it. Errors as for `fsync`."""
         _sync(self._open_fd(), self._known, FDSYNC, self.name)
 
-    def fallocate(self, int mode, int64_t offset, int64_t length):
+    def fallocate(self, mode, Py_ssize_t offset, Py_ssize_t length):
         """Allocate, zero or punch a hole into *length* bytes at *offset*: *mode* is that of fallocate(2). Takes
         its turn with misaligned writes. Raises OSError, EOPNOTSUPP where the file system can't."""
+        cdef int how = c_int(mode)
         cdef int fd = self._open_fd()
         current_driver().check_caller()
 
         def work():
             with alignment.holding((self._known.device.number, self._known.inode), offset,
                                    <uint64_t>offset + <uint64_t>length):
-                return fallocate_file(fd, self._known.device, mode, offset, length)
+                return fallocate_file(fd, self._known.device, how, offset, length)
 
         try:
             alignment.shielded(fd, work)
@@ -291,7 +297,7 @@ cdef class File:
     @property
     def direct(self):
         """Whether reads and writes take native AIO: O_DIRECT on a regular file or block device."""
-        return bool(self._known.kind & DIRECT)
+        return self._known is not None and bool(self._known.kind & DIRECT)
 
     @property
     def kind(self):
@@ -496,16 +502,31 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     return data if got == n else data[:got]
 
 
-cdef object _vectored(bint reading, int fd, Known known, buffers, int64_t offset, int flags, name,
+cdef tuple _sequence(bint reading, buffers):
+    """What *buffers* are now: the kernel moves bytes to and from these, whatever becomes of the list."""
+    if type(buffers) is tuple:
+        return buffers
+    if type(buffers) is list:
+        return tuple(buffers)
+    if not hasattr(type(buffers), '__getitem__') or isinstance(buffers, dict):
+        raise TypeError(f"{'preadv' if reading else 'pwritev'}() arg 2 must be a sequence")
+    return tuple([buffers[i] for i in range(len(buffers))])     # some would never say that they are at an end
+
+
+cdef int _check_place(data, Py_ssize_t offset, name) except -1:
+    """For pwrite. To pwritev2, which it becomes, an offset of -1 is the file's own position."""
+    if offset < 0:
+        memoryview(data)                # what is no data is a TypeError
+        raise failed(-EINVAL, name)
+    return 0
+
+
+cdef object _vectored(bint reading, int fd, Known known, tuple buffers, int64_t offset, int flags, name,
                       int max_batch):
     cdef Driver driver = current_driver()
     cdef Request request
     cdef Py_ssize_t count
     cdef int64_t got
-    if not isinstance(buffers, (list, tuple)):
-        if not hasattr(type(buffers), '__getitem__') or isinstance(buffers, dict):
-            raise TypeError(f"{'preadv' if reading else 'pwritev'}() arg 2 must be a sequence")
-        buffers = tuple(buffers)
     if _closing:
         _fallback.check_open(fd)
     count = len(buffers)
@@ -585,14 +606,14 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     got = max(0, min(<int64_t>asked.nbytes, got - before))
     view = memoryview(memory)[before:before + got]
     for buffer in buffers:
-        target = memoryview(buffer).cast('B')[:len(view)]
+        target = _fallback.flat(buffer)[:len(view)]
         target[:] = view[:len(target)]
         view = view[len(target):]
     return got
 
 
 def _write_misaligned(Known known, Request asked, buffers):
-    data = b''.join([memoryview(buffer).cast('B') for buffer in buffers])
+    data = b''.join([_fallback.flat(buffer) for buffer in buffers])
     cdef int fd = asked.fd
     cdef int flags = asked.flags
     cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
@@ -723,7 +744,7 @@ cdef object _steady(buffers, bint reading):
 cdef object _bounce(buffer, bint reading):
     bounce = aligned_buffer(buffer.nbytes)
     if not reading:
-        bounce[:] = buffer.cast('B')
+        bounce[:] = _fallback.flat(buffer)
     return bounce
 
 
@@ -732,44 +753,46 @@ cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
     for bounce, buffer in zip(steady, buffers):
         n = min(nbytes, memoryview(buffer).nbytes)
         if bounce is not buffer:
-            buffer.cast('B')[:n] = bounce[:n]
+            _fallback.flat(buffer)[:n] = bounce[:n]
         nbytes -= n
 
 
 # The same for a raw fd ---------------------------------------------------------------------------
 
-def pread(int fd, Py_ssize_t n, int64_t offset, /):
+def pread(fd, Py_ssize_t n, Py_ssize_t offset, /):
     """Read at most *n* bytes at *offset* of the file *fd*; fewer only at its end, or as os.pread would.
 
     Raises OSError.
     """
-    return _pread(fd, None, n, offset, None, BATCH_MAX)
+    return _pread(c_int(fd), None, n, offset, None, BATCH_MAX)
 
 
-def preadv(int fd, buffers, int64_t offset, int flags=0, /):
+def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
     """Read at *offset* into a sequence of writable *buffers*; return the number of bytes read.
 
     *flags* are ``os.RWF_*``; one that can't be honoured raises OSError (EOPNOTSUPP).
     """
-    return _vectored(True, fd, None, buffers, offset, flags, None, BATCH_MAX)
+    return _vectored(True, c_int(fd), None, _sequence(True, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
-def pwrite(int fd, data, int64_t offset, /):
+def pwrite(fd, data, Py_ssize_t offset, /):
     """Write bytes-like *data* at *offset*; return the number of bytes written. Raises OSError."""
-    return _vectored(False, fd, None, (data,), offset, 0, None, BATCH_MAX)
+    cdef int number = c_int(fd)
+    _check_place(data, offset, None)
+    return _vectored(False, number, None, (data,), offset, 0, None, BATCH_MAX)
 
 
-def pwritev(int fd, buffers, int64_t offset, int flags=0, /):
+def pwritev(fd, buffers, Py_ssize_t offset, flags=0, /):
     """Write a sequence of *buffers* at *offset*; return the number of bytes written.
 
     *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; one that can't be honoured raises OSError.
     """
-    return _vectored(False, fd, None, buffers, offset, flags, None, BATCH_MAX)
+    return _vectored(False, c_int(fd), None, _sequence(False, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
-def fsync(int fd):
-    _sync(fd, None, FSYNC, None)
+def fsync(fd):
+    _sync(c_int(fd), None, FSYNC, None)
 
 
-def fdatasync(int fd):
-    _sync(fd, None, FDSYNC, None)
+def fdatasync(fd):
+    _sync(c_int(fd), None, FDSYNC, None)

@@ -26,7 +26,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
-from greenaio._fallback import using, wait_for
+from greenaio._fallback import flat, using, wait_for
 
 try:
     from greenaio import _calls, _file
@@ -209,6 +209,7 @@ def _wait(fd: int, mode: int, event: int) -> bool:
     if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) and os.major(posix.fstat(fd).st_rdev) == MEMORY:
         return False                    # os itself: an error, or /dev/null and the like
     if os.get_blocking(fd):
+        (posix.readv if event == READ else posix.writev)(fd, [])    # what never can would be waited for for ever
         wait_for(fd, event)
     return True
 
@@ -260,7 +261,7 @@ def write(fd: int, data: Any) -> int:
     if _is_stored(mode):
         return _at_position(fd, writing)
     with using(fd):
-        return _write_all(fd, mode, memoryview(data).cast('B'))
+        return _write_all(fd, mode, flat(data))
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:

@@ -1,3 +1,4 @@
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._threads cimport Pool
@@ -57,3 +58,8 @@ cdef Device device_of_path(bytes path, int dir_fd)
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef object failed(long code, name)
+
+cdef inline int c_int(value) except? -1:
+    """What os makes an int of. Declared as one, an argument would be asked for its ``__int__``: a float would be
+    cut off, and ``__index__`` not be known. Py_ssize_t is right, so that is what offsets are declared as."""
+    return PyNumber_Index(value)

@@ -333,7 +333,7 @@ cdef Known know(int fd, object name):
     """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
     cdef Known known = Known.__new__(Known)
     cdef facts found
-    cdef int error = facts_of(fd, b'', &found)
+    cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF     # AT_FDCWD is negative, and a folder
     if error:
         raise failed(error, name)
     known.kind = _kind(found.mode, c_fcntl(fd, F_GETFL))

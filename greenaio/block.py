@@ -8,6 +8,7 @@ here but for that: reads and writes go to a `File`, which knows the ways.
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import stat
 import time
@@ -65,7 +66,7 @@ class BlockDevice:
             raise ValueError('an image that is made can not be readonly')
         for name, value in {'create_size': create_size, 'zone_size': zone_size, 'iops': iops,
                             'bps': bps}.items():
-            if value is not None and (value < 0 or name != 'create_size' and value == 0):
+            if value is not None and (not value >= 0 or name != 'create_size' and value == 0):
                 raise ValueError(f'{name} can not be {value}')
         flags = os.O_RDONLY if readonly else os.O_RDWR
         if direct and NATIVE:           # the threads of _fallback align nothing
@@ -147,6 +148,7 @@ class BlockDevice:
     def pread_each(self, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview | OSError]:
         """Read *ranges*, pairs of a number of bytes and an offset, all at once: yields the bytes of each, in
         order, or its OSError. Cheaper than `pread` in as many greenlets."""
+        ranges = list(ranges)
         for n, offset in ranges:
             self._check_range(n, offset)
         if self._throttle is not None:
@@ -284,7 +286,7 @@ class BlockDevice:
         self._size = n
 
     def _check_range(self, n: int, offset: int) -> None:
-        if n < 0 or offset < 0:
+        if operator.index(n) < 0 or operator.index(offset) < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._file.name)
 
     def _check(self, n: int, offset: int, writing: bool = False) -> None:
@@ -409,7 +411,7 @@ def _behind(buffers: Sequence[Any], done: int) -> list[memoryview]:
     """What of *buffers* comes after the first *done* bytes."""
     rest = []
     for buffer in buffers:
-        view = memoryview(buffer).cast('B')
+        view = _fallback.flat(buffer)
         if done < len(view):
             rest.append(view[done:])
         done = max(0, done - len(view))

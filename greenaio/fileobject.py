@@ -159,7 +159,7 @@ class FileIO(io.FileIO):
         if n == 0:
             return self._wait(False, _position.readv, [buffer])
         try:
-            more = self._wait(False, _position.readv, [memoryview(buffer).cast('B')[n:]])
+            more = self._wait(False, _position.readv, [_fallback.flat(buffer)[n:]])
         except OSError as error:
             if not is_told_by_the_kernel(error):
                 os.lseek(self._fd, -n, os.SEEK_CUR)
@@ -234,7 +234,7 @@ class FileIO(io.FileIO):
 
     def _write(self, fd: int, data: Any) -> int:
         if self._piece and len(data) > self._piece:
-            return _position.write(fd, memoryview(data).cast('B')[:self._piece])
+            return _position.write(fd, _fallback.flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
             return _position.write(fd, data)
         with _fallback.using(fd), _position.turn_of(fd):

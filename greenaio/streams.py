@@ -18,7 +18,7 @@ from typing import Any
 import gevent
 from gevent._fileobjectcommon import cancel_wait_ex
 
-from greenaio._fallback import using
+from greenaio._fallback import flat, using
 
 try:
     from greenaio import _calls
@@ -110,7 +110,7 @@ class ReadAhead:
 
     def readinto(self, buffer: Any, position: int) -> int:
         """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
-        view = memoryview(buffer).cast('B')
+        view = flat(buffer)
         if position != self._position or self._process != os.getpid():
             self.stop()                 # in a forked child this memory is wiped
             self._in_order = 0
@@ -204,7 +204,7 @@ class WriteBehind:
 
     def write(self, data: Any, position: int) -> int:
         """Take bytes-like *data* for *position*; return how many were taken: all."""
-        view = memoryview(data).cast('B')
+        view = flat(data)
         self.is_idle                    # noqa: B018  # looks for a fork
         if position != self.end:
             self.drain()                # blocks that overlap would have no order
