@@ -209,7 +209,7 @@ def _wait(fd: int, mode: int, event: int) -> bool:
     if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) and os.major(posix.fstat(fd).st_rdev) == MEMORY:
         return False                    # os itself: an error, or /dev/null and the like
     if os.get_blocking(fd):
-        (posix.readv if event == READ else posix.writev)(fd, [])    # what never can would be waited for for ever
+        (posix.readv if event == READ else posix.writev)(fd, [])    # else it waits for ever for what can't be
         wait_for(fd, event)
     return True
 

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import functools
 import io
+import operator
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
@@ -543,6 +544,7 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
             raise TypeError(f'invalid file: {file!r}')
     elif direct or dsync:
         raise ValueError('direct and dsync are for a path, not for a file that is open')
+    buffering = operator.index(buffering)
     _check_arguments(mode, buffering, encoding, errors, newline)
     flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
     raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags, prefetch=prefetch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import array
-import builtins
 import ctypes
+import errno
 import fcntl
 import io
 import os
@@ -14,7 +14,7 @@ import socket
 
 import gevent
 import pytest
-from conftest import pattern
+from conftest import pattern, run_python
 
 import greenaio
 import greenaio.os
@@ -93,7 +93,7 @@ class Fd:
 
 GRANTED = {'2^31-1', '2^31', '2^32'}   # so many bytes os would allocate, or write
 
-CALLS = {       # name: arguments that work, and by their number the values left out: EFAULT, says os.stat of -1
+CALLS = {       # name: arguments that work, and by their number the values left out. os.stat(-1) is EFAULT
     'pread': ((Fd, 10, 0), {1: {'2^32'}}), 'preadv': ((Fd, [bytearray(9)], 0, 0), {}),
     'pwrite': ((Fd, b'data', 0), {}), 'pwritev': ((Fd, [b'data', b'more'], 0, 0), {}),
     'read': ((Fd, 10), {1: {'2^32'}}), 'readv': ((Fd, [bytearray(9)]), {}), 'write': ((Fd, b'data'), {}),
@@ -246,8 +246,10 @@ ODD_FDS = {     # each gives an fd, and others to close after it
     'pipe to read': one_end(lambda: os.pipe2(os.O_NONBLOCK), 0), 'pipe to write': one_end(os.pipe, 1),
     'pipe nobody reads': lambda: (lambda fds: (fds[1], os.close(fds[0]) or ()))(os.pipe()),
     'waiting pipe to read': one_end(os.pipe, 0), 'socket': one_end(sockets, 0), 'epoll': epoll,
-    'memfd': lambda: (os.memfd_create('hostile'), ()), 'inotify': lambda: (ctypes.CDLL(None).inotify_init1(os.O_NONBLOCK), ()),
-    'null': lambda: (os.open('/dev/null', os.O_RDWR), ()), 'closed': lambda: (CLOSED, ()), '-1': lambda: (-1, ()),
+    'memfd': lambda: (os.memfd_create('hostile'), ()),
+    'inotify': lambda: (ctypes.CDLL(None).inotify_init1(os.O_NONBLOCK), ()),
+    'null': lambda: (os.open('/dev/null', os.O_RDWR), ()), 'closed': lambda: (CLOSED, ()),
+    '-1': lambda: (-1, ()),
     'AT_FDCWD': lambda: (HERE, ()), 'full': lambda: (os.open('/dev/full', os.O_RDWR), ()),
     'sealed': lambda: (sealed(), ()), 'write-only': lambda: (os.open('/dev/null', os.O_WRONLY), ()),
 }
@@ -287,3 +289,361 @@ def test_what_is_no_file_gets_the_answer_of_os(two, odd):
             if answers[0] != answers[1]:
                 wrong[name, at] = answers
     assert not wrong, '\n'.join(f'{key}: {value}' for key, value in wrong.items())
+
+
+# What has no counterpart in os -------------------------------------------------------------------
+
+REFUSALS = {    # what a number that is none, or is none that will do, comes to: one of these
+    **dict.fromkeys(('None', 'float', 'str', 'bytes', 'object', 'list', 'index str'), {TypeError}),
+    **dict.fromkeys(('-1', '-2', 'AT_FDCWD', '-2^63', '-2^63-1', '-2^1000'),
+                    {(OSError, errno.EINVAL), OverflowError, ValueError}),
+    **dict.fromkeys(('2^63-1', '2^63', '2^64', '2^1000', 'index of 2^64'),
+                    {(OSError, errno.EINVAL), (OSError, errno.ENOSPC), (OSError, errno.EFBIG), OverflowError,
+                     MemoryError, (OSError, errno.EOVERFLOW)}),
+    **dict.fromkeys(('2^31-1', '2^31', '2^32'), {(OSError, errno.ENOSPC)}), 'refused': {Refused},
+}
+
+BLOCK_CALLS = {         # arguments that work, and which of them must lie in the device
+    'pread': ((512, 0), ()), 'preadv': (([bytearray(512)], 0), ()), 'pwrite': ((b'data', 0), (1,)),
+    'pwritev': (([b'data'], 0), (1,)), 'write_zeroes': ((512, 0), (0, 1)), 'discard': ((512, 0), (0, 1)),
+    'block_status': ((512, 0), (0, 1)), 'resize': ((SIZE,), ()), 'pread_each': (([(512, 0)],), ()),
+}
+
+
+@pytest.mark.parametrize('direct', [False, True])
+@pytest.mark.parametrize('name', BLOCK_CALLS)
+def test_block_device_refuses_numbers_that_will_not_do(folder, name, direct):
+    path = os.path.join(folder, 'image')
+    with BlockDevice(path, direct=direct, create_size=SIZE) as device:
+        device.pwrite(DATA, 0)
+        args, limited = BLOCK_CALLS[name]
+        call = getattr(device, name)
+        if name == 'pread_each':        # its numbers are in pairs
+            args, limited = (512, 0), ()
+
+            def call(n, offset):
+                return list(device.pread_each(iter([(n, offset)])))
+        for at in range(len(args)):
+            if not isinstance(args[at], int):
+                continue
+            for label, expected in REFUSALS.items():
+                if label in GRANTED and at not in limited or (name, label) == ('resize', '2^63-1'):
+                    continue            # zeros behind the end, or a sparse file
+                given = list(args)
+                given[at] = NUMBERS[label]
+                answer = outcome(call, *given)
+                if isinstance(answer, list) and isinstance(answer[0], OSError):
+                    answer = type(answer[0]), answer[0].errno
+                if isinstance(NUMBERS[label], Index) and answer is TypeError:
+                    continue            # it reckons with them, and these can't be added to
+                assert answer in expected, (at, label)
+        assert device.pread(SIZE, 0) == DATA
+        assert device.size == SIZE
+
+
+@pytest.mark.parametrize('kwargs, error', [
+    ({'iops': float('nan')}, ValueError), ({'bps': 'fast'}, TypeError), ({'iops': -1}, ValueError),
+    ({'zone_size': 4096.5}, ValueError), ({'zone_size': 1 << 1000}, (ValueError, OverflowError, type(None))),
+    ({'max_batch': 0}, ValueError), ({'max_batch': 1.5}, TypeError), ({'max_batch': 1 << 64}, OverflowError),
+    ({'create_size': SIZE}, FileExistsError), ({'create_size': -1}, ValueError)])
+def test_block_device_refuses_settings_that_will_not_do(tmp_path, kwargs, error):
+    (tmp_path / 'image').write_bytes(DATA)
+    try:
+        BlockDevice(tmp_path / 'image', **kwargs).close()
+        raised = None
+    except Exception as caught:
+        raised = caught
+    assert isinstance(raised, error)
+
+
+@pytest.mark.parametrize('make', [lambda path: File.__new__(File), lambda path: closed(File(path)),
+                                  lambda path: closed(File(path, os.O_DIRECT)),
+                                  lambda path: closed(BlockDevice(path))],
+                         ids=['never opened', 'closed', 'closed direct', 'closed device'])
+def test_closed_is_a_value_error(data_file, make):
+    one = make(data_file)
+    calls = {'pread': (9, 0), 'preadv': ([bytearray(9)], 0), 'pwrite': (b'data', 0), 'pwritev': ([b'data'], 0),
+             'fsync': (), 'fdatasync': (), 'fileno': (), '__enter__': (), 'flush': (), 'discard': (9, 0),
+             'write_zeroes': (9, 0), 'block_status': (9, 0), 'read_cached': (bytearray(9),),
+             'begin': (True, bytearray(9), 0), 'fallocate': (0, 0, 9)}
+    for name, args in calls.items():
+        if hasattr(type(one), name):
+            assert outcome(getattr(one, name), *args) is ValueError, name
+    for name in ('kind', 'device', 'is_local', 'alignment', 'size'):
+        if hasattr(type(one), name):
+            assert outcome(getattr, one, name) is ValueError, name
+    if isinstance(one, File):
+        assert one.direct in (True, False)
+    repr(one)
+    one.close()
+
+
+def closed(one):
+    one.close()
+    return one
+
+
+def test_file_of_what_is_no_fd_is_refused():
+    for label, expected in {**REFUSALS, **dict.fromkeys(('-1', '-2', 'AT_FDCWD', 'closed', '2^31-1'),
+                                                        {(OSError, errno.EBADF)})}.items():
+        if label in ('2^31', '2^32', '-2^63'):
+            expected = {OverflowError}
+        assert outcome(File.from_fd, NUMBERS[label]) in expected, label
+
+
+@pytest.mark.parametrize('args, error', [
+    ((None,), TypeError), ((1.0,), TypeError), (('1',), TypeError), ((-1,), ValueError),
+    (((1 << 63) - 1,), MemoryError), ((1 << 63,), OverflowError), ((1 << 1000,), OverflowError),
+    ((Index(refuse),), Refused), ((8, 0), ValueError), ((8, 3), ValueError), ((8, 1 << 62), MemoryError),
+    (((1 << 63) - 1, 1 << 62), MemoryError), ((8, 1 << 63), OverflowError), ((8, None), TypeError)])
+def test_aligned_buffer_refuses(args, error):
+    assert outcome(aligned_buffer, *args) is error
+
+
+OPENED = {'mode': ['q', 'rw', '', '+', 'rr', 'bt', 'rU', 'w+x', 'a\0', '\ud800', None, 7, b'r'],
+          'buffering': [None, 1.0, '1', -2, 0, 1, 1 << 1000, Index(refuse), Index(lambda: 7), Index(lambda: 'x')],
+          'encoding': [7, b'utf-8', 'latin-17', 'a\0b', '\ud800'], 'errors': [7, b'strict'],
+          'newline': [7, 'x', b'\n'], 'closefd': [False, 0],
+          'opener': [7, refuse, *(lambda *args, value=value: value for value in (None, -1, 1.5, '1', 1 << 31))],
+          'file': [None, 1.0, [], object(), Index(refuse), -1, HERE, CLOSED, '', 'a\0b', '/nowhere/file', b'/tmp',
+                   '/tmp']}
+
+
+@pytest.mark.parametrize('name', OPENED)
+def test_open_gets_the_answer_of_io(data_file, name):
+    for value in OPENED[name]:
+        answers = []
+        for function in (greenaio.open, io.open):
+            answer = outcome(function, **{'file': data_file, name: value})
+            if isinstance(answer, io.IOBase):
+                answer.close()
+                answer = 'a file'
+            answers.append(answer)
+        assert answers[0] == answers[1], value
+
+
+def test_copyfile_gets_the_answer_of_shutil(folder):
+    path, new = os.path.join(folder, 'data'), os.path.join(folder, 'new')
+    with open(path, 'wb') as file:
+        file.write(DATA)
+    for value in (None, 1.5, [], object(), Index(refuse), '', 'a\0b', folder, '/nowhere/file', path):
+        for args in ((value, new), (path, value)):
+            theirs, ours = (outcome(module.copyfile, *args) for module in (shutil, greenaio))
+            assert ours == theirs, args
+    assert outcome(greenaio.copyfile, path, new, progress=7) is TypeError
+    assert outcome(greenaio.copyfile, path, new, progress=refuse) is Refused
+
+
+# What changes meanwhile --------------------------------------------------------------------------
+
+class Closing:
+    """A sequence, or a number, that does something else first."""
+
+    def __init__(self, act):
+        self._act = act
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        self._act()
+        return b'data'
+
+    def __index__(self):
+        self._act()
+        return 0
+
+
+@pytest.mark.parametrize('args', [lambda act: (Closing(act), 0), lambda act: ([b'data'], Closing(act)),
+                                  lambda act: ([b'data'], 0, Closing(act))])
+def test_file_closed_by_its_own_arguments_writes_into_no_other(two, folder, args):
+    fill(*two)
+    path = os.path.join(folder, 'ours')
+    file = File(path, os.O_RDWR)
+    number = file.fileno()
+
+    def reuse():
+        file.close()
+        os.dup2(two[1], number)
+
+    assert outcome(file.pwritev, *args(reuse)) is ValueError
+    os.close(number)
+    assert os.pread(two[1], SIZE, 0) == DATA
+
+
+@pytest.mark.parametrize('nbytes', [1000, 4096])
+def test_list_changed_in_flight_changes_nothing(data_file, nbytes):
+    """Direct: 1000 bytes are read into memory of ours, and copied when they are there."""
+    file = File(data_file, os.O_DIRECT)
+    mine, other = aligned_buffer(nbytes), bytearray(nbytes)
+    buffers = [mine, aligned_buffer(nbytes)]
+    second = buffers[1]
+    reading = gevent.spawn(file.preadv, buffers, 4096)
+    gevent.spawn(buffers.__setitem__, slice(None), [other]).join()  # runs when that has parked
+    assert reading.get() == 2 * nbytes
+    assert bytes(mine) + bytes(second) == pattern(16384)[4096:4096 + 2 * nbytes]
+    assert other == bytes(nbytes)
+    file.close()
+
+
+@pytest.mark.parametrize('flags', DIRECT, ids=['buffered', 'direct'])
+def test_bytearray_is_not_resized_in_flight_and_is_afterwards(disk_folder, flags):
+    path = os.path.join(disk_folder, 'data')
+    with open(path, 'wb') as file:
+        file.write(DATA)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = File(path, os.O_RDWR | flags)
+    for call in (file.preadv, file.pwritev):
+        buffer = bytearray(DATA)
+        moving = gevent.spawn(call, [buffer], 0)
+        tried = gevent.spawn(outcome, buffer.extend, b'more')       # runs when that has parked
+        assert moving.get() == SIZE
+        assert tried.get() is BufferError
+        assert buffer == DATA
+        buffer.extend(b'more')
+        assert os.path.getsize(path) == SIZE
+    file.close()
+
+
+# Re-entered --------------------------------------------------------------------------------------
+
+REENTRANT = '''
+    import gc, os, random, signal, sys, threading, time, weakref
+    import gevent, greenlet
+    from gevent.exceptions import BlockingSwitchOutError
+    import greenaio.os
+    from greenaio import File, _hub, aligned_buffer
+
+    path, mode = sys.argv[1:]
+    with open(path, 'rb') as file:
+        DATA = file.read()
+    hub = gevent.get_hub()
+    direct, cached = File(path, os.O_DIRECT), File(path)
+    right = wrong = in_hub = depth = raised = 0
+
+    def by_fd(at):
+        fd = greenaio.os.open(path, os.O_RDONLY)
+        try:
+            return greenaio.os.pread(fd, 999, at)
+        finally:
+            greenaio.os.close(fd)
+
+    def in_pieces(at):
+        one, two = bytearray(1024), aligned_buffer(1024)
+        direct.preadv([one, two], at)
+        return bytes(one) + bytes(two)
+
+    WAYS = [lambda at: direct.pread(4096, at), lambda at: cached.pread(4096, at), lambda at: direct.pread(99, at),
+            in_pieces, by_fd]
+
+    def read():
+        global right, wrong, in_hub
+        at = random.randrange(len(DATA) - 4096)
+        way = random.choice(WAYS[:4] if mode == 'raise' else WAYS)
+        try:
+            got = way(at)
+        except BlockingSwitchOutError:
+            assert greenlet.getcurrent() is hub
+            in_hub += 1
+            return
+        except RuntimeError as error:   # of a finalizer at the very end of a greenlet: it can't wait any more
+            if mode != 'raise' and 'greenlet is being finalized' in str(error):
+                return
+            raise
+        right += got == DATA[at:at + len(got)] != b''
+        wrong += got != DATA[at:at + len(got)] or not got
+
+    def again(*args):
+        global depth
+        if depth < 3:
+            depth += 1
+            try:
+                read()
+            finally:
+                depth -= 1
+
+    class Dying:
+        def __init__(self):
+            self.me = self              # a cycle: it dies wherever the collector runs
+        def __del__(self):
+            if mode == 'del':
+                again()
+
+    class Hit(Exception):
+        pass
+
+    def hit(*args):
+        if greenlet.getcurrent() in reading:
+            reading.discard(greenlet.getcurrent())      # who reports it is left alone
+            raise Hit
+
+    kept, reading = [], set()
+
+    def work():
+        global raised
+        for _ in range(20):
+            try:
+                reading.add(gevent.getcurrent())
+                read()
+            except Hit:
+                raised += 1
+            finally:
+                reading.discard(gevent.getcurrent())
+            kept.append(weakref.ref(Dying(), again if mode == 'weakref' else None))
+            del kept[:-50]
+            if mode == 'callback':
+                hub.loop.run_callback(again)
+
+    def thread():
+        """No hub before the first read; and it is not destroyed."""
+        for _ in range(20):
+            at = random.randrange(len(DATA) - 4096)
+            assert direct.pread(4096, at) == DATA[at:at + 4096]
+
+    if mode in ('del', 'weakref', 'gc'):
+        gc.set_threshold(3, 2, 2)
+    if mode == 'gc':
+        gc.callbacks.append(again)
+    ticking = None
+    if mode in ('signal', 'raise'):
+        signal.signal(signal.SIGALRM, again if mode == 'signal' else hit)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        # gevent's libuv loop loses callbacks that a handler adds, and ends as if it had none; not while it ticks.
+        ticking = hub.loop.timer(0.01, 0.01)
+        ticking.start(lambda: None)
+    end = time.monotonic() + 0.8
+    while time.monotonic() < end:
+        workers = [gevent.spawn(work) for _ in range(8)]
+        threads = [threading.Thread(target=thread) for _ in range(4 * (mode == 'thread'))]
+        for one in threads:
+            one.start()
+        gevent.wait(workers)
+        for one in threads:
+            one.join()
+        assert all(one.successful() or isinstance(one.exception, Hit) for one in workers), workers
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if ticking is not None:
+        ticking.stop()
+        ticking.close()
+    gc.callbacks.clear()
+    gc.set_threshold(700, 10, 10)
+    engine = _hub.get_driver().engine
+    for _ in range(100):
+        if not len(engine.in_flight) + len(engine.lent):
+            break
+        gevent.sleep(0.01)
+    engine._check()
+    assert len(engine.in_flight) == len(engine.lent) == _hub.get_driver().waiting == 0
+    assert right > 100 and not wrong, (right, wrong)
+    assert mode != 'callback' or in_hub
+    assert mode != 'raise' or raised
+    print('intact')
+'''
+
+
+@pytest.mark.parametrize('mode', ['del', 'weakref', 'gc', 'callback', 'signal', 'raise', 'thread'])
+def test_reentered_from_anywhere_it_reads_right_or_says_why_not(data_file, mode):
+    done = run_python(REENTRANT, data_file, mode, check=mode != 'raise')     # gevent prints what was raised
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 'intact\n'
