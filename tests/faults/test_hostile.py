@@ -52,7 +52,8 @@ NUMBERS = {'None': None, 'float': 1.0, 'str': '1', 'bytes': b'1', 'object': obje
            '-1': -1, '-2': -2, 'AT_FDCWD': HERE, '2^31-1': (1 << 31) - 1, '2^31': 1 << 31, '2^32': 1 << 32,
            '2^63-1': (1 << 63) - 1, '2^63': 1 << 63, '-2^63': -(1 << 63), '-2^63-1': -(1 << 63) - 1,
            '2^64': 1 << 64, '2^1000': 1 << 1000, '-2^1000': -(1 << 1000), 'refused': Index(refuse),
-           'index str': Index(lambda: 'x'), 'index': Index(lambda: 1), 'index of 2^64': Index(lambda: 1 << 64),
+           'index str': Index(lambda: 'x'), 'index': Index(lambda: 1),
+           'index of 2^64': Index(lambda: 1 << 64),
            'switching': Index(lambda: gevent.sleep(0) or 1), 'closed': CLOSED}
 
 
@@ -164,7 +165,8 @@ def released():
 BUFFERS = {
     'None': lambda: None, 'str': lambda: 'text', 'int': lambda: 8, 'object': object, 'list': lambda: [1],
     'read-only': lambda: memoryview(b'12345678'), 'bytes': lambda: b'12345678',
-    'every other': lambda: memoryview(bytearray(16))[::2], 'backwards': lambda: memoryview(bytearray(8))[::-1],
+    'every other': lambda: memoryview(bytearray(16))[::2],
+    'backwards': lambda: memoryview(bytearray(8))[::-1],
     'released': released, 'doubles': lambda: memoryview(array.array('d', [1.5, 2.5])),
     'array': lambda: array.array('d', [1.5, 2.5]), 'empty': lambda: memoryview(bytearray()),
     'two dimensions': lambda: memoryview(bytearray(range(24))).cast('B', (4, 6)),
@@ -267,7 +269,8 @@ def test_what_is_no_file_gets_the_answer_of_os(two, odd):
     wrong = {}
     calls = [(name, args) for name, (args, _) in CALLS.items() if name not in ('open', 'close')]
     calls += [('pread', (Fd, 10, -1)), ('preadv', (Fd, [bytearray(9)], -1, 0)), ('readv', (Fd, [])),
-              ('pwritev', (Fd, [b'data'], -1, 0)), ('writev', (Fd, [])), ('write', (Fd, b'')), ('read', (Fd, 0))]
+              ('pwritev', (Fd, [b'data'], -1, 0)), ('writev', (Fd, [])), ('write', (Fd, b'')),
+              ('read', (Fd, 0))]
     for name, args in calls:
         if odd == 'waiting pipe to read' and (name in ('read', 'readv') or args[2:3] == (-1,)):
             continue                    # os would wait for ever
@@ -362,10 +365,10 @@ def test_block_device_refuses_settings_that_will_not_do(tmp_path, kwargs, error)
                          ids=['never opened', 'closed', 'closed direct', 'closed device'])
 def test_closed_is_a_value_error(data_file, make):
     one = make(data_file)
-    calls = {'pread': (9, 0), 'preadv': ([bytearray(9)], 0), 'pwrite': (b'data', 0), 'pwritev': ([b'data'], 0),
-             'fsync': (), 'fdatasync': (), 'fileno': (), '__enter__': (), 'flush': (), 'discard': (9, 0),
-             'write_zeroes': (9, 0), 'block_status': (9, 0), 'read_cached': (bytearray(9),),
-             'begin': (True, bytearray(9), 0), 'fallocate': (0, 0, 9)}
+    calls = {'pread': (9, 0), 'preadv': ([bytearray(9)], 0), 'pwrite': (b'data', 0),
+             'pwritev': ([b'data'], 0), 'fsync': (), 'fdatasync': (), 'fileno': (), '__enter__': (),
+             'flush': (), 'discard': (9, 0), 'write_zeroes': (9, 0), 'block_status': (9, 0),
+             'read_cached': (bytearray(9),), 'begin': (True, bytearray(9), 0), 'fallocate': (0, 0, 9)}
     for name, args in calls.items():
         if hasattr(type(one), name):
             assert outcome(getattr(one, name), *args) is ValueError, name
@@ -401,12 +404,14 @@ def test_aligned_buffer_refuses(args, error):
 
 
 OPENED = {'mode': ['q', 'rw', '', '+', 'rr', 'bt', 'rU', 'w+x', 'a\0', '\ud800', None, 7, b'r'],
-          'buffering': [None, 1.0, '1', -2, 0, 1, 1 << 1000, Index(refuse), Index(lambda: 7), Index(lambda: 'x')],
+          'buffering': [None, 1.0, '1', -2, 0, 1, 1 << 1000, Index(refuse), Index(lambda: 7),
+                        Index(lambda: 'x')],
           'encoding': [7, b'utf-8', 'latin-17', 'a\0b', '\ud800'], 'errors': [7, b'strict'],
           'newline': [7, 'x', b'\n'], 'closefd': [False, 0],
-          'opener': [7, refuse, *(lambda *args, value=value: value for value in (None, -1, 1.5, '1', 1 << 31))],
-          'file': [None, 1.0, [], object(), Index(refuse), -1, HERE, CLOSED, '', 'a\0b', '/nowhere/file', b'/tmp',
-                   '/tmp']}
+          'opener': [7, refuse, *(lambda *args, value=value: value
+                                  for value in (None, -1, 1.5, '1', 1 << 31))],
+          'file': [None, 1.0, [], object(), Index(refuse), -1, HERE, CLOSED, '', 'a\0b', '/nowhere/file',
+                   b'/tmp', '/tmp']}
 
 
 @pytest.mark.parametrize('name', OPENED)
@@ -534,8 +539,8 @@ REENTRANT = '''
         direct.preadv([one, two], at)
         return bytes(one) + bytes(two)
 
-    WAYS = [lambda at: direct.pread(4096, at), lambda at: cached.pread(4096, at), lambda at: direct.pread(99, at),
-            in_pieces, by_fd]
+    WAYS = [lambda at: direct.pread(4096, at), lambda at: cached.pread(4096, at),
+            lambda at: direct.pread(99, at), in_pieces, by_fd]
 
     def read():
         global right, wrong, in_hub
@@ -609,10 +614,11 @@ REENTRANT = '''
     if mode in ('signal', 'raise'):
         signal.signal(signal.SIGALRM, again if mode == 'signal' else hit)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-        # gevent's libuv loop loses callbacks that a handler adds, and ends as if it had none; not while it ticks.
+        # gevent's libuv loop may lose a callback that a handler adds, and end as if it had none: not while
+        # it ticks.
         ticking = hub.loop.timer(0.01, 0.01)
         ticking.start(lambda: None)
-    end = time.monotonic() + 0.8
+    end = time.monotonic() + 0.4
     while time.monotonic() < end:
         workers = [gevent.spawn(work) for _ in range(8)]
         threads = [threading.Thread(target=thread) for _ in range(4 * (mode == 'thread'))]
