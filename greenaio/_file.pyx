@@ -88,6 +88,10 @@ cdef extern from *:
 cdef set _closing = _fallback._closing
 
 cdef enum:
+    CLOSED = -1                 # in place of an fd
+    OPENING = -2
+
+cdef enum:
     RWF_HIPRI = 1               # AIO would drop it
     RWF_NOWAIT = 8
     RWF_APPEND = 16
@@ -113,15 +117,20 @@ cdef class File:
     cdef readonly object name
 
     def __cinit__(self):
-        self._fd = -1
+        self._fd = CLOSED
 
     def __init__(self, path, flags=os.O_RDONLY, mode=0o666, *, max_batch=BATCH_MAX):
-        if self._fd >= 0:
+        if self._fd != CLOSED:
             raise ValueError('this File is open already')
-        self._set_max_batch(max_batch)
-        self.name = os.fspath(path)
-        self._closefd = True
-        self._fd = open_file(self.name, c_int(flags), c_int(mode), AT_FDCWD)
+        self._fd = OPENING              # what is asked for its path may come back here, and so may another greenlet
+        try:
+            self._set_max_batch(max_batch)
+            self.name = os.fspath(path)
+            self._closefd = True
+            self._fd = open_file(self.name, c_int(flags), c_int(mode), AT_FDCWD)
+        except BaseException:
+            self._fd = CLOSED
+            raise
         self._known = know(self._fd, self.name)
 
     @staticmethod
@@ -231,17 +240,21 @@ cdef class File:
     def end(self, begun):
         """Wait for what `begin` returned; return bytes moved, or minus the errno: what `preadv` or `pwrite`
         would do another way is -EAGAIN or -EOPNOTSUPP, and what another hub began is -ECANCELED. Once."""
-        cdef Driver driver = begun[0]
-        cdef Request request = begun[1]
+        cdef Driver driver
+        cdef Request request
+        cdef Known known
         cdef int64_t result
+        driver, request = begun
+        if driver is None or request is None:
+            raise TypeError('that is not what begin() returned')
         if driver is not current_driver():
             return -ECANCELED
         result = driver.end(request)
         if request.refused:
             return -EAGAIN
         if request.flags & RWF_NOWAIT and result != -EOPNOTSUPP:
-            (self._known.device.reads if request.opcode == PREAD
-             else self._known.device.writes).answered(result == -EAGAIN)
+            known = request.file
+            (known.device.reads if request.opcode == PREAD else known.device.writes).answered(result == -EAGAIN)
         return result
 
     def pwrite(self, data, Py_ssize_t offset):
@@ -335,7 +348,7 @@ cdef class File:
 
     cdef int _close(self, bint may_wait) except -1:
         cdef int fd = self._fd
-        self._fd = -1
+        self._fd = CLOSED
         if fd >= 0 and self._closefd:
             close_file(fd, may_wait)
         return 0

@@ -377,6 +377,8 @@ class FileIO(io.FileIO):
             warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source, stacklevel=2)
 
     def __del__(self) -> None:
+        if self._file is None:          # nor is there a turn, perhaps
+            return
         self._turn.finalizing = True
         try:
             if not self.closed:

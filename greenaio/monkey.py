@@ -50,7 +50,7 @@ def _close(fd: int) -> None:
 @functools.wraps(posix.lstat)
 def _lstat(path: Any, *, dir_fd: int | None = None) -> os.stat_result:
     stat: Callable[..., os.stat_result] = _Os.stat  # type: ignore[attr-defined]
-    return stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    return stat(os.fspath(path), dir_fd=dir_fd, follow_symlinks=False)
 
 
 @functools.wraps(io.open)       # noqa: UP020

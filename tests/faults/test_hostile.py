@@ -17,6 +17,7 @@ import pytest
 from conftest import pattern, run_python
 
 import greenaio
+import greenaio.monkey
 import greenaio.os
 from greenaio import File, aligned_buffer
 from greenaio.block import BlockDevice
@@ -384,6 +385,52 @@ def test_closed_is_a_value_error(data_file, make):
 def closed(one):
     one.close()
     return one
+
+
+class OpensOn:
+    """A path that opens the file it is for, when it is asked."""
+
+    def __init__(self, path):
+        self._path, self.file = path, File.__new__(File)
+
+    def __fspath__(self):
+        self.file.__init__(self._path)
+
+
+def test_file_is_opened_once(data_file):
+    path = OpensOn(data_file)
+    assert outcome(path.file.__init__, path) is ValueError
+    assert path.file.closed
+    path.file.__init__(data_file)       # that one failed, so this may
+    assert outcome(path.file.__init__, data_file) is ValueError
+    assert path.file.pread(SIZE, 0) == pattern(SIZE)
+    path.file.close()
+
+
+def test_end_wants_what_begin_returned(data_file):
+    with File(data_file) as file:
+        begun = file.begin(True, bytearray(SIZE), 0)
+        for other in (None, 5, (), (None, None), (begun[0], None), (None, begun[1]), (begun[0], file)):
+            assert outcome(file.end, other) in (TypeError, ValueError)
+        assert File.__new__(File).end(begun) == SIZE    # the fd was needed by begin() only
+        assert file.end(begun) == SIZE                  # and the result is kept
+
+
+def test_file_object_that_was_never_opened_dies_in_silence():
+    run_python('''
+        from greenaio.fileobject import FileIO
+        for make in (FileIO, lambda: FileIO.__new__(FileIO), lambda: FileIO('/nowhere/file')):
+            try:
+                make()
+            except (TypeError, FileNotFoundError):
+                pass
+    ''')
+
+
+@pytest.mark.parametrize('path', [5, None, 1.5, b'a\0b', 'a\0b', '/nowhere/file'])
+def test_patched_lstat_gets_the_answer_of_os(path):
+    theirs, ours = outcome(os.lstat, path), outcome(greenaio.monkey._Os.lstat, path)
+    assert ours == theirs
 
 
 def test_file_of_what_is_no_fd_is_refused():
