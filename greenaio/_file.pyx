@@ -200,10 +200,12 @@ cdef class File:
         PyBuffer_Release(&view)
         if more < 0:
             return -1 - got
+        cdef int forks = driver.forks
         try:
             driver.end_in_line()
         except BaseException:           # killed there: it has read nothing
-            os.lseek(fd, -got, os.SEEK_CUR)
+            if driver.forks == forks:   # else it is a copy of who read, and shares the position
+                os.lseek(fd, -got, os.SEEK_CUR)
             raise
         return got
 

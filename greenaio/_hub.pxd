@@ -12,6 +12,7 @@ cdef class Driver:
     cdef readonly bint native       # False: the kernel gave us no context, everything takes a thread
     cdef readonly bint closed
     cdef readonly int waiting       # greenlets parked here
+    cdef readonly int forks         # between the process that made it and this one
     cdef object _watcher
     cdef bint _holds_loop
     cdef bint _reattach             # forked: the context is to be made anew

@@ -263,7 +263,7 @@ cdef class Driver:
     cdef int end_in_line(self) except -1:
         """Call this after an operation that was done in line: a greenlet that only ever has such gives the
         loop its turn here, once in a bounded run of them. Not before it, when an fd could be closed and
-        its number reused meanwhile."""
+        its number reused meanwhile. Raises OSError (ECANCELED) in a child that was forked meanwhile."""
         cdef Request request
         if self._run == 0:
             self._end_turn_soon()
@@ -273,6 +273,8 @@ cdef class Driver:
             request = new_request(CALL, -1, 0, 0, 1)
             self.engine.finish_at_once(request)
             self._park(request, greenlet_current())
+            if request._result < 0:     # forked meanwhile: where it was read to, this process may have zeros
+                raise OSError(ECANCELED, os.strerror(ECANCELED))
         return 0
 
     cdef int check_caller(self) except -1:
@@ -572,6 +574,7 @@ cdef class Driver:
         or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
         """
         inbox = Inbox(self.engine.context.eventfd)
+        self.forks += 1
         self.engine.context.after_fork_in_child()
         self.inbox.forget()             # what a worker of the parent does goes to the parent
         self.inbox = inbox

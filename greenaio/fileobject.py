@@ -159,15 +159,14 @@ class FileIO(io.FileIO):
         n = -1 - n
         if n == 0:
             return self._wait(False, _position.readv, [buffer])
+        process = os.getpid()
         try:
             more = self._wait(False, _position.readv, [_fallback.flat(buffer)[n:]])
-        except OSError as error:
-            if not is_told_by_the_kernel(error):
+        except BaseException as error:
+            if is_told_by_the_kernel(error) and os.getpid() == process:
+                return n                # a short read, as the system call's
+            if os.getpid() == process:  # killed: it has read nothing. A forked copy of it shares the position
                 os.lseek(self._fd, -n, os.SEEK_CUR)
-                raise
-            return n                    # a short read, as the system call's
-        except BaseException:           # killed: it has read nothing
-            os.lseek(self._fd, -n, os.SEEK_CUR)
             raise
         return n + (more or 0)
 

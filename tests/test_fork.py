@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import held_disk, path_of_tests, run_python  # noqa: F401
+from conftest import held_disk, path_of_tests, pattern, run_python  # noqa: F401
 
 COMMON = '''
 import errno, gevent, os, sys, warnings
@@ -220,6 +220,65 @@ for read in (lambda: len(File.from_fd(fd).pread(32768, 0)),
     assert reader.get(timeout=10) == 32768
     wait(pid)
 ''', path)
+
+
+def test_waiter_with_its_data_in_wiped_memory_gets_ecanceled(fork_file):
+    """Read in line, and the greenlet lets others have a turn: the child has zeros in that memory."""
+    run_python(COMMON + '''
+cached = File.from_fd(os.open(path, os.O_RDONLY), closefd=True)
+memory = aligned_buffer(8192)
+
+def read_on():
+    expected = cached.pread(8192, 4096)
+    while True:
+        assert cached.preadv([memory], 4096) == 8192
+        assert bytes(memory) == expected, 'wiped'
+
+reader = gevent.spawn(read_on)
+gevent.sleep(0)                 # it waits for nothing but its next turn
+
+def child():
+    reader.join(10)
+    assert getattr(reader.exception, 'errno', None) == errno.ECANCELED, reader.exception
+
+wait(in_child(child))
+assert not reader.dead
+reader.kill()
+''', fork_file)
+
+
+@pytest.mark.parametrize('size', [500, 9000])
+def test_reader_killed_in_the_child_leaves_the_parent_its_position(disk_folder, size):
+    """They share it. Who is killed gives back what the page cache had; not so a copy of it."""
+    path = os.path.join(disk_folder, 'data')
+    with open(path, 'wb') as file:
+        file.write(pattern(1 << 20))
+        os.fsync(file.fileno())
+    run_python(COMMON + '''
+from greenaio.fileobject import FileIO
+with open(path, 'rb') as file:
+    content = file.read()
+size = int(sys.argv[2])
+
+def read_on():
+    at = 0
+    while at < len(content):
+        os.posix_fadvise(shared.fileno(), at + size // 2 & -4096, 0, os.POSIX_FADV_DONTNEED)
+        got = shared.read(size)
+        assert got == content[at:at + len(got)] != b'', at
+        at += len(got)
+
+for turn in range(20):
+    shared = FileIO(path)
+    os.posix_fadvise(shared.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    reader = gevent.spawn(read_on)
+    for _ in range(turn + 1):
+        gevent.sleep(0)
+    assert not reader.dead
+    wait(in_child(reader.kill))
+    reader.get()
+    shared.close()
+''', path, size)
 
 
 def test_child_that_exits_disturbs_nothing(fork_file):
