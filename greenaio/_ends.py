@@ -34,6 +34,11 @@ class _Destroy:
         if hub is None:
             return None
         hub.__dict__.pop('destroy', None)
-        for function in hub.__dict__.pop('_greenaio_before_destroy', ()):
-            function()
+        _call_all(hub)
         return hub.destroy(*args, **kwargs)
+
+
+def _call_all(hub: Any) -> None:
+    # Not in the frame that destroys the hub: in a thread, gevent keeps that one and its variables for ever.
+    for function in hub.__dict__.pop('_greenaio_before_destroy', ()):
+        function()

@@ -22,7 +22,7 @@ from tests.faults import forks, fsx, hubs, kills, long, power_cut
 MODULES = {'kills': kills.rounds, 'forks': forks.rounds, 'hubs': hubs.rounds, 'fsx': fsx.rounds,
            'power_cut': power_cut.rounds}
 UNITS = {'kills': 'kills', 'forks': 'forks', 'hubs': 'cycles', 'fsx': 'ops', 'power_cut': 'cuts'}
-ROUNDS = {'power_cut': 3, 'forks': 10}  # of a turn, instead of 20
+ROUNDS = {'power_cut': 3, 'forks': 10, 'hubs': 2}  # of a turn, instead of 20
 MINUTE = 60                     # seconds
 
 

@@ -2,13 +2,15 @@
 
 A cycle is a thread with a hub of its own, which reads, or not, and destroys its hub, or forgets to, or has
 two of them; with I/O queued, in flight and with threads at that moment, or without. Of all these nothing
-stays: no fd, no context of native AIO, no thread, no driver; and none disturbs another. (What is suspended
-when its thread ends, greenlet keeps for ever: some KiB each.)
+stays: no fd, no context of native AIO, no thread, no driver; and none disturbs another. What is suspended
+when its thread ends, greenlet keeps for ever, and its memory: every hundred cycles have their own process.
 """
 
 import contextlib
+import functools
 import os
 import random
+import subprocess
 import sys
 import threading
 
@@ -21,6 +23,7 @@ from tests.faults import long
 PAGE = 4096
 CONTENT = pattern(MIB)
 SIDE_BY_SIDE = 4                # threads of a round
+EACH = 100                      # cycles of a process
 
 
 class Place:
@@ -83,7 +86,23 @@ def counts():
 
 
 @contextlib.contextmanager
-def rounds(folder):
+def rounds(folder, here=False):
+    if here:
+        with rounds_here(folder) as one_round:
+            yield one_round
+    else:
+        yield functools.partial(a_process, folder)
+
+
+def a_process(folder, seed):
+    done = subprocess.run([sys.executable, '-m', 'tests.faults.hubs', '--here', '--cycles', str(EACH),
+                           '--seed', str(seed * EACH), '--folder', folder], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    return EACH
+
+
+@contextlib.contextmanager
+def rounds_here(folder):
     with contextlib.closing(Place(folder)) as place:
         place.read(place.direct, 0)     # what this thread has and keeps
         before = counts()
@@ -112,4 +131,5 @@ def rounds(folder):
 
 
 if __name__ == '__main__':
-    sys.exit(long.main('tests.faults.hubs', __doc__, 'cycles', 10_000, rounds))
+    sys.exit(long.main('tests.faults.hubs', __doc__, 'cycles', 10_000, rounds,
+                       here={'action': 'store_true', 'help': 'in this process'}))

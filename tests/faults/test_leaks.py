@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 
 import gevent
 import pytest
@@ -447,3 +448,22 @@ def test_nothing_is_left(folder, loop):
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
+
+
+def test_destroyed_hub_of_a_thread_leaves_no_driver(data_file):
+    """gevent keeps that hub, and the frame that destroyed it with all its variables."""
+    drivers = []
+
+    def work():
+        with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+            file.pread(4096, 0)
+        drivers.append(weakref.ref(_hub.get_driver()))
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    in_thread(work)
+    for _ in range(1000):               # a native thread ends the context
+        gc.collect()
+        if drivers[0]() is None:
+            break
+        time.sleep(0.005)
+    assert drivers[0]() is None

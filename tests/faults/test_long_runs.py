@@ -19,7 +19,7 @@ def run_long(module, *args, status=0):
 
 
 @pytest.mark.parametrize('module, unit, count', [
-    ('kills', 'kills', 2000), ('forks', 'forks', 16), ('hubs', 'cycles', 40), ('fsx', 'ops', 6000)])
+    ('kills', 'kills', 2000), ('forks', 'forks', 16), ('hubs', 'cycles', 100), ('fsx', 'ops', 6000)])
 def test_all_is_well(module, unit, count, folder):
     told = run_long(f'faults.{module}', f'--{unit}', count, '--seed', 1, '--folder', folder)
     assert 'all is well' in told
