@@ -16,6 +16,7 @@ import traceback
 
 import gevent
 
+from greenaio import _hub
 from tests.conftest import real_disk
 from tests.faults import forks, fsx, hubs, kills, long, power_cut
 
@@ -51,7 +52,9 @@ def main():
     long.catch_signals()
     rng, done = random.Random(arguments.seed), dict.fromkeys(UNITS.values(), 0)
     began = told = time.monotonic()
-    name, chosen, before = None, {}, None
+    name, chosen = None, {}
+    _hub.get_driver()                   # what this process has and keeps
+    before = hubs.counts()
 
     def tell(what=''):
         counts = ', '.join(f'{done[unit]} {unit}' for unit in UNITS.values())
@@ -64,8 +67,7 @@ def main():
         for name, chosen in turns(rng):
             with long.own_folder(arguments.folder or real_disk()) as where:
                 one_turn(name, chosen, where, rng.randrange(1 << 31), done)
-            before = before or hubs.counts()
-            assert hubs.counts() == before, f'{before} after the first turn, {hubs.counts()} now'
+            assert hubs.counts() == before, f'{before} at first, {hubs.counts()} now'
             if time.monotonic() - told > MINUTE:
                 told = time.monotonic()
                 tell()
