@@ -7,6 +7,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <errno.h>
+    #include <stdint.h>
     #include <linux/aio_abi.h>
     #include <sys/eventfd.h>
     #include <sys/syscall.h>
@@ -43,6 +44,22 @@ cdef extern from *:
 
     static inline long abi_eventfd(void)
     { return abi_result(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }
+
+    /* An eventfd under two numbers: the first, unless somebody closed that. EAGAIN: it is readable, and how;
+       nothing was signalled. */
+    static inline void abi_signal(int fd, int same)
+    {
+        uint64_t one = 1;
+        if (write(fd, &one, sizeof one) < 0 && errno == EBADF)
+            (void)!write(same, &one, sizeof one);
+    }
+
+    static inline void abi_clear(int fd, int same)
+    {
+        uint64_t count;
+        if (read(fd, &count, sizeof count) < 0 && errno == EBADF)
+            (void)!read(same, &count, sizeof count);
+    }
 
     /* The other side of both is aio_complete() in the kernel, on any processor: it writes an event,
        then the tail; it loads head to see what room there is. */
@@ -99,6 +116,8 @@ cdef extern from *:
     long abi_io_getevents(aio_context_t ctx, long min_nr, long nr, io_event *events,
                           long timeout_ns) nogil
     long abi_eventfd() nogil
+    void abi_signal(int fd, int same) nogil
+    void abi_clear(int fd, int same) nogil
     unsigned int abi_load_tail(aio_ring *ring) nogil
     void abi_store_head(aio_ring *ring, unsigned int head) nogil
     void abi_relax() nogil

@@ -25,7 +25,8 @@ cdef class Context:
     cdef iocb **_pointers
     cdef io_event *_events          # PEEK_MAX, the copies that peek() makes
     cdef long _getevents_ns         # io_getevents: how long to wait, for the probe alone
-    cdef readonly int eventfd
+    cdef readonly int eventfd       # this number is for the loop, which watches it
+    cdef readonly int own_eventfd   # the same, for us and the kernel
     cdef readonly int depth
     cdef readonly int staged
 
@@ -43,5 +44,6 @@ cdef class Context:
     cpdef int clear(self) except -1
     cpdef after_fork_in_child(self)
     cpdef destroy(self)
+    cdef void _close_eventfd(self) noexcept
     cdef bint _probe(self)
     cdef int _unmap_from_children(self) except -1

@@ -10,14 +10,14 @@ serves every batch; of a request in flight only its data buffer and its token st
 import os
 import posix            # for what may be patched in os
 
-from libc.errno cimport errno as c_errno
+from libc.errno cimport EBADF, errno as c_errno
 from libc.stdlib cimport calloc, free
 from libc.time cimport time_t
-from posix.unistd cimport close, read, write
+from posix.unistd cimport close
 
 from greenaio._abi cimport (
-    AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_eventfd, abi_io_destroy,
-    abi_io_getevents, abi_io_setup, abi_io_submit, abi_load_tail, abi_relax, abi_store_head,
+    AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_clear, abi_eventfd, abi_io_destroy, abi_io_getevents, abi_io_setup,
+    abi_io_submit, abi_load_tail, abi_relax, abi_signal, abi_store_head,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -35,6 +35,9 @@ cdef extern from "<unistd.h>" nogil:
     int dup3(int old, int new, int flags)
 
 cdef extern from "<fcntl.h>" nogil:
+    int fcntl(int fd, int command, ...)
+    const int F_DUPFD_CLOEXEC
+    const int F_GETFD
     const int O_CLOEXEC
 
 cdef extern from "<time.h>" nogil:
@@ -46,6 +49,7 @@ cdef extern from "<time.h>" nogil:
 
 cdef enum:
     PAGE = 4096
+    OWN_MIN = 500               # an fd: who closes one twice closes a low number, which is in use again
     PROBE_NS = 1000000000       # an fsync of an empty memory file: microseconds, unless all is lost
 
 
@@ -109,7 +113,7 @@ cdef class Context:
     """
 
     def __cinit__(self):
-        self.eventfd = -1
+        self.eventfd = self.own_eventfd = -1
         self._iocbs = <iocb *>calloc(BATCH_MAX, sizeof(iocb))
         self._pointers = <iocb **>calloc(BATCH_MAX, sizeof(iocb *))
         self._events = <io_event *>calloc(PEEK_MAX, sizeof(io_event))
@@ -124,13 +128,16 @@ cdef class Context:
         if fd < 0:
             raise _os_error(fd, 'eventfd')
         self.eventfd = fd
+        # Closed by mistake, one number leaves the other: epoll reports an eventfd while it has any.
+        self.own_eventfd = fcntl(fd, F_DUPFD_CLOEXEC, OWN_MIN)
+        if self.own_eventfd < 0:        # so many are not allowed
+            self.own_eventfd = fd
 
     def __dealloc__(self):
         # Only a context that never had a request is still set up here: see destroy().
         if self._ctx and not forked():
             abi_io_destroy(self._ctx)
-        if self.eventfd >= 0:
-            close(self.eventfd)
+        self._close_eventfd()
         free(self._iocbs)
         free(self._pointers)
         free(self._events)
@@ -221,7 +228,7 @@ cdef class Context:
         cb.aio_nbytes = nbytes
         cb.aio_offset = offset
         cb.aio_flags = IOCB_FLAG_RESFD
-        cb.aio_resfd = self.eventfd
+        cb.aio_resfd = self.own_eventfd
         self.staged += 1
         return 0
 
@@ -229,9 +236,16 @@ cdef class Context:
         """Offer the staged batch, which is then gone, and return how many of its *first* requests
         the kernel took, or minus the errno that its head got."""
         # The GIL stays: to give it away around 1 µs is to wait 5 ms for it in a threaded program.
-        cdef long n = self.staged
+        cdef long n = self.staged, result
+        cdef int i
         self.staged = 0
-        return abi_io_submit(self._ctx, n, self._pointers)
+        result = abi_io_submit(self._ctx, n, self._pointers)
+        if result == -EBADF and fcntl(self.own_eventfd, F_GETFD) < 0:
+            self.own_eventfd = self.eventfd     # somebody has closed it
+            for i in range(n):
+                self._iocbs[i].aio_resfd = self.own_eventfd
+            result = abi_io_submit(self._ctx, n, self._pointers)
+        return result
 
     cpdef int peek(self) except -1:
         """Copy out up to PEEK_MAX completions, and return how many; `token` and `result` read
@@ -300,19 +314,17 @@ cdef class Context:
 
     cpdef int signal(self) except -1:
         """Make the eventfd readable."""
-        cdef uint64_t one = 1
-        write(self.eventfd, &one, sizeof(one))      # EAGAIN: it is readable, and how
+        abi_signal(self.own_eventfd, self.eventfd)
         return 0
 
     cpdef int clear(self) except -1:
         """Make the eventfd unreadable. Do so *before* peeking: the kernel publishes the tail
         first and signals then, so what is signalled later is peeked later."""
-        cdef uint64_t count
-        read(self.eventfd, &count, sizeof(count))   # EAGAIN: nothing was signalled
+        abi_clear(self.own_eventfd, self.eventfd)
         return 0
 
     cpdef after_fork_in_child(self):
-        """Forget the parent's context, and put a fresh eventfd under the same number.
+        """Forget the parent's context, and put a fresh eventfd under the same numbers.
 
         The context's address may be a context of this child's soon, the eventfd is shared with
         the parent, and a watcher of the inherited loop sits on its number: so nothing is
@@ -325,9 +337,11 @@ cdef class Context:
         if self.eventfd < 0:
             return
         fresh = abi_eventfd()
-        if fresh >= 0:
+        if fresh >= 0:                  # it may be one of these, which somebody has closed: then dup3() does nothing
             dup3(<int>fresh, self.eventfd, O_CLOEXEC)
-            close(<int>fresh)
+            dup3(<int>fresh, self.own_eventfd, O_CLOEXEC)
+            if fresh != self.eventfd and fresh != self.own_eventfd:
+                close(<int>fresh)
 
     cpdef destroy(self):
         """Free the context: waits, without the GIL, until the kernel has done all in flight."""
@@ -340,9 +354,14 @@ cdef class Context:
 
     def close_eventfd(self):
         """Close the eventfd; stop what watches it first. The kernel holds it for what is in flight."""
+        self._close_eventfd()
+
+    cdef void _close_eventfd(self) noexcept:
+        if self.own_eventfd != self.eventfd:
+            close(self.own_eventfd)
         if self.eventfd >= 0:
             close(self.eventfd)
-        self.eventfd = -1
+        self.eventfd = self.own_eventfd = -1
 
     def close(self):
         """`close_eventfd` and `destroy`. May be called twice."""

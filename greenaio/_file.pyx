@@ -244,7 +244,7 @@ cdef class File:
         would do another way is -EAGAIN or -EOPNOTSUPP, and what another hub began is -ECANCELED. Once."""
         cdef Driver driver
         cdef Request request
-        cdef Known known
+        cdef Known known = self._known
         cdef int64_t result
         driver, request = begun
         if driver is None or request is None:
@@ -254,8 +254,7 @@ cdef class File:
         result = driver.end(request)
         if request.refused:
             return -EAGAIN
-        if request.flags & RWF_NOWAIT and result != -EOPNOTSUPP:
-            known = request.file
+        if request.flags & RWF_NOWAIT and result != -EOPNOTSUPP and known is not None:
             (known.device.reads if request.opcode == PREAD else known.device.writes).answered(result == -EAGAIN)
         return result
 

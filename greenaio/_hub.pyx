@@ -152,7 +152,7 @@ cdef class Driver:
         self._retry_after = RETRY_MIN
         self.engine = Engine(Context() if context is None else context,
                              config.depth if depth is None else depth)
-        self.inbox = Inbox(self.engine.context.eventfd)
+        self.inbox = Inbox(self.engine.context)
         self.engine.burst = BURST
         self._attach()
         loop = hub.loop
@@ -573,7 +573,7 @@ cdef class Driver:
         The watcher stays as it is, over a fresh eventfd: closing or stopping it here would abort the loop
         or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
         """
-        inbox = Inbox(self.engine.context.eventfd)
+        inbox = Inbox(self.engine.context)
         self.forks += 1
         self.engine.context.after_fork_in_child()
         self.inbox.forget()             # what a worker of the parent does goes to the parent

@@ -8,7 +8,6 @@ cdef struct pool
 
 cdef class Inbox:
     cdef mailbox *_box
-    cdef int _eventfd
 
     cdef int reap(self, Engine engine) except -1
     cdef wait(self)

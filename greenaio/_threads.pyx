@@ -13,11 +13,10 @@ import os
 from greenaio._config import config
 
 from libc.errno cimport errno as c_errno
-from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from posix.unistd cimport write
 
-from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
+from greenaio._abi cimport abi_signal
+from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context
 from greenaio._engine cimport CALL, Engine, Request, iovec, new_request
 
 cdef extern from *:
@@ -87,6 +86,7 @@ cdef struct mailbox:
     job *last
     int out                     # jobs that are in a queue or with a worker
     int eventfd                 # the hub's, which a job wakes; -1 when the hub is gone
+    int same_eventfd
     bint orphan                 # the Inbox is gone: the last job frees this
 
 cdef struct pool:
@@ -122,7 +122,6 @@ cdef void _post(job *one) noexcept nogil:
     """Back to the hub that asked. Afterwards the job is the hub's, which may free it at once."""
     cdef mailbox *box = one.back
     cdef bint was_empty, forgotten
-    cdef uint64_t count = 1
     pthread_mutex_lock(&box.lock)
     was_empty = box.first == NULL
     one.next = NULL
@@ -133,7 +132,7 @@ cdef void _post(job *one) noexcept nogil:
     box.last = one
     box.out -= 1
     if was_empty and box.eventfd >= 0:  # under the lock: else the number may be another's by now
-        write(box.eventfd, &count, sizeof(count))
+        abi_signal(box.eventfd, box.same_eventfd)
     if box.out == 0:
         pthread_cond_signal(&box.empty)
     forgotten = box.orphan and box.out == 0
@@ -234,15 +233,16 @@ cdef bint withdraw(Request request) noexcept:
 # The hub's side ----------------------------------------------------------------------------------
 
 cdef class Inbox:
-    """Where workers put what they have done for one hub; *eventfd* wakes it."""
+    """Where workers put what they have done for one hub; *context*'s eventfd wakes it."""
 
-    def __cinit__(self, int eventfd):
+    def __cinit__(self, Context context):
         self._box = <mailbox *>calloc(1, sizeof(mailbox))
         if self._box == NULL:
             raise MemoryError
         pthread_mutex_init(&self._box.lock, NULL)
         pthread_cond_init(&self._box.empty, NULL)
-        self._box.eventfd = eventfd
+        self._box.eventfd = context.own_eventfd
+        self._box.same_eventfd = context.eventfd
 
     def __dealloc__(self):
         cdef bint unused
