@@ -74,6 +74,11 @@ def pytest_sessionstart():
                                  stdin=subprocess.PIPE, text=True, bufsize=1)
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()                         # each test collects: what is there before it need not be looked at again
+
+
 def pytest_runtest_logstart(nodeid):
     tell_watchdog('test', nodeid)
 

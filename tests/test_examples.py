@@ -26,11 +26,11 @@ def judge(sums, cwd=None):
                           capture_output=True)
 
 
-def test_checksums_of_pythons_own_library_satisfy_sha256sum():
-    done = checksum(sysconfig.get_path('stdlib'))
+def test_checksums_of_pythons_own_encodings_satisfy_sha256sum():
+    done = checksum(os.path.join(sysconfig.get_path('stdlib'), 'encodings'))
     assert done.returncode == 0, done.stderr
     assert done.stderr == b''
-    assert done.stdout.count(b'\n') > 500
+    assert done.stdout.count(b'\n') > 100
     verdict = judge(done.stdout)
     assert verdict.returncode == 0, verdict.stdout[-2000:]
 
