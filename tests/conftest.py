@@ -76,7 +76,7 @@ def pytest_sessionstart():
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()                         # each test collects: what is there before it need not be looked at again
+    gc.freeze()                         # each test collects, and need not look at this again
 
 
 def pytest_runtest_logstart(nodeid):

@@ -37,8 +37,9 @@ def copy_to(folder):
                     ignore=shutil.ignore_patterns('.git', '__pycache__', '.*_cache', '.hypothesis'))
 
 
-def apply(name, folder):
-    subprocess.run(['patch', '-p1', '-s', '-F0'], input=read(name), cwd=folder, text=True, check=True)
+def apply(name, folder, *options):
+    command = ['patch', '-p1', '-s', '-F0', *options]
+    subprocess.run(command, input=read(name), cwd=folder, text=True, check=True)
 
 
 def build(folder):
@@ -83,8 +84,13 @@ def main():
     parser = argparse.ArgumentParser(prog='python -m tests.mutants', description=__doc__)
     parser.add_argument('names', nargs='*', default=names(), help='all, unless some are named')
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    parser.add_argument('--dry-run', action='store_true', help='only see whether they fit the code')
     arguments = parser.parse_args()
     missed = 0
+    if arguments.dry_run:
+        for name in arguments.names:
+            apply(name, ROOT, '--dry-run')
+        return 0
     with tempfile.TemporaryDirectory(prefix='greenaio-mutant-') as folder:
         built = os.path.join(folder, 'greenaio')
         copy_to(built)
