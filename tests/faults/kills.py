@@ -1,10 +1,11 @@
-"""KILL and UAF: ``python -m tests.faults.kills --kills 1000000``.
+"""KILL and UAF: ``python -m tests.faults.kills --kills 1000000 [--in-flight]``.
 
 Greenlets read and write, O_DIRECT, vectored, through a cold cache. Each is killed, timed out or thrown into:
 before it begins, while its request is queued, in the kernel's or a thread's hands, or done but not delivered.
 Then its memory: if nothing holds it any more, it is filled anew, and nobody may write there; if it is held,
 it is dropped, and memory of its size that comes instead is nobody else's. Nor may the disk ever show what was
-filled in.
+filled in. With --in-flight all are struck as soon as they are submitted, and only those count that the
+kernel or a thread had.
 """
 
 import collections
@@ -25,6 +26,7 @@ from tests.faults import long
 
 VICTIMS = 256                   # of a round
 PAGE = 4096
+FEW = 8                         # as many as a disk does not do at once
 SLOT = 3 * PAGE                 # what one writer may write
 MINE = 0xee                     # what is filled in afterwards, and stands in no file
 PATIENCE = (0, 0.00003, 0.0001, 0.0003, 0.001, 0.01)    # seconds
@@ -63,6 +65,11 @@ class World:
         """What is on the disk, past the page cache: what is in it goes by threads."""
         assert os.preadv(self.written.fileno(), [self.memory], 0) == len(self.memory)
         return bytes(self.memory)
+
+    def struck(self, in_flight):
+        """How many were; those *in_flight* alone, if so."""
+        wanted = ('in flight', 'with a thread') if in_flight else self.ends
+        return sum(self.ends[where] for where in wanted)
 
     def close(self):
         for file in (self.direct, self.cold, self.written):
@@ -207,12 +214,24 @@ def strike_later(world, rng, victims, times):
         world.loop.run_callback(strike_later, world, rng, victims, times - 1)
 
 
-def one_round(world, seed):
-    rng, whims, began = random.Random(seed), random.Random(~seed), sum(world.ends.values())
+def strike_all(victims):
+    for victim in list(victims.values()):
+        if victim.greenlet in victims:
+            victim.strike()
+
+
+def one_round(world, in_flight, seed):
+    rng, whims, began = random.Random(seed), random.Random(~seed), world.struck(in_flight)
     engine, victims, everyone = world.driver.engine, {}, []
     os.posix_fadvise(world.cold.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for slot in range(VICTIMS):
         everyone.append(Victim(world, rng, slot, victims))
+        if in_flight:
+            if slot % FEW == FEW - 1:
+                gevent.sleep(0)         # the turn at whose end they are submitted; then comes this:
+                world.loop.run_callback(strike_all, victims)
+                gevent.sleep(0)
+            continue
         if whims.random() < 0.1:
             world.loop.run_callback(strike_later, world, whims, victims, whims.randrange(6))
         if whims.random() < 0.03:
@@ -233,18 +252,19 @@ def one_round(world, seed):
     for victim in everyone:
         victim.check(found)
     world.there = found
-    return sum(world.ends.values()) - began
+    return world.struck(in_flight) - began
 
 
 @contextlib.contextmanager
-def rounds(folder):
+def rounds(folder, in_flight=False):
     world = World(folder)
     try:
-        yield functools.partial(one_round, world)
+        yield functools.partial(one_round, world, in_flight)
     finally:
         world.close()
         print(dict(world.ends), file=sys.stderr)
 
 
 if __name__ == '__main__':
-    sys.exit(long.main('tests.faults.kills', __doc__, 'kills', 1_000_000, rounds))
+    sys.exit(long.main('tests.faults.kills', __doc__, 'kills', 1_000_000, rounds,
+                       in_flight={'action': 'store_true', 'help': 'count those alone'}))
