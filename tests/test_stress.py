@@ -1,12 +1,15 @@
 """Everything at once, seeded: reads, writes, kills, timeouts, several hubs, `_check()` after each step."""
 
+import ctypes
+import errno
+import mmap
 import os
 import random
 import threading
 
 import gevent
 import pytest
-from conftest import MIB, ScriptedContext, run_python
+from conftest import MIB, ScriptedContext, file_system, run_python
 
 from greenaio import File, _hub, aligned_buffer
 from greenaio._engine import Request, State
@@ -114,19 +117,24 @@ def test_real_kernel_against_a_model(folder, seed):
 
 
 def test_every_place_of_a_batch_may_be_bad(data_file):
-    """Thirty-two reads in one turn, one of them misaligned, on a bad fd, or past the end."""
+    """Thirty-two reads in one turn, one of them on a bad fd, past the end, misaligned, or into bad memory."""
     fd = os.open(data_file, os.O_RDONLY | os.O_DIRECT)
     driver = _hub.get_driver()
+    no_memory = mmap.mmap(-1, 4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(no_memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), 4096, 0) == 0
+    misaligned = 4096 if file_system(data_file) == 'tmpfs' else -errno.EINVAL
     for place in range(32):
-        bad = [(9999, 0), (fd, 4 * MIB)][place % 2]
-        requests = [Request(0, *(bad if i == place else (fd, i * 4096))[:1], aligned_buffer(4096),
-                            (bad if i == place else (fd, i * 4096))[1]) for i in range(32)]
-        greenlets = [gevent.spawn(driver.perform_request, request) for request in requests]
-        gevent.joinall(greenlets, raise_error=True)
-        wanted = [4096] * 32
-        wanted[place] = [-9, 0][place % 2]
-        assert [greenlet.value for greenlet in greenlets] == wanted
-        assert all(request.state == State.DONE for request in requests)
+        for bad, wanted in (((9999, aligned_buffer(4096), 0), -errno.EBADF),
+                            ((fd, aligned_buffer(4096), 4 * MIB), 0),
+                            ((fd, aligned_buffer(4096), 1), misaligned), ((fd, no_memory, 0), -errno.EFAULT)):
+            requests = [Request(0, fd, aligned_buffer(4096), i * 4096) for i in range(32)]
+            requests[place] = Request(0, *bad)
+            greenlets = [gevent.spawn(driver.perform_request, request) for request in requests]
+            gevent.joinall(greenlets, raise_error=True)
+            assert greenlets.pop(place).value == wanted
+            assert {greenlet.value for greenlet in greenlets} == {4096}
+            assert all(request.state == State.DONE for request in requests)
     os.close(fd)
 
 
