@@ -16,6 +16,7 @@ cpdef enum Opcode:
 
 cdef uint64_t monotonic_ns() noexcept nogil
 cdef bint forked() noexcept nogil
+cdef void signal_eventfd(int fd, int same) noexcept nogil
 cdef long times_waited() noexcept nogil
 
 cdef class Context:

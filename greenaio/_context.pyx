@@ -106,6 +106,11 @@ def _os_error(long code, what):
     return OSError(-code, f'{what}: {os.strerror(-code)}')
 
 
+cdef void signal_eventfd(int fd, int same) noexcept nogil:
+    """Make readable the eventfd that has the numbers *fd* and *same*. From any thread."""
+    abi_signal(fd, same)
+
+
 cdef class Context:
     """An eventfd and, once `open` was called, an ``io_context_t`` that signals it.
 

@@ -15,8 +15,7 @@ from greenaio._config import config
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport calloc, free
 
-from greenaio._abi cimport abi_signal
-from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context
+from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, signal_eventfd
 from greenaio._engine cimport CALL, Engine, Request, iovec, new_request
 
 cdef extern from *:
@@ -132,7 +131,7 @@ cdef void _post(job *one) noexcept nogil:
     box.last = one
     box.out -= 1
     if was_empty and box.eventfd >= 0:  # under the lock: else the number may be another's by now
-        abi_signal(box.eventfd, box.same_eventfd)
+        signal_eventfd(box.eventfd, box.same_eventfd)
     if box.out == 0:
         pthread_cond_signal(&box.empty)
     forgotten = box.orphan and box.out == 0
