@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import configparser
 import contextlib
 import ctypes
@@ -101,12 +102,24 @@ def real_disk():
     return missing('no folder on a real disk')
 
 
+def temporary_folder(kind):
+    return tempfile.TemporaryDirectory(dir='/dev/shm' if kind == 'memory' else real_disk(),
+                                       prefix='greenaio-test-')
+
+
 @pytest.fixture(params=['disk', 'memory'])
 def folder(request):
     """A folder on a disk, and once more one in memory."""
-    where = '/dev/shm' if request.param == 'memory' else real_disk()
-    with tempfile.TemporaryDirectory(dir=where, prefix='greenaio-test-') as name:
+    with temporary_folder(request.param) as name:
         yield name
+
+
+def side_by_side(request, test, work):
+    """``work(**parameters)`` for each test named *test* that is to be run, as many at once as there are
+    processors: a dict of finished futures. For processes of their own that do not look at the time."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {item.name: pool.submit(work, **item.callspec.params) for item in request.session.items
+                if item.originalname == test}
 
 
 @pytest.fixture
@@ -241,6 +254,12 @@ def _open_fds():
 def aio_nr():
     with open('/proc/sys/fs/aio-nr') as file:
         return int(file.read())
+
+
+def contexts():
+    """How many contexts of native AIO this process has. What aio-nr counts is the machine's."""
+    with open('/proc/self/maps') as maps:
+        return sum('[aio]' in line for line in maps)
 
 
 def run_python(code, *args, env=None, timeout=60, check=True):

@@ -7,7 +7,7 @@ import select
 import time
 
 import pytest
-from conftest import aio_nr, run_python
+from conftest import contexts, run_python
 
 import greenaio
 from greenaio import aligned_buffer
@@ -38,15 +38,15 @@ def test_context_is_a_depth_and_an_eventfd(context):
         os.read(context.eventfd, 8)
 
 
-def test_closing_leaves_no_fd_and_no_aio_nr():
-    before = aio_nr()
+def test_closing_leaves_no_fd_and_no_context():
+    before = contexts()
     context = Context()
     fd = context.eventfd
     context.open(100)
-    assert aio_nr() >= before + 100
+    assert contexts() == before + 1
     context.close()
     context.close()
-    assert aio_nr() <= before
+    assert contexts() == before
     with pytest.raises(OSError):
         os.fstat(fd)
 

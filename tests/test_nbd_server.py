@@ -311,15 +311,20 @@ def test_clients_that_vanish_leave_nothing(server):
     for _ in range(10):
         vanish()
     assert_alive(server)
-    before, rss = fds(), server.rss()
-    for _ in range(60):
-        vanish()
-    assert_alive(server)
+    before = fds()
+    for _ in range(8):                  # how many it serves side by side depends on the machine
+        rss = server.rss()
+        for _ in range(60):
+            vanish()
+        assert_alive(server)
+        if server.rss() - rss < 2:      # MiB; a leak of one buffer in each would be 4
+            break
+    else:
+        raise AssertionError(f'it grows: {rss} MiB, {server.rss()} now')
     end = time.monotonic() + 10
     while fds() > before and time.monotonic() < end:
         time.sleep(0.05)
     assert fds() <= before
-    assert server.rss() - rss < 20
 
 
 def test_who_has_sent_all_still_gets_its_replies(server):

@@ -17,7 +17,7 @@ import threading
 import gevent
 
 from greenaio import File, _hub, _threads, aligned_buffer
-from tests.conftest import MIB, pattern
+from tests.conftest import MIB, contexts, pattern
 from tests.faults import long
 
 PAGE = 4096
@@ -79,9 +79,8 @@ class Cycle(threading.Thread):
 
 
 def counts():
-    with open('/proc/self/maps') as maps:
-        contexts = sum('[aio]' in line for line in maps)    # aio-nr counts those of other processes too
-    return {'fds': len(os.listdir('/proc/self/fd')), 'contexts': contexts, 'drivers': len(_hub.all_drivers()),
+    return {'fds': len(os.listdir('/proc/self/fd')), 'contexts': contexts(),
+            'drivers': len(_hub.all_drivers()),
             'threads': len(os.listdir('/proc/self/task')) - sum(pool.threads for pool in _threads.pools())}
 
 

@@ -21,7 +21,7 @@ import weakref
 
 import gevent
 import pytest
-from conftest import MIB, path_of_tests, pattern, run_python
+from conftest import MIB, contexts, path_of_tests, pattern, run_python, side_by_side, temporary_folder
 from greenlet import greenlet
 
 import greenaio.os
@@ -29,7 +29,7 @@ from greenaio import File, _fallback, _hub, _threads, aligned_buffer, copyfile, 
 from greenaio.block import BlockDevice
 
 ATTEMPTS = 12
-COUNTED = ('objects', 'greenlets', 'fds', 'threads', 'aio-nr', 'blocks of Python', 'bytes of C', 'pages')
+COUNTED = ('objects', 'greenlets', 'fds', 'threads', 'contexts', 'blocks of Python', 'bytes of C', 'pages')
 
 SCENARIOS = {}                  # function: rounds of an attempt, what to compare it with, objects kept
 
@@ -385,8 +385,7 @@ def settle():
 
 def measure(into):
     settle()
-    with open('/proc/sys/fs/aio-nr') as file:
-        into[4] = int(file.read())
+    into[4] = contexts()
     with open('/proc/self/statm') as file:
         into[7] = int(file.read().split()[1])
     into[2] = len(os.listdir('/proc/self/fd'))
@@ -439,10 +438,21 @@ def main(folder, names=''):
 
 # The test ----------------------------------------------------------------------------------------
 
+def run_all(kind, loop):
+    with temporary_folder(kind) as folder:
+        return run_python('from faults import test_leaks; import sys; test_leaks.main(sys.argv[1])', folder,
+                          env={**path_of_tests(), 'GEVENT_LOOP': loop}, timeout=500)
+
+
+@pytest.fixture(scope='module')
+def runs(request):
+    return side_by_side(request, 'test_nothing_is_left', run_all)
+
+
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
-def test_nothing_is_left(folder, loop):
-    done = run_python('from faults import test_leaks; import sys; test_leaks.main(sys.argv[1])', folder,
-                      env={**path_of_tests(), 'GEVENT_LOOP': loop}, timeout=300)
+@pytest.mark.parametrize('kind', ['disk', 'memory'])
+def test_nothing_is_left(request, runs, kind, loop):
+    done = runs[request.node.name].result()
     left = {name: left for name, left, seconds in map(json.loads, done.stdout.splitlines())}
     assert len(left) == len(SCENARIOS)
     assert {name: what for name, what in left.items() if what} == {}

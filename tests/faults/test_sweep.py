@@ -11,7 +11,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import MIB, missing, run_python
+from conftest import MIB, missing, run_python, side_by_side, temporary_folder
 
 HERE = os.path.dirname(__file__)
 CALLS, MEMORY = 1, 2
@@ -231,16 +231,26 @@ def library(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope='module')
+def sweeps(request, library):
+    def sweep(kind, which, code, last):
+        with temporary_folder(kind) as folder:
+            path = os.path.join(folder, 'data')
+            with open(path, 'wb') as file:
+                file.write(os.urandom(MIB // 2))
+                os.fsync(file.fileno())
+            return run_python(SWEEP, path, which, getattr(errno, code), last, timeout=500, check=False,
+                              env={'LD_PRELOAD': library, 'PYTHONMALLOC': 'pymalloc'})
+
+    return side_by_side(request, 'test_nth_call_fails', sweep)
+
+
 @pytest.mark.parametrize('last', [0, 1 << 30], ids=['transient', 'persistent'])
 @pytest.mark.parametrize('which,code', [
     (CALLS, 'EIO'), (CALLS, 'EAGAIN'), (CALLS, 'ENOMEM'), (CALLS, 'EPERM'), (MEMORY, 'ENOMEM')])
-def test_nth_call_fails(library, folder, which, code, last):
-    path = os.path.join(folder, 'data')
-    with open(path, 'wb') as file:
-        file.write(os.urandom(MIB // 2))
-        os.fsync(file.fileno())
-    done = run_python(SWEEP, path, which, getattr(errno, code), last, timeout=300, check=False,
-                      env={'LD_PRELOAD': library, 'PYTHONMALLOC': 'pymalloc'})
+@pytest.mark.parametrize('kind', ['disk', 'memory'])
+def test_nth_call_fails(request, sweeps, kind, which, code, last):
+    done = sweeps[request.node.name].result()
     assert done.returncode == 0, done.stderr
     if which == CALLS:                  # Python itself says more than that when its hook has no memory
         assert done.stderr == ''
