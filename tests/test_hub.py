@@ -471,6 +471,22 @@ def test_completion_while_the_switch_out_hook_runs_is_not_missed(driver):
     assert Finishing.spawn(perform, driver, read()).get(timeout=5) == 512
 
 
+def test_pass_while_the_switch_out_hook_waits_is_not_missed(driver):
+    """The hub hands over what nobody waits for yet."""
+    class Sleeping(gevent.Greenlet):
+        slept = False
+
+        def switch_out(self):
+            if not self.slept:
+                self.slept = True
+                driver.engine.context.finish()
+                gevent.sleep(0)
+                driver._on_eventfd()
+                gevent.sleep(0.01)
+
+    assert Sleeping.spawn(perform, driver, read()).get(timeout=5) == 512
+
+
 def test_exception_in_the_switch_out_hook_takes_the_request_back(driver):
     class Bad(gevent.Greenlet):
         def switch_out(self):
