@@ -86,6 +86,7 @@ cdef class Engine:
     cdef readonly uint64_t lent_total
     cdef readonly uint64_t slow_submits
     cdef int _singly                    # so many more are offered one by one, to find who stalls
+    cdef uint64_t submitted_ns          # what the clock said after the last io_submit
     cdef readonly Request culprit       # the first found of those, until the driver takes it
     cdef readonly uint64_t culprit_ns   # how long it took
 

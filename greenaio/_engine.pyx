@@ -457,7 +457,8 @@ cdef class Engine:
             n += 1
         took = self.context.now()
         taken = self.context.submit()
-        took = self.context.now() - took
+        self.submitted_ns = self.context.now()
+        took = self.submitted_ns - took
         if took > STALL_NS:
             self._stalled(took, alone, alone and times_waited() > waited)
         return taken

@@ -35,7 +35,7 @@ cdef class Driver:
     cdef int check_caller(self) except -1
     cdef int end_in_line(self) except -1
     cdef object _caller(self)
-    cdef int64_t _result(self, Request request, current) except? -4096
+    cdef int64_t _result(self, Request request, current, uint64_t now=*) except? -4096
     cdef int _end_turn_soon(self) except -1
     cdef object _park(self, Request request, current)
     cdef PyObject *_next(self) noexcept
@@ -47,7 +47,7 @@ cdef class Driver:
     cdef int _ask_for_pass(self) except -1
     cdef int _tell_file(self, Request culprit) except -1
     cdef bint _more_is_ready(self) except -1
-    cdef bint _run_is_over(self, int limit=*) noexcept
+    cdef bint _run_is_over(self, int limit=*, uint64_t now=*) noexcept
     cdef bint _poll(self) except -1
     cdef int _hold_loop(self) except -1
     cdef int _let_go_of_loop(self) except -1

@@ -219,7 +219,7 @@ cdef class Driver:
                 self._poll()
         else:
             self._end_turn_soon()
-        return self._result(request, current)
+        return self._result(request, current, engine.submitted_ns)     # if it is done, it was submitted here
 
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096:
         """`perform`, by a native thread of *pool*: the same rules, the same result.
@@ -291,9 +291,9 @@ cdef class Driver:
             raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
         return current
 
-    cdef int64_t _result(self, Request request, current) except? -4096:
+    cdef int64_t _result(self, Request request, current, uint64_t now=0) except? -4096:
         cdef int64_t result
-        if request.state != DONE or self._run_is_over():
+        if request.state != DONE or self._run_is_over(RUN_MAX, now):
             self._park(request, current)
         elif request._list != NULL:
             self.engine.ready.remove(request)
@@ -375,10 +375,11 @@ cdef class Driver:
         else:                           # the engine keeps it, and _drain lets go of it at its event
             request.abandoned = True
 
-    cdef bint _run_is_over(self, int limit=RUN_MAX) noexcept:
+    cdef bint _run_is_over(self, int limit=RUN_MAX, uint64_t now=0) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
         # greenlet parks on a request that is done, and a later drain pass resumes it.
-        cdef uint64_t now = self.engine.context.now()
+        if now == 0:
+            now = self.engine.context.now()
         if self._run == 0:
             self._run_began = now
         self._run += 1
