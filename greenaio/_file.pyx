@@ -231,13 +231,13 @@ cdef class File:
         if way == THREAD:
             as_call(request)
             driver.begin_by_thread(request, known.device.pool())
-            return driver, request
+            return driver, request, driver.forks
         if way == ASK:
             request.flags = RWF_NOWAIT
         request.share = driver.engine.share(known.device.number, known.device.limit)
         request.file = known
         driver.begin(request)
-        return driver, request
+        return driver, request, driver.forks
 
     def end(self, begun):
         """Wait for what `begin` returned; return bytes moved, or minus the errno: what `preadv` or `pwrite`
@@ -246,10 +246,10 @@ cdef class File:
         cdef Request request
         cdef Known known = self._known
         cdef int64_t result
-        driver, request = begun
+        driver, request, forks = begun
         if driver is None or request is None:
             raise TypeError('that is not what begin() returned')
-        if driver is not current_driver():
+        if driver is not current_driver() or driver.forks != forks:     # forked: what was read may be wiped here
             return -ECANCELED
         result = driver.end(request)
         if request.refused:

@@ -240,6 +240,9 @@ cdef class Driver:
             self._attach()
         self.engine.enqueue(request)
         self._flush()
+        if request.state == DONE and request._list != NULL:
+            self.engine.ready.remove(request)   # nobody is to be woken: it takes no place in a pass
+            request.release()
         return self._ask_for_pass()
 
     cdef int begin_by_thread(self, Request request, Pool pool) except -1:
@@ -481,13 +484,15 @@ cdef class Driver:
         together at its end."""
         cdef Engine engine = self.engine
         cdef Request request
+        cdef int nobodys = 0            # they only take time: counted, more could come in a turn than go
         self._run = 0
         self._sections += 1
         engine.burst = 0
         try:
-            while not self.closed and self._more_is_ready() and not self._run_is_over():
+            while not self.closed and self._more_is_ready() and not self._run_is_over(RUN_MAX + nobodys):
                 request = engine.ready.popleft()
                 if request.waiter is None:
+                    nobodys += 1
                     request.release()   # abandoned; or its greenlet is about to look by itself
                 else:
                     self._wake(request)

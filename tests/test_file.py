@@ -57,6 +57,16 @@ def test_pread_runs_as_native_aio_where_the_file_is_direct(fd, flags):
     assert _hub.get_driver().engine.submitted - before == (1 if flags else 0)
 
 
+def test_what_was_begun_and_is_done_waits_for_no_pass(data_file):
+    with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+        buffers = [aligned_buffer(4096) for _ in range(2)]
+        begun = [file.begin(True, buffer, 4096 * i) for i, buffer in enumerate(buffers)]
+        if file.device == os.stat('/dev/shm').st_dev:       # a disk is not done yet
+            assert len(_hub.get_driver().engine.ready) == 0
+        assert [file.end(one) for one in begun] == [4096, 4096]
+        assert b''.join(buffers) == pattern(8192)
+
+
 def test_preadv_fills_buffers_in_order(fd):
     buffers = [aligned_buffer(4096), aligned_buffer(8192), aligned_buffer(4096)]
     assert greenaio.os.preadv(fd, buffers, 4096) == 16384

@@ -122,6 +122,22 @@ assert queued.get(timeout=5) == 512
 ''', fork_file, env=path_of_tests())
 
 
+def test_child_does_not_take_for_read_what_the_parent_had_begun(fork_file):
+    """It was read into memory that is wiped here."""
+    run_python(COMMON + '''
+read(0)                                 # so that it is known how this file is to be asked
+for pause in (0, 0.1):                  # under way when it forks, perhaps; or done for sure
+    memory = aligned_buffer(4096)
+    begun = file.begin(True, memory, 4096)
+    gevent.sleep(pause)
+    def child():
+        assert file.end(begun) == -errno.ECANCELED
+        assert not any(memory)
+    wait(in_child(child))
+    assert file.end(begun) == 4096 and memory[:8] == (512).to_bytes(8, 'little')
+''', fork_file)
+
+
 def test_greenlet_woken_in_a_drain_pass_may_fork(fork_file):
     """The hub is inside its drain pass, in both processes, when the fork happens."""
     run_python(COMMON + '''

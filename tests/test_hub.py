@@ -423,6 +423,25 @@ def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
     driver.close()
 
 
+def test_one_pass_lets_go_of_all_that_nobody_waits_for():
+    """They come as fast as others ask for them, not one for each greenlet: counted, a server that was asked for
+    more than it could deliver kept the memory of all."""
+    class Still(ScriptedContext):
+        def now(self):                  # a pass is as long as it needs to be
+            return 1
+
+    driver = _hub.Driver(gevent.get_hub(), Still(), depth=1000)
+    greenlets = [gevent.spawn(perform, driver, read(i)) for i in range(500)]
+    turn()
+    gevent.killall(greenlets)
+    driver.engine.context.finish_all()
+    left = []
+    gevent.get_hub().loop.run_callback(lambda: (driver._on_eventfd(), left.append(len(driver.engine.ready))))
+    turn()
+    assert left == [0]
+    driver.close()
+
+
 def test_stranger_switching_in_is_an_error_not_a_result(driver):
     parked = gevent.spawn(perform, driver, read())
     turn()

@@ -410,7 +410,7 @@ def test_file_is_opened_once(data_file):
 def test_end_wants_what_begin_returned(data_file):
     with File(data_file) as file:
         begun = file.begin(True, bytearray(SIZE), 0)
-        for other in (None, 5, (), (None, None), (begun[0], None), (None, begun[1]), (begun[0], file)):
+        for other in (None, 5, (), (None,) * 3, (begun[0], None, 0), (None, *begun[1:]), (begun[0], file, 0)):
             assert outcome(file.end, other) in (TypeError, ValueError)
         assert File.__new__(File).end(begun) == SIZE    # the fd was needed by begin() only
         assert file.end(begun) == SIZE                  # and the result is kept
