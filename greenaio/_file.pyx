@@ -169,8 +169,8 @@ cdef class File:
         they stay pinned until it is done.
         """
         cdef int how = c_int(flags)
-        cdef tuple steady = _sequence(True, buffers)    # first: it may run code that closes this
-        return _vectored(True, self._open_fd(), self._known, steady, offset, how, self.name, self._max_batch)
+        asked = _asked(True, buffers)   # first: it may run code that closes this
+        return _vectored(True, self._open_fd(), self._known, asked, offset, how, self.name, self._max_batch)
 
     def read_cached(self, buffer):
         """Read into *buffer* at the file's own position, which the kernel keeps and moves on, without waiting.
@@ -263,14 +263,14 @@ cdef class File:
         ``os.pwrite`` would. If the greenlet is killed meanwhile, the write may still happen."""
         cdef int fd = self._open_fd()
         _check_place(data, offset, self.name)
-        return _vectored(False, fd, self._known, (data,), offset, 0, self.name, self._max_batch)
+        return _vectored(False, fd, self._known, _only(data), offset, 0, self.name, self._max_batch)
 
     def pwritev(self, buffers, Py_ssize_t offset, flags=0):
         """Write a sequence of *buffers* at *offset*; return bytes written. *flags*: ``os.RWF_*``.
         If the greenlet is killed meanwhile, the write may still happen."""
         cdef int how = c_int(flags)
-        cdef tuple steady = _sequence(False, buffers)
-        return _vectored(False, self._open_fd(), self._known, steady, offset, how, self.name, self._max_batch)
+        asked = _asked(False, buffers)
+        return _vectored(False, self._open_fd(), self._known, asked, offset, how, self.name, self._max_batch)
 
     def fsync(self):
         """Make data and metadata durable. An error is never retried: what it was about may be lost."""
@@ -527,6 +527,20 @@ cdef tuple _sequence(bint reading, buffers):
     return tuple([buffers[i] for i in range(len(buffers))])     # some would never say that they are at an end
 
 
+cdef object _asked(bint reading, buffers):
+    """*buffers* as a tuple; or the only one that there is, as in most calls."""
+    if type(buffers) is not list or len(<list>buffers) != 1:
+        buffers = _sequence(reading, buffers)
+    if len(buffers) == 1:
+        return _only(buffers[0])
+    return buffers
+
+
+cdef inline object _only(buffer):
+    """A tuple is no buffer, and pinning it will say so."""
+    return (buffer,) if type(buffer) is tuple else buffer
+
+
 cdef int _check_place(data, Py_ssize_t offset, name) except -1:
     """For pwrite. To pwritev2, which it becomes, an offset of -1 is the file's own position."""
     if offset < 0:
@@ -535,32 +549,28 @@ cdef int _check_place(data, Py_ssize_t offset, name) except -1:
     return 0
 
 
-cdef object _vectored(bint reading, int fd, Known known, tuple buffers, int64_t offset, int flags, name,
+cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name,
                       int max_batch):
+    """*asked*: what `_asked` or `_only` made of the buffers."""
     cdef Driver driver = current_driver()
     cdef Request request
-    cdef Py_ssize_t count
+    cdef bint many = type(asked) is tuple
     cdef int64_t got
     if _closing:
         _fallback.check_open(fd)
-    count = len(buffers)
-    if count == 1 and not is_ownerless(buffers[0]):     # as most are
-        steady = buffers
+    if many:
+        memory = _steady(asked, reading)
     else:
-        steady = _steady(buffers, reading)
+        memory = _bounce(asked, reading) if is_ownerless(asked) else asked
     if known is None:
         known = know(fd, name)
-    if count == 1:
-        request = new_request(PREAD if reading else PWRITE, fd, offset, flags, max_batch)
-        memory = steady[0]
-    else:
-        request = new_request(PREADV if reading else PWRITEV, fd, offset, flags, max_batch)
-        memory = steady
+    request = new_request(_opcode(reading, many), fd, offset, flags, max_batch)
     _pin(request, memory)
     if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
-        if (count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
+        if (request._count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
                 and _is_misaligned(known, request)):
             driver.check_caller()
+            steady = memory if many else (memory,)
             if reading:
                 got = _read_misaligned(driver, known, request, steady)
             else:
@@ -576,9 +586,18 @@ cdef object _vectored(bint reading, int fd, Known known, tuple buffers, int64_t 
         got = _write_buffered(driver, request, known)
     if got < 0:
         raise failed(got, name)
-    if reading and steady is not buffers:
-        _copy_back(steady, buffers, got)
+    if reading and memory is not asked:
+        if many:
+            _copy_back(memory, asked, got)
+        else:
+            _copy_back((memory,), (asked,), got)
     return got
+
+
+cdef inline int _opcode(bint reading, bint many) noexcept:
+    if many:
+        return PREADV if reading else PWRITEV
+    return PREAD if reading else PWRITE
 
 
 # What O_DIRECT does not take as it is ------------------------------------------------------------
@@ -786,14 +805,14 @@ def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
 
     *flags* are ``os.RWF_*``; one that can't be honoured raises OSError (EOPNOTSUPP).
     """
-    return _vectored(True, c_int(fd), None, _sequence(True, buffers), offset, c_int(flags), None, BATCH_MAX)
+    return _vectored(True, c_int(fd), None, _asked(True, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
 def pwrite(fd, data, Py_ssize_t offset, /):
     """Write bytes-like *data* at *offset*; return the number of bytes written. Raises OSError."""
     cdef int number = c_int(fd)
     _check_place(data, offset, None)
-    return _vectored(False, number, None, (data,), offset, 0, None, BATCH_MAX)
+    return _vectored(False, number, None, _only(data), offset, 0, None, BATCH_MAX)
 
 
 def pwritev(fd, buffers, Py_ssize_t offset, flags=0, /):
@@ -801,7 +820,7 @@ def pwritev(fd, buffers, Py_ssize_t offset, flags=0, /):
 
     *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; one that can't be honoured raises OSError.
     """
-    return _vectored(False, c_int(fd), None, _sequence(False, buffers), offset, c_int(flags), None, BATCH_MAX)
+    return _vectored(False, c_int(fd), None, _asked(False, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
 def fsync(fd):
