@@ -79,7 +79,10 @@ cdef class Engine:
     cdef readonly dict shares           # by device
     cdef readonly bint blocked          # the kernel is full: the next completion submits
     cdef readonly int depth
-    cdef int burst                      # so many may wait for each other, if there is anything in flight
+    cdef int burst                      # so many may wait for each other, if there is anything in flight; 0 in a pass
+    cdef bint is_instant                # what was submitted last was done by the time that it was submitted
+    cdef object _device                 # asked for last
+    cdef Share _share                   # of it
     cdef readonly uint64_t submitted
     cdef readonly uint64_t completed
     cdef readonly uint64_t batches

@@ -295,9 +295,12 @@ cdef class Engine:
         return self.share(device, limit)
 
     cdef Share share(self, device, int limit):
+        if device is self._device:      # as a rule it is that of the last one
+            return self._share
         share = self.shares.get(device)
         if share is None:
             share = self.shares[device] = Share(max(1, min(limit, self.depth // 2)))
+        self._device, self._share = device, share
         return share
 
     # All changes of a request's state -------------------------------------------------------
@@ -414,9 +417,13 @@ cdef class Engine:
     cdef int batch_limit(self, Request request) noexcept:
         # Follows the load: while the device has plenty to do a batch may fill, for each submission
         # costs (a doorbell is microseconds on a virtual disk); when it has little, waiting would let
-        # it run dry.
+        # it run dry. One that does all inside the submission can't run dry: those whom the pass wakes
+        # next share the system call.
         cdef int limit = self.in_flight.count // LOAD_SHARE
-        if limit < self.burst and self.in_flight.count:
+        if self.in_flight.count == 0:
+            if self.is_instant and self.burst == 0:
+                limit = self.pending.count + self.ready.count
+        elif limit < self.burst:
             limit = self.burst
         cdef int room = self.depth - self.in_flight.count
         if limit > BATCH_MAX:

@@ -397,7 +397,10 @@ cdef class Driver:
             engine.flush()
             if engine.culprit is not None:
                 self._tell_file(engine.take_culprit())
-        engine.reap()
+            engine.reap()
+            engine.is_instant = engine.in_flight.count == 0
+        else:
+            engine.reap()
         self.inbox.reap(engine)
         if engine.blocked and engine.in_flight.count == 0:
             self._retry_soon()          # no completion will come that could submit it

@@ -606,6 +606,22 @@ def test_drain_pass_is_a_section_and_the_outermost_end_submits(driver):
     gevent.joinall(greenlets, timeout=5, raise_error=True)
 
 
+def test_device_that_does_all_at_once_is_asked_for_what_a_pass_asks_for_together(driver):
+    """Nobody waits for the disk, so they need not go one by one; and each has its turn, however fast it is."""
+    kernel, order = driver.engine.context, []
+    kernel.inline = True
+
+    def worker(i):
+        for _ in range(2 * 256):        # more than a run
+            perform(driver, read(i))
+            order.append(i)
+
+    greenlets = [gevent.spawn(worker, i) for i in range(8)]
+    gevent.joinall(greenlets, timeout=20, raise_error=True)
+    assert kernel.batches.count(8) + kernel.batches.count(7) > len(kernel.batches) / 2
+    assert sum(a != b for a, b in zip(order, order[1:])) > len(order) / 2
+
+
 def test_section_never_spans_a_park(driver):
     """What a greenlet asked for goes out though it parks in the middle of the pass."""
     kernel = driver.engine.context
