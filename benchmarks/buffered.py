@@ -1,11 +1,9 @@
-"""python benchmarks/buffered.py [PATH]: what a buffered read of 4 KiB costs beside os and gevent.
+"""What a buffered read of 4 KiB costs beside os and gevent: a hit in time, a miss in processor time."""
 
-Ways take turns in each round; medians. PATH is a file on a disk of at least 64 MiB, by default one made here.
-"""
-
+import contextlib
 import os
 import resource
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,9 +11,10 @@ import time
 import gevent
 
 import greenaio.os
+from benchmarks.contest import Bar, Contest
 from greenaio import File
 
-ROUNDS, HITS, MISSES, BLOCK = 15, 20000, 2000, 4096
+HITS, MISSES, BLOCK = 20000, 2000, 4096
 
 
 def cpu():
@@ -29,12 +28,12 @@ def hits(call):
     began = time.perf_counter()
     for _ in range(HITS):
         call()
-    return (time.perf_counter() - began) / HITS * 1e6
+    return {'us': (time.perf_counter() - began) / HITS * 1e6}
 
 
-def misses(call, forget):
-    """CPU µs per read, 16 greenlets at a time, each read somewhere that nobody has read before."""
-    forget()
+def misses(fd, call):
+    """16 greenlets at a time, each read somewhere that nobody has read before."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     offsets = iter(range(0, MISSES * 4 * BLOCK, 4 * BLOCK))
     began = cpu()
 
@@ -43,50 +42,55 @@ def misses(call, forget):
             call(offset)
 
     gevent.joinall([gevent.spawn(work) for _ in range(16)], raise_error=True)
-    return (cpu() - began) / MISSES * 1e6
+    return {'cpu_us': (cpu() - began) / MISSES * 1e6}
 
 
-def show(title, ways, measure, base):
-    taken = {name: [] for name in ways}
-    for turn in range(ROUNDS):
-        names = list(ways)
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
-            taken[name].append(measure(ways[name]))
-    print(title)
-    for name, values in taken.items():
-        ratio = statistics.median(value / other for value, other in zip(values, taken[base]))
-        print(f'  {name:<16} {statistics.median(values):8.2f} µs   {ratio:5.2f} × {base}')
-
-
-def main():
-    with tempfile.NamedTemporaryFile(dir='/var/tmp') as made:
-        path = sys.argv[1] if len(sys.argv) > 1 else made.name
-        if path == made.name:
-            for _ in range(64):
-                made.write(os.urandom(1 << 20))
-            made.flush()
-            os.fsync(made.fileno())
-        fd = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def reads(options):
+    """Buffered reads of 4 KiB: a hit, a miss."""
+    with tempfile.NamedTemporaryFile(dir=options.folder) as made:
+        for _ in range(64):
+            made.write(os.urandom(1 << 20))
+        made.flush()
+        os.fsync(made.fileno())
+        fd = os.open(made.name, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         file = File.from_fd(fd)
         pool = gevent.get_hub().threadpool
-        os.pread(fd, 1 << 20, 0)
 
-        def forget():
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        def cached(call):
+            os.pread(fd, 1 << 20, 0)
+            return hits(call)
 
-        show('a hit, time', {
-            'os': lambda: os.pread(fd, BLOCK, 0),
-            'greenaio.os': lambda: greenaio.os.pread(fd, BLOCK, 0),
-            'File': lambda: file.pread(BLOCK, 0),
-        }, hits, 'os')
-        show('a miss, CPU', {
-            'threadpool': lambda offset: pool.apply(os.pread, (fd, BLOCK, offset)),
-            'greenaio.os': lambda offset: greenaio.os.pread(fd, BLOCK, offset),
-            'File': lambda offset: file.pread(BLOCK, offset),
-        }, lambda call: misses(call, forget), 'threadpool')
+        yield [
+            Contest('a hit', {
+                'os.pread': lambda: cached(lambda: os.pread(fd, BLOCK, 0)),
+                'File.pread': lambda: cached(lambda: file.pread(BLOCK, 0)),
+                'greenaio.os.pread': lambda: cached(lambda: greenaio.os.pread(fd, BLOCK, 0)),
+            }, bars=(Bar(1.2, 'us', 'File.pread', 'os.pread', most=True),
+                     Bar(1.35, 'us', 'greenaio.os.pread', 'os.pread', most=True))),
+            Contest('a miss', {
+                'threadpool': lambda: misses(fd, lambda offset: pool.apply(os.pread, (fd, BLOCK, offset))),
+                'File.pread': lambda: misses(fd, lambda offset: file.pread(BLOCK, offset)),
+                'greenaio.os.pread': lambda: misses(fd, lambda offset: greenaio.os.pread(fd, BLOCK, offset)),
+            })]
         os.close(fd)
 
 
-if __name__ == '__main__':
-    main()
+IMPORTED = '''
+import time, gevent, gevent.hub, gevent.threadpool
+began = time.perf_counter()
+import greenaio
+print((time.perf_counter() - began) * 1e3)
+'''
+
+
+@contextlib.contextmanager
+def start(options):
+    """Importing greenaio after gevent."""
+    def measure():
+        command = [sys.executable, '-c', IMPORTED]
+        return {'ms': min(float(subprocess.check_output(command)) for _ in range(5))}
+
+    yield [Contest('import', {'greenaio, after gevent': measure},
+                   bars=(Bar(15, 'ms', 'greenaio, after gevent', most=True),))]

@@ -1,27 +1,22 @@
-"""examples/nbd_server.py beside ``qemu-nbd --aio=native --cache=none``: the same image, the same clients.
+"""examples/nbd_server.py beside ``qemu-nbd --aio=native --cache=none``: the same image, the same clients."""
 
-python benchmarks/nbd.py [FOLDER] [--rounds N] [--write]: medians of rounds in which the servers take turns.
-With --write the table goes into docs/performance.md. Needs qemu-utils, fio.
-"""
-
-import argparse
+import contextlib
 import json
 import os
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
-from rich.progress import track
+from benchmarks.contest import Bar, Contest
 
 SIZE = 1 << 30                  # bytes: more than the requests of a round touch
 REQUESTS = {1: 4000, 16: 20000, 64: 20000}
 SECONDS = 1                     # of fio
 ROOT = pathlib.Path(__file__).parent.parent
-MARKS = re.compile(r'(<!-- nbd -->\n).*?(<!-- /nbd -->)', re.DOTALL)
 
 
 class Server:
@@ -61,45 +56,16 @@ def fio(server, depth, writes):
     return found['total_ios'], found['iops']
 
 
-JOBS = [(client, depth, writes) for client in (qemu_img, fio) for writes in (False, True)
-        for depth in REQUESTS]
+def figures(server, client, depth, writes):
+    before = server.cpu()
+    n, iops = client(server, depth, writes)
+    return {'iops': iops, 'cpu_us': (server.cpu() - before) / n * 1e6}
 
 
-def measure(servers, rounds):
-    """{(job, name): [(IOPS, CPU in µs per request), …]}"""
-    found = {}
-    for i in track(range(rounds * len(JOBS)), 'measuring', transient=True):
-        client, depth, writes = job = JOBS[i // rounds]
-        for server in servers if i % 2 else servers[::-1]:
-            before = server.cpu()
-            n, iops = client(server, depth, writes)
-            found.setdefault((job, server.name), []).append((iops, (server.cpu() - before) / n * 1e6))
-    return found
-
-
-def table(found):
-    lines = ['| client | depth | greenaio | qemu-nbd | IOPS, ratio (lowest, highest) | CPU µs per request |',
-             '|---|---:|---:|---:|---|---|']
-    for job in JOBS:
-        client, depth, writes = job
-        ours, theirs = found[job, 'greenaio'], found[job, 'qemu-nbd']
-        medians = [statistics.median(column) for column in (*zip(*ours), *zip(*theirs))]
-        iops, cpu, their_iops, their_cpu = medians
-        ratios = sorted(a[0] / b[0] for a, b in zip(ours, theirs, strict=True))
-        what = f'{client.__name__.replace("_", "-")} {"write" if writes else "read"}'
-        lines.append(f'| {what} | {depth} | {iops:,.0f} | {their_iops:,.0f} '
-                     f'| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) '
-                     f'| {cpu:.0f} beside {their_cpu:.0f} |')
-    return '\n'.join(lines) + '\n'
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('folder', nargs='?', default=tempfile.gettempdir())
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--write', action='store_true', help='the table into docs/performance.md')
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+@contextlib.contextmanager
+def nbd(options):
+    """A network block device server."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         image = os.path.join(folder, 'disk.img')
         with open(image, 'wb') as file:
             for _ in range(SIZE >> 20):
@@ -112,16 +78,13 @@ def main():
             Server('qemu-nbd', theirs, 'qemu-nbd', '--aio=native', '--cache=none', '-f', 'raw', '-t', '-k',
                    theirs, image)]
         try:
-            text = table(measure(servers, arguments.rounds))
+            yield [Contest(
+                f'{client.__name__.replace("_", "-")} {"write" if writes else "read"}, depth {depth}',
+                {server.name: partial(figures, server, client, depth, writes) for server in servers}, depth,
+                (Bar(0.95 if depth == 1 else 1.3, 'iops', 'greenaio', 'qemu-nbd'),
+                 Bar(1.0, 'cpu_us', 'greenaio', 'qemu-nbd', most=True)))
+                for client in (qemu_img, fio) for writes in (False, True) for depth in REQUESTS]
         finally:
             for server in servers:
                 server.process.terminate()
                 server.process.wait()
-    print(text)
-    if arguments.write:
-        page = ROOT / 'docs' / 'performance.md'
-        page.write_text(MARKS.sub(lambda match: match[1] + text + match[2], page.read_text()))
-
-
-if __name__ == '__main__':
-    main()

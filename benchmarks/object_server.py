@@ -1,26 +1,25 @@
 """64 clients download cold objects of 8 MiB from examples/object_server.py, as it is, and with the same
-blocks read by gevent.fileobject.FileObjectThread. One more asks for a small object that is in memory.
-
-python benchmarks/object_server.py [FOLDER]: medians of rounds in which the ways take turns. Server, clients
-and the one more are processes of their own.
+blocks read by gevent.fileobject.FileObjectThread. One more asks for a small object that is in memory. Server,
+clients and the one more are processes of their own.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import random
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 TOKEN = 'token'
-WAYS = ('greenaio', 'threads')
+CLIENTS, OBJECTS = 64, 256
 EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 
 
@@ -156,68 +155,58 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
-def one_round(way, root, clients, objects):
-    """MiB/s; p50 and p99 of a small request, in ms; CPU seconds of the server per second."""
+def one_round(way, root):
     server = start('--serve', way, root)
     try:
         port = int(server.stdout.readline().rpartition(':')[2])
         beside = start('--ask', port)
         time.sleep(0.3)                 # until both are there
-        forget(root, objects)
+        forget(root, OBJECTS)
         before = cpu_seconds(server.pid)
-        took = json.loads(start('--download', port, clients, objects).communicate()[0])
+        took = json.loads(start('--download', port, CLIENTS, OBJECTS).communicate()[0])
         cpu = cpu_seconds(server.pid) - before
         latencies = [value * 1e3 for value in json.loads(beside.communicate()[0])]
     finally:
         server.terminate()
         server.communicate()
-    return (objects * SIZE / MIB / took, percentile(latencies, 50), percentile(latencies, 99), cpu / took,
-            len(latencies))
+    return {'mib_s': OBJECTS * SIZE / MIB / took, 'p99_ms': percentile(latencies, 99), 'cpu': cpu / took}
 
 
-def disk_alone(root, objects):
-    """MiB/s of one reader of the same files through the page cache, the best that may be expected of it."""
-    forget(root, objects)
+def disk_alone(root):
+    """One reader of the same files through the page cache, the best that may be expected of it."""
+    forget(root, OBJECTS)
     buffer = bytearray(MIB)
     began = time.perf_counter()
-    for i in range(objects):
+    for i in range(OBJECTS):
         with open(os.path.join(root, str(i)), 'rb', 0) as file:
             while file.readinto(buffer):
                 pass
-    return objects * SIZE / MIB / (time.perf_counter() - began)
+    return {'mib_s': OBJECTS * SIZE / MIB / (time.perf_counter() - began)}
+
+
+@contextlib.contextmanager
+def object_server(options):
+    """64 clients download cold objects of 8 MiB; p99 is that of another, who asks for a small one."""
+    from benchmarks.contest import Contest
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        make_objects(root, OBJECTS)
+        yield [Contest('downloads', {'greenaio': partial(one_round, 'greenaio', root),
+                                     'FileObjectThread': partial(one_round, 'threads', root),
+                                     'one reader, no server': partial(disk_alone, root)})]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('folder', nargs='?', default='/var/tmp')
-    parser.add_argument('--clients', type=int, default=64)
-    parser.add_argument('--objects', type=int, default=256, help='of 8 MiB each')
-    parser.add_argument('--rounds', type=int, default=5)
-    for name, count in (('--serve', 2), ('--download', 3), ('--ask', 1)):
-        parser.add_argument(name, nargs=count, help=argparse.SUPPRESS)
+    """What the benchmark starts: a server, the clients."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--serve', nargs=2)
+    parser.add_argument('--download', nargs=3, type=int)
+    parser.add_argument('--ask', type=int)
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(*arguments.serve)
     if arguments.download:
-        return download(*map(int, arguments.download))
-    if arguments.ask:
-        return ask(int(arguments.ask[0]))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
-        make_objects(root, arguments.objects)
-        rounds = {way: [] for way in WAYS}
-        for _ in range(arguments.rounds):
-            for way in WAYS:
-                rounds[way].append(one_round(way, root, arguments.clients, arguments.objects))
-                print(way, *(f'{value:.2f}' for value in rounds[way][-1]), flush=True)
-        alone = disk_alone(root, arguments.objects)
-    medians = {way: [statistics.median(column) for column in zip(*rounds[way])] for way in WAYS}
-    for way, (throughput, p50, p99, cpu, _) in medians.items():
-        print(f'{way}: {throughput:.0f} MiB/s; small request p50 {p50:.1f} ms, p99 {p99:.1f} ms; '
-              f'server {cpu:.2f} CPU')
-    ours, theirs = (medians[way] for way in WAYS)
-    print(f'greenaio / threads: throughput {ours[0] / theirs[0]:.2f}, p99 {ours[2] / theirs[2]:.2f}')
-    print(f'one reader of the same files, no server: {alone:.0f} MiB/s')
-    return 0
+        return download(*arguments.download)
+    return ask(arguments.ask)
 
 
 if __name__ == '__main__':

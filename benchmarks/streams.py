@@ -1,41 +1,39 @@
-"""Sequential O_DIRECT reading through ``greenaio.open(direct=True)`` beside fio, and copying beside shutil.
+"""Sequential O_DIRECT reading by ``greenaio.open(direct=True)`` beside fio, and copying beside shutil."""
 
-python benchmarks/streams.py [FOLDER]: medians of rounds in which the ways take turns.
-"""
-
-import argparse
+import contextlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 
 import gevent
 
 import greenaio
+from benchmarks.contest import Contest
 
 MIB = 1 << 20
+SIZE = 1024 * MIB
 
 
-def read_by_greenaio(path, block, size):
+def read_by_greenaio(path, block):
     buffer = bytearray(block)
     began = time.perf_counter()
     with greenaio.open(path, 'rb', buffering=0, direct=True) as file:
         done = 0
         while n := file.readinto(buffer):
             done += n
-    assert done == size
-    return size / (time.perf_counter() - began) / MIB
+    assert done == SIZE
+    return {'mib_s': SIZE / (time.perf_counter() - began) / MIB}
 
 
-def read_by_fio(path, block, size):
+def read_by_fio(path, block):
     done = subprocess.run(['fio', '--name=x', f'--filename={path}', '--direct=1', '--rw=read',
-                           f'--bs={block}', f'--size={size}', '--ioengine=libaio', '--iodepth=8',
+                           f'--bs={block}', f'--size={SIZE}', '--ioengine=libaio', '--iodepth=8',
                            '--output-format=json'], capture_output=True, check=True)
-    return json.loads(done.stdout)['jobs'][0]['read']['bw_bytes'] / MIB
+    return {'mib_s': json.loads(done.stdout)['jobs'][0]['read']['bw_bytes'] / MIB}
 
 
 def forget(path):
@@ -45,7 +43,7 @@ def forget(path):
 
 
 def timed_copy(copy, source, target):
-    """Seconds, ended by fsync, of a copy of a file that is not in memory; and the worst gap of a tick."""
+    """A copy of a file that is not in memory, ended by fsync; and how late a tick was meanwhile."""
     forget(source)
     gaps = [0.0]
 
@@ -64,37 +62,21 @@ def timed_copy(copy, source, target):
     took = time.perf_counter() - began
     ticker.kill()
     os.unlink(target)
-    return took, max(gaps), sorted(gaps)[len(gaps) * 99 // 100]
+    return {'seconds': took, 'gap_p99_ms': sorted(gaps)[len(gaps) * 99 // 100] * 1e3,
+            'gap_max_ms': max(gaps) * 1e3}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('folder', nargs='?', default='/var/tmp')
-    parser.add_argument('--size', type=int, default=1024, help='MiB')
-    parser.add_argument('--rounds', type=int, default=5)
-    arguments = parser.parse_args()
-    size = arguments.size * MIB
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+@contextlib.contextmanager
+def streams(options):
+    """1 GiB in order: read with O_DIRECT, copied."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, target = os.path.join(folder, 'source'), os.path.join(folder, 'target')
         with open(source, 'wb') as file:
-            for _ in range(arguments.size):
+            for _ in range(SIZE // MIB):
                 file.write(os.urandom(MIB))
             os.fsync(file.fileno())
-        for block in (64 << 10, 128 << 10, 1 << 20):
-            rounds = [(read_by_greenaio(source, block, size), read_by_fio(source, block, size))
-                      for _ in range(arguments.rounds)]
-            ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
-            print(f'read, {block >> 10} KiB: greenaio {ours:.0f} MiB/s, fio {theirs:.0f} MiB/s, '
-                  f'{ours / theirs:.2f}', flush=True)
-        rounds = []
-        for _ in range(arguments.rounds):
-            rounds.append(timed_copy(greenaio.copyfile, source, target)
-                          + timed_copy(shutil.copyfile, source, target))
-        values = [statistics.median(column) for column in zip(*rounds, strict=True)]
-        print(f'copy: greenaio {values[0]:.2f} s, gap {values[1] * 1e3:.1f} ms, '
-              f'p99 {values[2] * 1e3:.1f} ms; '
-              f'shutil {values[3]:.2f} s, gap {values[4] * 1e3:.0f} ms; {values[0] / values[3]:.2f}')
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+        yield [*[Contest(f'read, {block >> 10} KiB', {'greenaio': partial(read_by_greenaio, source, block),
+                                                      'fio': partial(read_by_fio, source, block)})
+                 for block in (64 << 10, 128 << 10, 1 << 20)],
+               Contest('copy', {'greenaio': partial(timed_copy, greenaio.copyfile, source, target),
+                                'shutil': partial(timed_copy, shutil.copyfile, source, target)})]

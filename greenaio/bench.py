@@ -2,8 +2,8 @@
 
 Every way runs in turn, round by round, against the same file; medians of the rounds are shown. Ways inside
 this process are driven by as many greenlets as the depth says, each with one buffer that it uses again;
-`fio`, `qemu-img` and `caio` are other programs and measure themselves. Latency is taken of every
-`SAMPLED`-th request, so that taking it does not weigh on the rest.
+`fio`, `qemu-img`, `caio` and `aiofiles` run in processes of their own and measure themselves. Latency is
+taken of every `SAMPLED`-th request, so that taking it does not weigh on the rest.
 """
 
 from __future__ import annotations
@@ -26,21 +26,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import gevent
 from gevent.event import Event
+from gevent.lock import RLock
 
 from greenaio import File, __version__, aligned_buffer, config
 
+BATCH_MAX = 32      # requests to an io_submit, for fio:batch
 SAMPLED = 16        # of so many requests one is timed
 TICK = 0.001        # seconds: how often the ticker wants to run
 OFFSETS = 1 << 18   # block numbers drawn beforehand: drawing one costs as much as submitting one
 
 RW = ('randread', 'randwrite', 'read', 'write', 'append')
 OWN = ('greenaio', 'blocking', 'threadpool')
-OTHERS = ('fio', 'qemu-img', 'caio')
+ASKED_FOR = ('greenaio:bytes', 'fileobject')
+PROGRAMS = ('fio', 'fio:batch', 'fio:io_uring', 'qemu-img', 'qemu-img:threads', 'qemu-img:io_uring')
+PACKAGES = ('caio', 'aiofiles')
+OTHERS = PROGRAMS + PACKAGES
 
 
 class BadArgument(Exception):
@@ -216,6 +222,11 @@ def _greenaio(load: Load, depth: int) -> dict[str, Any]:
         return _greenlets(load, depth, file.pwritev if load.writing else file.preadv)
 
 
+def _greenaio_bytes(load: Load, depth: int) -> dict[str, Any]:
+    with load.open() as file:
+        return _greenlets(load, depth, lambda buffers, offset: file.pread(load.block_size, offset))
+
+
 def _greenaio_poll(load: Load, depth: int) -> dict[str, Any]:
     before, config.poll_max_us = config.poll_max_us, _greenaio_poll.limit  # type: ignore[attr-defined]
     try:
@@ -243,19 +254,42 @@ def _threadpool(load: Load, depth: int) -> dict[str, Any]:
         return _greenlets(load, depth, lambda buffers, offset: apply(call, (fd, buffers, offset)))
 
 
+def _fileobject(load: Load, depth: int) -> dict[str, Any]:
+    # One for all, as their position is: what a server has that opens its file once.
+    from gevent.fileobject import FileObjectThread
+    with load.open() as file:
+        mine = FileObjectThread(os.dup(file.fileno()), 'r+b' if load.writing else 'rb', buffering=0)
+        turn = RLock()
+
+        def operation(buffers: list[memoryview], offset: int) -> None:
+            with turn:
+                mine.seek(offset)
+                mine.write(buffers[0]) if load.writing else mine.readinto(buffers[0])
+
+        try:
+            return _greenlets(load, depth, operation)
+        finally:
+            mine.close()
+
+
 # Other programs ----------------------------------------------------------------------------------
 
 
-def fio_command(load: Load, depth: int) -> list[str]:
-    return ['fio', '--name=bench', f'--filename={load.path}', f'--size={load.size}', '--ioengine=libaio',
+FIO = {'fio': ['--ioengine=libaio'], 'fio:io_uring': ['--ioengine=io_uring'],
+       'fio:batch': ['--ioengine=libaio', f'--iodepth_batch_submit={BATCH_MAX}',
+                     '--iodepth_batch_complete_min=1', f'--iodepth_batch_complete_max={BATCH_MAX}']}
+
+
+def fio_command(load: Load, depth: int, way: str = 'fio') -> list[str]:
+    return ['fio', '--name=bench', f'--filename={load.path}', f'--size={load.size}', *FIO[way],
             f'--direct={int(not load.buffered)}', f'--rw={load.rw}', f'--bs={load.block_size}',
             f'--iodepth={depth}', f'--runtime={load.seconds}', '--time_based', '--norandommap',
             f'--invalidate={int(load.cache == "cold")}',
             '--randrepeat=0', '--output-format=json']
 
 
-def _fio(load: Load, depth: int) -> dict[str, Any]:
-    job = json.loads(_run(fio_command(load, depth)))['jobs'][0]
+def _fio(load: Load, depth: int, way: str = 'fio') -> dict[str, Any]:
+    job = json.loads(_run(fio_command(load, depth, way)))['jobs'][0]
     side = job['write' if load.writing else 'read']
     percent = side['clat_ns']['percentile']
     return {'iops': side['iops'], 'requests': side['total_ios'], 'hub_gap_ms': None,
@@ -264,40 +298,59 @@ def _fio(load: Load, depth: int) -> dict[str, Any]:
                            'p999': percent['99.900000'] / 1e3}}
 
 
-def qemu_command(load: Load, depth: int, count: int) -> list[str]:
-    return ['qemu-img', 'bench', '-f', 'raw', '-t', 'none', '-i', 'native', '-d', str(depth),
+def qemu_command(load: Load, depth: int, count: int, engine: str = 'native') -> list[str]:
+    cache = 'writeback' if load.buffered and engine != 'native' else 'none'     # which is for O_DIRECT alone
+    return ['qemu-img', 'bench', '-f', 'raw', '-t', cache, '-i', engine, '-d', str(depth),
             '-s', str(load.block_size), '-c', str(count), *(['-w'] if load.writing else []),
             load.path]
 
 
-def _qemu_img(load: Load, depth: int) -> dict[str, Any]:
+def _qemu_img(load: Load, depth: int, engine: str = 'native') -> dict[str, Any]:
     # It has no clock, only a count: a short run tells how many will take the time asked for.
     trial = 2000
-    count = max(trial, int(trial / _qemu_seconds(load, depth, trial) * load.seconds))
+    count = max(trial, int(trial / _qemu_seconds(load, depth, trial, engine) * load.seconds))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = _qemu_seconds(load, depth, count)
+    seconds = _qemu_seconds(load, depth, count, engine)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {'iops': count / seconds, 'requests': count, 'cpu_us': cpu / count * 1e6,
             'latency_us': None, 'hub_gap_ms': None}
 
 
-def _qemu_seconds(load: Load, depth: int, count: int) -> float:
-    found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count)))
+def _qemu_seconds(load: Load, depth: int, count: int, engine: str) -> float:
+    found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count, engine)))
     if found is None:
         raise BadArgument('qemu-img bench printed no time')
     return max(float(found[1]), 1e-3)
 
 
-CAIO = '''
+ASYNCIO = '''
 import array, asyncio, json, os, sys, time, resource
-from caio.linux_aio_asyncio import AsyncioContext
-path, rw, block, depth, seconds, offsets = json.loads(sys.stdin.read())
-async def main():
-    fd = os.open(path, os.O_RDWR if rw.endswith('write') else os.O_RDONLY)
+try:
+    from uvloop import run
+except ImportError:
+    from asyncio import run
+library, path, rw, block, depth, seconds, offsets = json.loads(sys.stdin.read())
+writing, data = rw.endswith('write'), bytes(block)
+fd = os.open(path, os.O_RDWR if writing else os.O_RDONLY)
+async def caio():
+    from caio.linux_aio_asyncio import AsyncioContext
     context = AsyncioContext(max_requests=max(depth, 2))
+    if writing:
+        return lambda offset: context.write(data, fd, offset)
+    return lambda offset: context.read(block, fd, offset)
+async def aiofiles():
+    import aiofiles
+    file = await aiofiles.open(fd, 'r+b' if writing else 'rb', buffering=0, closefd=False)
+    turn = asyncio.Lock()
+    async def operation(offset):
+        async with turn:
+            await file.seek(offset)
+            await (file.write(data) if writing else file.read(block))
+    return operation
+async def main():
+    operation = await (caio if library == 'caio' else aiofiles)()
     end, counts, latencies, gaps = time.perf_counter_ns() + int(seconds * 1e9), [], array.array('q'), []
-    data = bytes(block)
     async def worker(mine):
         count = 0
         while True:
@@ -306,10 +359,7 @@ async def main():
                 if began >= end:
                     counts.append(count)
                     return
-                if rw.endswith('write'):
-                    await context.write(data, fd, offset)
-                else:
-                    await context.read(block, fd, offset)
+                await operation(offset)
                 if count % 16 == 0:
                     latencies.append(time.perf_counter_ns() - began)
                 count += 1
@@ -323,14 +373,14 @@ async def main():
     seconds_taken, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(json.dumps([sum(counts), seconds_taken, cpu, latencies.tolist(), gaps]))
-asyncio.run(main())
+run(main())
 '''
 
 
-def _caio(load: Load, depth: int) -> dict[str, Any]:
-    # Buffered always: caio reads into memory of its own that O_DIRECT does not accept.
-    request = [load.path, load.rw, load.block_size, depth, load.seconds, load.offsets(depth)]
-    return _figures(*json.loads(_run([sys.executable, '-c', CAIO], json.dumps(request))))
+def _asyncio(load: Load, depth: int, library: str) -> dict[str, Any]:
+    # Buffered always: they read into memory of their own that O_DIRECT does not accept.
+    request = [library, load.path, load.rw, load.block_size, depth, load.seconds, load.offsets(depth)]
+    return _figures(*json.loads(_run([sys.executable, '-c', ASYNCIO], json.dumps(request))))
 
 
 def _run(command: list[str], stdin: str = '') -> str:
@@ -341,17 +391,21 @@ def _run(command: list[str], stdin: str = '') -> str:
 
 
 WAYS: dict[str, Callable[[Load, int], dict[str, Any]]] = {
-    'greenaio': _greenaio, 'greenaio+poll': _greenaio_poll, 'blocking': _blocking,
-    'threadpool': _threadpool, 'fio': _fio, 'qemu-img': _qemu_img, 'caio': _caio,
+    'greenaio': _greenaio, 'greenaio+poll': _greenaio_poll, 'greenaio:bytes': _greenaio_bytes,
+    'blocking': _blocking, 'threadpool': _threadpool, 'fileobject': _fileobject,
+    **{way: partial(_fio, way=way) for way in FIO}, 'qemu-img': _qemu_img,
+    'qemu-img:threads': partial(_qemu_img, engine='threads'),
+    'qemu-img:io_uring': partial(_qemu_img, engine='io_uring'),
+    **{library: partial(_asyncio, library=library) for library in PACKAGES},
 }
 
 
 def _installed(way: str) -> bool:
-    if way == 'caio':
+    if way in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            return bool(metadata.version('caio'))
+            return bool(metadata.version(way))
         return False
-    return way not in OTHERS or shutil.which(way) is not None
+    return way not in OTHERS or shutil.which(way.partition(':')[0]) is not None
 
 
 # The file ----------------------------------------------------------------------------------------
@@ -553,9 +607,9 @@ def _depths(text: str) -> list[int]:
 def _against(text: str) -> list[str]:
     names = [name for name in text.split(',') if name]
     for name in names:
-        if name not in OWN + OTHERS:
+        if name not in OWN + ASKED_FOR + OTHERS:
             raise argparse.ArgumentTypeError(
-                f'{name!r} is none of {", ".join(OWN[1:] + OTHERS)}')
+                f'{name!r} is none of {", ".join(OWN[1:] + ASKED_FOR + OTHERS)}')
     return names
 
 
@@ -584,7 +638,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='go through it all so often, and show medians (default 1)')
     parser.add_argument('--rw', choices=RW, default='randread', help='(default randread)')
     parser.add_argument('--against', type=_against, default=[], metavar='WAYS',
-                        help=f'besides {", ".join(OWN)}: any of {",".join(OTHERS)}')
+                        help=f'besides {", ".join(OWN)}: any of {", ".join(ASKED_FOR + OTHERS)}')
     parser.add_argument('--only', type=_against, metavar='WAYS', help='these ways and no others')
     parser.add_argument('--poll-us', type=_positive(int), metavar='MICROSECONDS',
                         help='one more way: greenaio with config.poll_max_us set to this')
