@@ -29,7 +29,7 @@ from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Known, Nowait, Way, c_int, failed,
+    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device, Known, Nowait, Way, c_int, failed,
     file_size, in_line, know,
 )
 from greenaio._threads cimport any_busy, as_call, new_call
@@ -96,6 +96,7 @@ cdef enum:
     RWF_NOWAIT = 8
     RWF_APPEND = 16
     IOV_MAX = 1024              # buffers; of more the kernel says EINVAL
+    SYNCS_MAX = 16              # requests under way on a device: with as many, a sync takes a thread
 
 
 @cython.final
@@ -753,7 +754,8 @@ cdef object _sync(int fd, Known known, int opcode, name):
         driver.end_in_line()
         return
     request = new_request(opcode, fd, 0, 0, BATCH_MAX)
-    if known.kind & STORED and driver.native and driver.engine.context.supports(opcode):
+    if known.kind & STORED and driver.native and driver.engine.context.supports(opcode) and not (
+            _is_crowded(driver, known.device)):
         result = _by_aio(driver, request, known)
         if not request.refused:
             if result < 0:
@@ -763,6 +765,12 @@ cdef object _sync(int fd, Known known, int opcode, name):
     result = _by_thread(driver, request, known)
     if result < 0:
         raise failed(result, name)
+
+
+cdef bint _is_crowded(Driver driver, Device device) except -1:
+    """Whether a sync had better take a thread: those of native AIO the kernel does one after the other, on the
+    processor that submits them, which here is the hub's."""
+    return driver.engine.share(device.number, device.limit).admitted + device.pool().busy() >= SYNCS_MAX
 
 
 cdef object _steady(buffers, bint reading):

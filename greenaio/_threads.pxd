@@ -18,6 +18,7 @@ cdef class Pool:
 
     cdef int submit(self, Request request, Inbox inbox) except -1
     cdef bint all_busy(self) noexcept
+    cdef int busy(self) noexcept
 
 cdef bint withdraw(Request request) noexcept
 cdef bint any_busy() noexcept

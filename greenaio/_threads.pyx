@@ -323,6 +323,10 @@ cdef class Pool:
         """Whether a call would have to wait for a thread."""
         return _all_busy(self._pool)
 
+    cdef int busy(self) noexcept:
+        """Calls that threads have, or are to have."""
+        return _busy(self._pool)
+
     cdef int submit(self, Request request, Inbox inbox) except -1:
         """Queue the call of *request*, first in, first out. Raises RuntimeError if there is no thread, and
         none can be started: then nothing is queued."""
@@ -364,7 +368,11 @@ cdef class Pool:
 
 cdef bint _all_busy(pool *one) noexcept nogil:
     # Read without the lock: workers only make it better.
-    return one.limit > 0 and one.queued + one.threads - one.idle >= one.limit
+    return one.limit > 0 and _busy(one) >= one.limit
+
+
+cdef int _busy(pool *one) noexcept nogil:
+    return one.queued + one.threads - one.idle
 
 
 cdef bint any_busy() noexcept:
