@@ -1,6 +1,6 @@
 import os
 
-from greenaio._file import StrPath
+from greenaio._fallback import StrPath
 
 def open(path: StrPath, flags: int, mode: int = ..., *, dir_fd: int | None = ...) -> int: ...
 def stat(path: int | StrPath, *, dir_fd: int | None = ...,

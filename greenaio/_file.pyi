@@ -1,9 +1,9 @@
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
-StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+from greenaio._fallback import StrPath
 
+@final
 class File:
     @property
     def name(self) -> Any: ...
