@@ -95,7 +95,8 @@ def run_all(path):
 
 def count(path):
     """Of a file that callgrind wrote: instructions by object file, callees not included."""
-    names, found = {}, collections.Counter()
+    names: dict[str, str] = {}
+    found: collections.Counter[str | None] = collections.Counter()
     current, is_call = None, False
     with open(path) as lines:
         for line in lines:

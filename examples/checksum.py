@@ -37,7 +37,7 @@ def open_direct(path: str) -> File:
 def chunks(file: File) -> Iterator[memoryview]:
     """The file's bytes in order, AHEAD requests in flight; each piece is good until the next is asked."""
     buffers = [aligned_buffer(CHUNK) for _ in range(AHEAD)]
-    reads: list[gevent.Greenlet] = []
+    reads: list[gevent.Greenlet[..., int]] = []
     try:
         for i in range(AHEAD):
             reads.append(gevent.spawn(file.preadv, [buffers[i]], i * CHUNK))

@@ -153,8 +153,9 @@ class Store:
                                                                                       flags | os.O_NOFOLLOW))
         try:
             checksum = os.getxattr(file.fileno(), CHECKSUM)     # in memory, as the inode
-            return greenaio.wsgi.send_file(environ, file, mimetype='application/octet-stream',
-                                           etag=checksum.hex())
+            response: Response = greenaio.wsgi.send_file(environ, file, mimetype='application/octet-stream',
+                                                         etag=checksum.hex())
+            return response
         except BaseException:
             file.close()
             raise
@@ -251,7 +252,7 @@ class Head:
 class Handler(pywsgi.WSGIHandler):
     """pywsgi's, which bounds neither the header, nor the time that a client takes."""
 
-    ignored_socket_errors = (*pywsgi.WSGIHandler.ignored_socket_errors, errno.ETIMEDOUT, 'timed out')
+    ignored_socket_errors: Any = (*pywsgi.WSGIHandler.ignored_socket_errors, errno.ETIMEDOUT, 'timed out')
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
         self._timeout = server.application.limits.idle_timeout
@@ -263,7 +264,7 @@ class Handler(pywsgi.WSGIHandler):
         with gevent.Timeout(self._timeout, TimeoutError('timed out')):
             return super().read_requestline()
 
-    def read_request(self, line: str) -> bool:
+    def read_request(self, line: str) -> Any:
         try:
             with gevent.Timeout(self._timeout, TimeoutError('timed out')):
                 return super().read_request(line)
@@ -271,7 +272,8 @@ class Handler(pywsgi.WSGIHandler):
             raise ValueError(str(error)) from error
 
     def MessageClass(self, file: Any, *args: Any) -> Any:
-        return super().MessageClass(Head(file), *args)
+        head: Any = Head(file)
+        return super().MessageClass(head, *args)
 
     def get_environ(self) -> Environ:
         environ = super().get_environ()

@@ -43,8 +43,9 @@ class Log:
 
     def __init__(self, folder: str, segment: int = SEGMENT) -> None:
         self._folder, self._segment = folder, segment
-        self._records, self._durable = bytearray(), AsyncResult()   # the next group, and who waits for it
-        self._committer: gevent.Greenlet | None = None
+        self._records = bytearray()                         # the next group ...
+        self._durable: AsyncResult[None] = AsyncResult()    # ... and who waits for it
+        self._committer: gevent.Greenlet[..., None] | None = None
         self._file: File | None = None
         self._end = 0                   # of the groups in that file
         self._directory = File(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -108,7 +109,7 @@ class Log:
             if failure is not error:
                 raise
 
-    def _take(self) -> tuple[memoryview, AsyncResult]:
+    def _take(self) -> tuple[memoryview, AsyncResult[None]]:
         """The group as the disk shall have it, and who waits. In memory of its own: the kernel reads an
         abandoned write's for longer."""
         data = HEADER.pack(self._first, len(self._records)) + self._records

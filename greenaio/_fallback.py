@@ -76,10 +76,10 @@ _closing: set[int] = set()
 
 
 def _pool() -> ThreadPool:
-    hub = get_hub()
+    hub: Any = get_hub()
     if getcurrent() is hub:
         raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
-    pool = hub.__dict__.get('_greenaio_pool')
+    pool: ThreadPool | None = hub.__dict__.get('_greenaio_pool')
     # In a forked child gevent mends its own pool at once, others only later: make a new one.
     if pool is None or pool.pid != os.getpid():
         pool = hub._greenaio_pool = ThreadPool(THREADS, hub)

@@ -30,7 +30,7 @@ import gevent
 
 # Not from gevent.fileobject: that asks for our FileObject while it is being imported.
 from gevent._fileobjectcommon import FileObjectBase, FileObjectThread, OpenDescriptor, cancel_wait_ex
-from gevent._fileobjectposix import FileObjectPosix
+from gevent._fileobjectposix import FileObjectPosix  # type: ignore[import-not-found]
 from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent, greenlet
 
@@ -616,10 +616,12 @@ def _flush_all() -> None:
 
 # For gevent --------------------------------------------------------------------------------------
 
-class _Descriptor(OpenDescriptor):                  # type: ignore[misc]
+class _Descriptor(OpenDescriptor):                  # type: ignore[type-arg]
     """gevent's reading of the arguments, with our layers."""
 
+    _fobj: Any
     _opened: Any
+    newline: Any
 
     def _do_open_raw(self) -> Any:
         fobj = self._fobj
@@ -627,7 +629,7 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[misc]
             return fobj
         if not hasattr(fobj, 'fileno'):
             return FileIO(fobj, self.fileio_mode, self.closefd)
-        raw = FileIO(fobj.fileno(), self.fileio_mode, self.closefd)
+        raw: Any = FileIO(fobj.fileno(), self.fileio_mode, self.closefd)
         raw._owner = fobj
         try:
             raw.name = fobj.name
@@ -637,7 +639,7 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[misc]
 
     def opened(self) -> Any:
         if self._opened is None:
-            raw = self.opened_raw()
+            raw: Any = self.opened_raw()
             if not isinstance(raw, _Shared):
                 self._opened = _layers(raw, self.mode, self.buffering, self.encoding, self.errors,
                                        self.newline)
@@ -649,7 +651,7 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[misc]
         return self._opened
 
 
-class FileObject(FileObjectBase):                   # type: ignore[misc]
+class FileObject(FileObjectBase):                   # type: ignore[type-arg]
     """A file object for gevent, with its signature:
 
     ``FileObject(fobj, mode='r', buffering=-1, closefd=True, encoding=None, errors=None, newline=None)``, also
@@ -664,10 +666,10 @@ class FileObject(FileObjectBase):                   # type: ignore[misc]
         if hasattr(fobj, 'read') and not isinstance(fobj, (io.RawIOBase, _Shared)):
             return FileObjectThread(fobj, *args, threadpool=_fallback._pool(), **kwargs)
         descriptor = _Descriptor(fobj, *args, **kwargs)
-        raw = descriptor.opened_raw()
+        raw: Any = descriptor.opened_raw()
         if cls is FileObject and isinstance(raw, FileIO) and _is_pollable(raw):
             return _by_epoll(raw, fobj, *args, **kwargs)
-        self = super().__new__(cls)
+        self: Any = super().__new__(cls)
         self._descriptor = descriptor
         return self
 

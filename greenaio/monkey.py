@@ -82,14 +82,14 @@ class _Builtins:
 
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
-    patch_module(os, _Os)
+    patch_module(os, _Os)           # type: ignore[arg-type]
 
 
 def patch_builtins() -> None:
     """Replace the built-in ``open`` and ``io.open``, which `pathlib`, `tempfile`, `logging` and others call.
     Twice is fine."""
     for module in _modules():
-        patch_module(module, _Builtins)
+        patch_module(module, _Builtins)     # type: ignore[arg-type]
     _patch_pathlib(fileobject.open)
 
 

@@ -111,7 +111,7 @@ def with_file_wrapper(app: Application) -> Application:
     return wrapped
 
 
-class WSGIHandler(pywsgi.WSGIHandler):              # type: ignore[misc]
+class WSGIHandler(pywsgi.WSGIHandler):
     """For ``pywsgi.WSGIServer(..., handler_class=WSGIHandler)``."""
 
     def get_environ(self) -> dict[str, Any]:
