@@ -15,13 +15,15 @@ import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gevent import get_hub, getcurrent
 from gevent.exceptions import BlockingSwitchOutError
-from gevent.threadpool import ThreadPool
 
 from greenaio._ends import before_destroy
+
+if TYPE_CHECKING:
+    from gevent.threadpool import ThreadPool
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -76,6 +78,8 @@ _closing: set[int] = set()
 
 
 def _pool() -> ThreadPool:
+    from gevent.threadpool import ThreadPool  # it takes longer than all of greenaio
+
     hub: Any = get_hub()
     if getcurrent() is hub:
         raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
