@@ -40,7 +40,7 @@ def package(session: nox.Session) -> None:
     wheel, = folder.glob('*.whl')
     check_sdist(sdist)
     check_wheel(wheel)
-    session.install(wheel)
+    session.install(wheel, 'cffi')      # which gevent's libuv is made with
     session.chdir(session.create_tmp())
     for loop in ('libev-cext', 'libuv-cffi'):
         session.run('python', SMOKE, env={'GEVENT_LOOP': loop})

@@ -268,7 +268,7 @@ class File:
             raise OSError(error.errno, error.strerror, self.name) from None
 
     def pread(self, n: int, offset: int) -> bytes:
-        return cast(bytes, self._call(posix.pread, n, offset))
+        return cast(bytes, self._call(_pread, n, offset))
 
     def read_cached(self, buffer: Any) -> int:
         return -1
@@ -330,9 +330,19 @@ def aligned_buffer(nbytes: int, alignment: int = 4096) -> memoryview:
     return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
 
 
+def _pread(fd: int, n: int, offset: int) -> bytes:
+    try:
+        return posix.pread(fd, n, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL or min(n, offset) < 0:
+            raise
+    buffer = aligned_buffer(n)          # it may be O_DIRECT, which refuses the memory of most bytes
+    return bytes(buffer[:posix.preadv(fd, [buffer], offset)])
+
+
 def pread(fd: int, n: int, offset: int, /) -> bytes:
     """As os.pread; by a thread."""
-    return cast(bytes, call(posix.pread, fd, n, offset))
+    return cast(bytes, call(_pread, fd, n, offset))
 
 
 def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:

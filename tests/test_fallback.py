@@ -64,6 +64,22 @@ except OSError as error:
 ''', data_file)
 
 
+def test_o_direct_reads_bytes_by_threads(data_file):
+    run_python(WITHOUT + '''
+with greenaio.File(sys.argv[1], os.O_RDONLY | os.O_DIRECT) as file:
+    for read in (file.pread, lambda n, offset: greenaio.os.pread(file.fileno(), n, offset)):
+        assert read(8192, 4096)[:16] == (512).to_bytes(8, 'little') + (513).to_bytes(8, 'little')
+        assert read(4096, 1 << 30) == b''
+        for n, offset in ((-1, 0), (4096, -1)):
+            try:
+                read(n, offset)
+            except OSError as error:
+                assert error.errno == errno.EINVAL
+            else:
+                raise AssertionError(n)
+''', data_file)
+
+
 @pytest.mark.parametrize('args', [(-1,), (10, 3), (10, 0)])
 def test_bad_sizes_are_refused_without_the_extension_too(args):
     done = run_python(WITHOUT + f'greenaio.aligned_buffer{args!r}', check=False)
