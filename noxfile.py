@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -59,10 +60,10 @@ def no_compiler(session: nox.Session) -> None:
 def copy_of_the_tree(session: nox.Session) -> pathlib.Path:
     """What git has, as it is here now: no module that another Python has built. The session goes on in it."""
     folder = pathlib.Path(session.create_tmp()) / 'source'
-    subprocess.run(['rm', '-rf', folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes((ROOT / name).read_bytes())
+        shutil.copy(ROOT / name, folder / name)
     session.chdir(folder)
     return folder
 
@@ -75,7 +76,7 @@ def tracked() -> list[str]:
 def build(session: nox.Session, *what: str) -> pathlib.Path:
     copy_of_the_tree(session)
     folder = pathlib.Path(session.create_tmp()) / 'dist'
-    subprocess.run(['rm', '-rf', folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     session.install('build')
     session.run('python', '-m', 'build', '-o', folder, *what, silent=True)
     return folder
