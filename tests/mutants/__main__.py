@@ -42,6 +42,14 @@ def apply(name, folder, *options):
     subprocess.run(command, input=read(name), cwd=folder, text=True, check=True)
 
 
+def fits(name):
+    try:
+        apply(name, ROOT, '--dry-run')
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
 def build(folder):
     done = subprocess.run([sys.executable, 'setup.py', '-q', 'build_ext', '--inplace'], cwd=folder,
                           capture_output=True, text=True)
@@ -89,8 +97,10 @@ def main():
     missed = 0
     if arguments.dry_run:
         for name in arguments.names:
-            apply(name, ROOT, '--dry-run')
-        return 0
+            if not fits(name):
+                print(f'does not fit: {name}')
+                missed += 1
+        return 1 if missed else 0
     with tempfile.TemporaryDirectory(prefix='greenaio-mutant-') as folder:
         built = os.path.join(folder, 'greenaio')
         copy_to(built)
