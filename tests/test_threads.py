@@ -17,7 +17,6 @@ from greenaio import File, _hub, _route, _threads, config
 
 @pytest.fixture
 def engine():
-    _route.forgive()                    # what the tests before taught it
     return _hub.get_driver().engine
 
 
