@@ -20,6 +20,7 @@ import ssl
 import stat
 import struct
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import gevent
@@ -34,7 +35,7 @@ from greenaio import aligned_buffer
 from greenaio.block import BlockDevice
 
 REQUEST_MAX = 32 << 20          # bytes: what clients assume where nobody tells them
-READS_MAX, READ_MAX = 32, 64 << 10      # reads that one greenlet serves together, and their bytes each
+TOGETHER_MAX, EACH_MAX = 32, 64 << 10   # requests that one greenlet serves together, and their bytes each
 IN_FLIGHT_MAX = 128             # requests of a connection: then nothing more is received from it ...
 HELD_MAX = 64 << 20             # ... and likewise with so many bytes
 OPTION_MAX = 16 << 10           # bytes
@@ -80,7 +81,6 @@ class Gone(Broken):
 
 
 Data = bytes | memoryview
-Read = tuple[int, int, int]             # cookie, offset, length
 
 
 class Export(NamedTuple):
@@ -332,15 +332,19 @@ class Transmission:
             if request is None:
                 self._end.set()
                 return
-            reads = self._more_reads(request)
+            requests = self._more_like(request)
             if self.input.has_more():
                 self._let_receive()
             else:                       # so a client that asks for one thing at a time has one greenlet here
                 self._readable.start(self._let_receive)
-            if reads:
-                self._serve_reads(reads)
-            else:
-                self._serve(request)
+            try:
+                if len(requests) > 1:
+                    self._serve_together(requests)
+                else:
+                    self._serve(request)
+            except Exception as error:  # a fault of ours: the client is dropped, not left to wait
+                self._end.set_exception(error)
+                raise
 
     def _receive(self) -> Request | None:
         try:
@@ -366,32 +370,48 @@ class Transmission:
         self._held += held
         return Request(flags, command, cookie, offset, length, held, data)
 
-    def _more_reads(self, first: Request) -> list[Read]:
-        """If it is a read and others have come with it: these as well, and this one."""
-        if not self.input or not self._is_ordinary(*first[:2], *first[3:5]):
-            return []
-        reads = [first[2:5]]
-        while (len(reads) < READS_MAX and self._in_flight < IN_FLIGHT_MAX
-               and len(self.input) >= REQUEST.size):
+    def _more_like(self, first: Request) -> list[Request]:
+        """It, and others that have come with it: if it is an ordinary read or write, and they are, too."""
+        found = [first]
+        if not self.input or not self._is_ordinary(first.command, *first):
+            return found
+        while len(found) < TOGETHER_MAX and len(self.input) >= REQUEST.size:
             magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.peek(REQUEST.size))
-            if magic != REQUEST_MAGIC or not self._is_ordinary(flags, command, offset, length):
+            request = Request(flags, command, cookie, offset, length, length, None)
+            if (magic != REQUEST_MAGIC or not self._is_ordinary(first.command, *request)
+                    or self._in_flight >= IN_FLIGHT_MAX or self._held + length > HELD_MAX
+                    or command == WRITE and len(self.input) < REQUEST.size + length):
                 break
-            self.input.take(REQUEST.size)
-            self._in_flight += 1
-            self._held += length
-            reads.append((cookie, offset, length))
-        return reads if len(reads) > 1 else []
+            if command == WRITE:
+                found.append(self._receive())       # type: ignore[arg-type]  # it is here, whole
+            else:
+                self.input.take(REQUEST.size)
+                self._in_flight += 1
+                self._held += length
+                found.append(request)
+        return found
 
-    def _is_ordinary(self, flags: int, command: int, offset: int, length: int) -> bool:
-        return (command == READ and flags in (0, DF) and 0 < length <= READ_MAX
-                and offset + length <= self.size)
+    def _is_ordinary(self, kind: int, flags: int, command: int, cookie: int, offset: int, length: int,
+                     *_: object) -> bool:
+        return (command == kind and (command == READ and flags in (0, DF)
+                                     or command == WRITE and not flags and not self.device.readonly)
+                and 0 < length <= EACH_MAX and offset + length <= self.size)
 
-    def _serve_reads(self, reads: list[Read]) -> None:
-        """At once: in flight together, and woken less often than a greenlet for each would be."""
-        found = self.device.pread_each([(length, offset) for _, offset, length in reads])
-        for (cookie, offset, length), data in zip(reads, found, strict=True):
-            self._reply(length, self._failure(cookie, data) if isinstance(data, OSError)
-                        else self._data(cookie, offset, data))
+    def _serve_together(self, requests: list[Request]) -> None:
+        """In flight together, and woken less often than a greenlet for each would be."""
+        results: Iterator[memoryview | int | OSError]
+        if requests[0].command == READ:
+            results = self.device.pread_each([(request.length, request.offset) for request in requests])
+        else:
+            results = self.device.pwrite_each([(request.data, request.offset) for request in requests])
+        for request, result in zip(requests, results, strict=True):
+            if isinstance(result, OSError):
+                parts = self._failure(request.cookie, result)
+            elif isinstance(result, int):
+                parts = [SIMPLE.pack(SIMPLE_MAGIC, 0, request.cookie)]
+            else:
+                parts = self._data(request.cookie, request.offset, result)
+            self._reply(request.length, parts)
 
     def _in_flight_is(self, wanted: int, held: int = HELD_MAX) -> None:
         """Wait until it is, at most."""
@@ -402,10 +422,8 @@ class Transmission:
     def _serve(self, request: Request) -> None:
         try:
             reply = self._perform(request)
-        except Exception as error:
+        except OSError as error:
             self._reply(request.held, self._failure(request.cookie, error))
-            if not isinstance(error, OSError):
-                raise
         else:
             self._reply(request.held, reply)
 

@@ -273,7 +273,7 @@ class File:
     def read_cached(self, buffer: Any) -> int:
         return -1
 
-    def begin(self, reading: bool, buffer: Any, offset: int) -> Any:
+    def begin(self, reading: bool, buffer: Any, offset: int, more: bool = False) -> Any:
         return None
 
     def end(self, begun: Any) -> int:

@@ -210,9 +210,10 @@ cdef class File:
             raise
         return got
 
-    def begin(self, bint reading, buffer, Py_ssize_t offset):
+    def begin(self, bint reading, buffer, Py_ssize_t offset, bint more=False):
         """Ask for a read or write of *buffer*, and wait for nothing: `end` gives the result of what this
-        returns. None where it takes more than one request; then `preadv` or `pwrite` has to do.
+        returns. None where it takes more than one request; then `preadv` or `pwrite` has to do. With *more* to
+        be asked for at once, the kernel may get it together with that, or when `end` is called.
 
         Dropping what it returned abandons the request, which keeps *buffer* pinned until it is done."""
         cdef Driver driver = current_driver()
@@ -237,7 +238,7 @@ cdef class File:
             request.flags = RWF_NOWAIT
         request.share = driver.engine.share(known.device.number, known.device.limit)
         request.file = known
-        driver.begin(request)
+        driver.begin(request, more)
         return driver, request, driver.forks
 
     def end(self, begun):

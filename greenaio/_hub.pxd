@@ -28,7 +28,7 @@ cdef class Driver:
 
     cdef int64_t perform(self, Request request) except? -4096
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096
-    cdef int begin(self, Request request) except -1
+    cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
     cdef int64_t end(self, Request request) except? -4096
     cdef bint in_hub(self) except -1

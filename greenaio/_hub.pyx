@@ -24,7 +24,7 @@ from greenaio._ends import before_destroy, forget
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN
 
-from greenaio._context cimport Context, forked
+from greenaio._context cimport BATCH_MAX, Context, forked
 from greenaio._engine cimport CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, new_request
 from greenaio._threads cimport Inbox, Pool, withdraw
 
@@ -232,13 +232,15 @@ cdef class Driver:
         self.engine.lend(request)
         return self._result(request, current)
 
-    cdef int begin(self, Request request) except -1:
+    cdef int begin(self, Request request, bint more) except -1:
         """The first half of `perform`: submit now, wait for nothing. `end` is the other; who never calls it
-        has abandoned the request, which goes on to its own end."""
+        has abandoned the request, which goes on to its own end. With *more* coming at once, it goes out with that."""
         self._caller()
         if self._reattach:
             self._attach()
         self.engine.enqueue(request)
+        if more and self.engine.pending.count < BATCH_MAX:
+            return self._end_turn_soon()
         self._flush()
         if request.state == DONE and request._list != NULL:
             self.engine.ready.remove(request)   # nobody is to be woken: it takes no place in a pass

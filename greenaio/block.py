@@ -156,7 +156,7 @@ class BlockDevice:
         rooms = [-(-n // PAGE) * PAGE for n, _ in ranges]       # each begins where O_DIRECT can
         memory, at, blocks = aligned_buffer(sum(rooms)), 0, []
         for (n, offset), room in zip(ranges, rooms, strict=True):
-            blocks.append(Block(self._file, True, memory[at:at + room], n, offset))
+            blocks.append(Block(self._file, True, memory[at:at + room], n, offset, True))
             at += room
         for block in blocks:
             try:
@@ -192,6 +192,29 @@ class BlockDevice:
         """Write bytes-like *data* at *offset*, all of it; return how many bytes. With *fua* (force unit
         access) they are durable then. Raises OSError: ENOSPC past the end, and nothing is written."""
         return self.pwritev((data,), offset, fua=fua)
+
+    def pwrite_each(self, writes: Sequence[tuple[Any, int]]) -> Iterator[int | OSError]:
+        """Write *writes*, pairs of bytes-like data and an offset, all at once: yields how many bytes each had, in
+        order, or its OSError. Parts that overlap land in any order. Cheaper than `pwrite` in as many greenlets."""
+        parts = [(_fallback.flat(data), offset) for data, offset in writes]
+        for view, offset in parts:
+            self._check(len(view), offset, writing=True)
+        if self._throttle is not None:
+            self._throttle.wait(sum(len(view) for view, _ in parts), len(parts))
+        blocks = [Block(self._file, False, view, len(view), offset, True) for view, offset in parts]
+        try:
+            while blocks:
+                result: int | OSError
+                try:
+                    with self._writes:
+                        result = blocks[0].end()
+                except OSError as error:
+                    result = error
+                del blocks[0]
+                yield result
+        finally:
+            if blocks:                  # killed, or given up: they land at any time, or not
+                self._writes.are_unsure()
 
     def pwritev(self, buffers: Sequence[Any], offset: int, *, fua: bool = False) -> int:
         """`pwrite` of a sequence of *buffers*."""
@@ -351,7 +374,11 @@ class _Writes:
         if kind is None:
             self._done += 1
         else:
-            self._unsure = True
+            self.are_unsure()
+
+    def are_unsure(self) -> None:
+        """Some failed, or nobody knows what became of them: each flush from now on has something to do."""
+        self._unsure = True
 
     def flush(self) -> None:
         if self._unsure:

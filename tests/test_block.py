@@ -118,6 +118,57 @@ def test_many_reads_abandoned_keep_their_memory(held_disk):
         assert device.pread(4096, 0) == pattern(4096)
 
 
+def test_many_writes_of_one_greenlet(image):
+    data = pattern(MIB)
+    writes = [(data[i * 4096:(i + 1) * 4096], i * 4096) for i in range(100)]
+    writes += [(data[500_000:], 500_000), (b'', 7), (memoryview(data)[450_001:450_003], 450_001)]
+    with BlockDevice(image, create_size=MIB) as device:
+        assert list(device.pwrite_each(writes)) == [len(part) for part, _ in writes]
+        written = bytearray(MIB)
+        for part, offset in writes:
+            written[offset:offset + len(part)] = part
+        assert device.pread(MIB, 0) == written
+        for wrong, message in (((b'x', MIB), 'No space'), ((b'x', -1), 'Invalid')):
+            with pytest.raises(OSError, match=message):
+                next(device.pwrite_each([(bytes(4096), 0), wrong]))
+        assert device.pread(4096, 0) == data[:4096]     # nor the first of them
+        assert list(device.pwrite_each([])) == []
+    with BlockDevice(image, readonly=True) as device, pytest.raises(OSError, match='Bad file'):
+        next(device.pwrite_each([(b'x', 0)]))
+    with pytest.raises(ValueError, match='closed'):
+        next(device.pwrite_each([(b'x', 0)]))
+
+
+def test_one_write_of_many_that_fails_harms_no_other(tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    run('mount', '-t', 'tmpfs', '-o', 'size=256K', 'greenaio-test', tmp_path)
+    try:
+        with BlockDevice(tmp_path / 'image', create_size=MIB) as device:
+            parts = [(bytes([i]) * 4096, i * 4096) for i in range(100)]
+            results = list(device.pwrite_each(parts))
+            failed = [one for one in results if isinstance(one, OSError)]
+            assert 0 < len(failed) < 100 and {one.errno for one in failed} == {errno.ENOSPC}
+            for (part, offset), result in zip(parts, results):
+                assert device.pread(4096, offset) == (part if result == 4096 else bytes(4096))
+    finally:
+        run('umount', tmp_path)
+
+
+def test_many_writes_given_up_are_never_taken_for_flushed(image):
+    with BlockDevice(image, create_size=MIB) as device:
+        syncs = Syncs(device)
+        writes = device.pwrite_each([(bytes(4096), i * 4096) for i in range(8)])
+        assert next(writes) == 4096
+        writes.close()
+        for _ in range(2):              # they land whenever they do
+            device.flush()
+        assert syncs.count == 2
+        list(device.pwrite_each([(bytes(4096), 0)]))
+        device.flush()
+        assert syncs.count == 3
+
+
 def test_write_past_the_end_writes_nothing(image):
     with BlockDevice(image, create_size=10_000) as device:
         for offset, n in ((10_000, 1), (9_999, 2), (0, 10_001), (1 << 40, 4096)):

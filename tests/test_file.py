@@ -59,12 +59,36 @@ def test_pread_runs_as_native_aio_where_the_file_is_direct(fd, flags):
 
 def test_what_was_begun_and_is_done_waits_for_no_pass(data_file):
     with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+        file.pread(4096, 0)             # memory says here that it knows no RWF_NOWAIT
         buffers = [aligned_buffer(4096) for _ in range(2)]
         begun = [file.begin(True, buffer, 4096 * i) for i, buffer in enumerate(buffers)]
         if file.device == os.stat('/dev/shm').st_dev:       # a disk is not done yet
             assert len(_hub.get_driver().engine.ready) == 0
         assert [file.end(one) for one in begun] == [4096, 4096]
         assert b''.join(buffers) == pattern(8192)
+
+
+def test_what_is_begun_with_more_to_come_goes_out_together(data_file):
+    with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+        file.pread(4096, 0)
+        engine = _hub.get_driver().engine
+        for last in True, False:        # or who waits for it sends it
+            before = engine.batches, engine.submitted
+            buffers = [aligned_buffer(4096) for _ in range(8)]
+            begun = [file.begin(True, buffer, 4096 * i, i < 7 or last) for i, buffer in enumerate(buffers)]
+            assert [file.end(one) for one in begun] == [4096] * 8
+            assert (engine.batches, engine.submitted) == (before[0] + 1, before[1] + 8)
+            assert b''.join(buffers) == pattern(8 * 4096)
+
+
+def test_what_is_begun_goes_out_though_nobody_waits_for_it(data_file):
+    with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+        file.pread(4096, 0)
+        memory = aligned_buffer(4096)
+        file.begin(True, memory, 8192, True)
+        with gevent.Timeout(10):
+            while bytes(memory) != pattern(12288)[8192:]:
+                gevent.sleep(0.001)
 
 
 def test_preadv_fills_buffers_in_order(fd):
