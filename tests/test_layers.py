@@ -7,7 +7,7 @@ import greenaio
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 LAYERS = {
-    '_abi': 0, '_config': 0,
+    '_abi': 0, '_config': 0, '_show': 0,
     '_context': 1, '_memory': 1, '_ends': 1,
     '_engine': 2, '_threads': 2.5,
     '_hub': 3,
