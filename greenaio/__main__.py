@@ -15,6 +15,7 @@ from greenaio import __version__, _config
 COMMANDS = {
     'bench': 'measure a disk through greenaio and beside it',
     'config': 'print the settings, and where each came from',
+    'doctor': 'tell which way each operation takes here, and why',
     'run': 'run a script with gevent and greenaio patched in',
 }
 CONFIG = """\
