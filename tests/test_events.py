@@ -218,7 +218,17 @@ assert said == [f'blocked in open(2) of {path!r}, a plain file open: try greenai
 '''
 
 
-@pytest.mark.parametrize('before', ['', FRAMES], ids=['kernel', 'frame'])
+PATCHED = '''
+import gevent.monkey
+gevent.monkey.patch_all()
+import greenaio.monkey, posix
+greenaio.monkey.patch_all()
+os.open = posix.open            # this one call escaped
+'''
+
+
+@pytest.mark.parametrize('before', ['', FRAMES, PATCHED, PATCHED + FRAMES],
+                         ids=['kernel', 'frame', 'patched', 'patched-frame'])
 def test_blocked_in_open_says_of_what(folder, before):
     blocked(LEASE, os.path.join(folder, 'leased'), before=before)
 
