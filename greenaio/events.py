@@ -56,8 +56,9 @@ class Fallback:
 class RequestStuck:
     """A request has no answer after `config.stuck_after`; it is notified once.
 
-    *operation* is as ``'read'``, on *file*, a path or ``'fd 7'``, for *nbytes* bytes at *offset*. *way* is
-    ``'aio'`` or ``'thread'``. It was asked for *seconds* ago.
+    *operation* is as ``'read'``, on *file*, a path or ``''`` where there is none, for *nbytes* bytes at
+    *offset*. *way* says where it is, as ``'in flight'`` or ``'with a thread'``. It was asked for *seconds*
+    ago.
     """
 
     operation: str
