@@ -229,8 +229,8 @@ os.open = posix.open            # this one call escaped
 
 @pytest.mark.parametrize('before', ['', FRAMES, PATCHED, PATCHED + FRAMES],
                          ids=['kernel', 'frame', 'patched', 'patched-frame'])
-def test_blocked_in_open_says_of_what(folder, before):
-    blocked(LEASE, os.path.join(folder, 'leased'), before=before)
+def test_blocked_in_open_says_of_what(tmp_path, before):
+    blocked(LEASE, tmp_path / 'leased', before=before)
 
 
 OTHERS = {
