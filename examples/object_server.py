@@ -5,7 +5,8 @@
 
 PUT, GET with ranges, HEAD, DELETE, and ``GET /?prefix=a&after=b&limit=100`` for a list. Who uploads has an
 answer when the object is on the disk, under its name, with its SHA-256 as ETag; an upload that ends early
-leaves nothing. Needs werkzeug, and a file system with extended attributes.
+leaves nothing. ``GET /metrics`` is for Prometheus, which may have a token of its own that opens nothing else.
+Needs werkzeug, and a file system with extended attributes; for metrics prometheus_client.
 """
 
 from __future__ import annotations
@@ -39,12 +40,20 @@ import greenaio
 import greenaio.wsgi
 from greenaio import File
 
+try:
+    import prometheus_client
+
+    from greenaio.prometheus import Collector
+except ImportError:
+    prometheus_client = None            # type: ignore[assignment]
+
 BLOCK = 128 << 10       # bytes of an upload: read, hashed and written at a time
 HEAD_MAX = 16 << 10     # bytes of a request's header lines; http.client alone would take 6 MiB
 NAME_MAX = 255          # bytes of a file's name; in an object's, a slash counts as three
 PAGE_MAX = 1000         # names in a list
 UPLOAD = '.upload-'     # begins the names of unfinished uploads, and no object's
 CHECKSUM = 'user.sha256'
+METRICS = '/metrics'    # is no object
 STATUS = {errno.ENOENT: 404, errno.ELOOP: 404, errno.ENODATA: 404, errno.ENOSPC: 507, errno.EDQUOT: 507}
 
 Environ = dict[str, Any]
@@ -74,7 +83,8 @@ def in_thread(call: Callable[..., Any], *args: Any) -> Any:
 def file_name(path: str) -> str:
     """The one flat name of an object: without a slash, none leads out of the folder. `unquote` undoes it."""
     key = path.encode('latin-1').decode(errors='replace')[1:]
-    if path[:1] != '/' or {'', '.', '..'} & set(key.split('/')) or '\ufffd' in key or not key.isprintable():
+    if (path[:1] != '/' or path == METRICS or {'', '.', '..'} & set(key.split('/')) or '\ufffd' in key
+            or not key.isprintable()):
         raise Refused(400, 'no object can have this name')
     name = quote(key, safe='')
     name = '%2E' + name[1:] if name[0] == '.' else name
@@ -104,12 +114,19 @@ def page(root: str, prefix: str, after: str, limit: int) -> dict[str, Any]:
     return {'objects': objects, 'after': found[limit - 1][0] if len(found) > limit else None}
 
 
+def metrics() -> Response:
+    if prometheus_client is None:
+        raise Refused(501, 'prometheus_client is not installed')
+    return Response(prometheus_client.generate_latest(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
 class Store:
     """A WSGI application. *limits*: object_size, uploads, idle_timeout."""
 
-    def __init__(self, root: str, token: str, limits: argparse.Namespace) -> None:
+    def __init__(self, root: str, token: str, limits: argparse.Namespace, metrics_token: str = '') -> None:
         self.root, self.limits = os.path.realpath(root), limits
         self._authorization = b'Bearer ' + os.fsencode(token)
+        self._scraper = b'Bearer ' + os.fsencode(metrics_token or token)
         self._uploads = BoundedSemaphore(limits.uploads)
         self._folder = File(self.root, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)    # so what is unfinished is nobody's:
@@ -134,10 +151,14 @@ class Store:
 
     def _serve(self, environ: Environ, method: str) -> Response:
         authorization = environ.get('HTTP_AUTHORIZATION', '').encode('latin-1')
-        if not hmac.compare_digest(authorization, self._authorization):
+        is_scrape = environ['PATH_INFO'] == METRICS and method in ('GET', 'HEAD')
+        if not hmac.compare_digest(authorization, self._authorization) and not (
+                is_scrape and hmac.compare_digest(authorization, self._scraper)):
             raise Refused(401, 'no token, or a wrong one', WWW_Authenticate='Bearer')
         if method not in ('GET', 'HEAD', 'PUT', 'DELETE'):
             raise Refused(405, 'no such method', Allow='GET, HEAD, PUT, DELETE')
+        if is_scrape:
+            return metrics()
         if environ['PATH_INFO'] == '/' and method in ('GET', 'HEAD'):
             return self._list(environ['QUERY_STRING'])
         path = os.path.join(self.root, file_name(environ['PATH_INFO']))
@@ -290,6 +311,8 @@ def main() -> int:
     add('root', metavar='ROOT', help='a folder for nothing else')
     add('--token', default=os.environ.get('OBJECT_SERVER_TOKEN'),
         help='who knows it may do everything; by OBJECT_SERVER_TOKEN, ps does not show it')
+    add('--metrics-token', default=os.environ.get('OBJECT_SERVER_METRICS_TOKEN', ''),
+        help='who knows it may see /metrics, and nothing else; by OBJECT_SERVER_METRICS_TOKEN')
     add('--host', default='127.0.0.1')
     add('--port', type=int, default=8080)
     add('--object-size', type=int, default=5 << 30, help='bytes at most (%(default)s)')
@@ -300,8 +323,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.token:
         parser.error('give a token in the environment, as OBJECT_SERVER_TOKEN')
+    if prometheus_client is not None:
+        Collector()
     try:
-        store = Store(arguments.root, arguments.token, arguments)
+        store = Store(arguments.root, arguments.token, arguments, arguments.metrics_token)
         server = pywsgi.WSGIServer((arguments.host, arguments.port), store, log=None, handler_class=Handler,
                                    spawn=Pool(arguments.connections))
         server.start()

@@ -6,10 +6,14 @@ accepts, `open` is the built-in one, cooperative, `config` has what may be set.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from greenaio._config import config
+
+# Python itself would print the warnings of a program that has set up no logging.
+logging.getLogger('greenaio').addHandler(logging.NullHandler())
 
 try:
     from greenaio._file import File

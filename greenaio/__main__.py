@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
 import sys
+from importlib import import_module
 
-import gevent.monkey
+from greenaio import __version__, _config
 
-from greenaio import __version__, bench, monkey
+# What each is for. A command's arguments, and all that it imports, come when it is the one that is asked for.
+COMMANDS = {
+    'bench': 'measure a disk through greenaio and beside it',
+    'config': 'print the settings, and where each came from',
+    'doctor': 'tell which way each operation takes here, and why',
+    'run': 'run a script with gevent and greenaio patched in',
+}
+CONFIG = """\
+Print each setting of greenaio.config: its value, its unit, and whether that is the default or came from the
+environment. A variable that is out of range, or that greenaio does not know, ends this as it ends
+every import of greenaio: with an error that names it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,27 +34,66 @@ def main() -> int:
     parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    bench_parser = commands.add_parser(
-        'bench', help='measure a disk through greenaio and beside it', description=bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    bench.add_arguments(bench_parser)
-    run_parser = commands.add_parser(
-        'run', help='run a script with gevent and greenaio patched in',
-        usage='%(prog)s script.py|-m module args…')
-    run_parser.add_argument('-m', dest='module', action='store_true', help='a module instead of a script')
-    run_parser.add_argument('script')
-    run_parser.add_argument('args', nargs=argparse.REMAINDER)
+    asked = next((word for word in sys.argv[1:] if not word.startswith('-')), '')
+    for name, summary in COMMANDS.items():
+        own = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == asked:
+            _add_arguments(name, own)
     arguments = parser.parse_args()
     if arguments.command == 'run':
         return _run(arguments)
+    if arguments.command == 'config':
+        return _print_config(arguments)
     try:
-        return bench.main(arguments)
+        code: int = import_module(f'greenaio.{arguments.command}').main(arguments)
+        return code
     except KeyboardInterrupt:
         return 130
 
 
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    if name == 'run':
+        parser.usage = '%(prog)s script.py|-m module args…'
+        parser.add_argument('-m', dest='module', action='store_true', help='a module instead of a script')
+        parser.add_argument('script')
+        parser.add_argument('args', nargs=argparse.REMAINDER)
+    elif name == 'config':
+        parser.description = CONFIG
+        parser.add_argument('--json', action='store_true', help='for machines')
+    else:
+        module = import_module(f'greenaio.{name}')
+        parser.description = module.__doc__
+        module.add_arguments(parser)
+
+
+def _print_config(arguments: argparse.Namespace) -> int:
+    config = _config.config
+    if arguments.json:
+        print(json.dumps([{
+            'name': one.name, 'variable': one.variable, 'value': getattr(config, one.name),
+            'default': one.default, 'unit': one.unit, 'from': one.allowed[0], 'to': one.allowed[-1],
+            'source': config.source(one.name), 'description': one.summary,
+        } for one in _config.SETTINGS], indent=1, ensure_ascii=False))
+        return 0
+    rows = [(one.name, str(getattr(config, one.name)), one.unit, config.source(one.name), str(one.default),
+             f'{one.summary} From {one.allowed[0]} to {one.allowed[-1]}. {one.variable}')
+            for one in _config.SETTINGS]
+    rows += [(name, os.environ.get(name, ''), '', name if name in os.environ else _config.DEFAULT, '',
+              description[0].upper() + description[1:] + '.')
+             for name, description in _config.OTHER_VARIABLES.items()]
+    from greenaio import _show
+
+    _show.table(('setting', 'value', 'unit', 'came from', 'default', 'what it is'), rows,
+                right=('value', 'default'))
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
     """What ``python script.py args…`` or ``python -m module args…`` does, patched."""
+    import gevent.monkey
+
+    from greenaio import monkey
+
     gevent.monkey.patch_all(greenaio=False)
     monkey.patch_all()
     sys.argv = [arguments.script, *arguments.args]

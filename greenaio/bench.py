@@ -35,6 +35,7 @@ from gevent.event import Event
 from gevent.lock import RLock
 
 from greenaio import File, __version__, aligned_buffer, config
+from greenaio._show import table
 
 BATCH_MAX = 32      # requests to an io_submit, for fio:batch
 SAMPLED = 16        # of so many requests one is timed
@@ -489,29 +490,6 @@ def _row(one: dict[str, Any]) -> list[str]:
             number(gap.get('p99'), 2), number(gap.get('max'), 2)]
 
 
-def _show(results: list[dict[str, Any]], title: str) -> None:
-    rows = [_row(one) for one in results]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
-        print(title)
-        for row in (list(COLUMNS), *rows):
-            print('  '.join(text.ljust(width) if i == 0 else text.rjust(width)
-                            for i, (text, width) in enumerate(zip(row, widths))))
-        return
-    table = Table(title=title, title_justify='left')
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify='left' if i == 0 else 'right', no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
-
-
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """A function to call at each step; it shows something on a terminal only."""
@@ -691,7 +669,7 @@ def _main(arguments: argparse.Namespace) -> int:
         kind = f'buffered, {load.cache} cache' if load.buffered else 'O_DIRECT'
         title = (f'{load.rw}, {load.block_size} bytes, {kind}, '
                  f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
-    _show(results, title)
+    table(COLUMNS, [_row(one) for one in results], title=title, right=COLUMNS[1:])
     if arguments.json:
         with open(arguments.json, 'w') as file:
             json.dump({'title': title, 'command': [sys.executable, '-m', 'greenaio', *sys.argv[1:]],

@@ -20,7 +20,7 @@ from typing import Any
 from gevent.monkey import get_original, patch_module
 
 import greenaio.os
-from greenaio import fileobject
+from greenaio import _blocked, fileobject
 from greenaio._position import can_wait
 
 try:
@@ -104,14 +104,16 @@ def _patch_pathlib(opener: Any) -> None:
 
 
 def patch_all() -> None:
-    """`patch_os` and `patch_builtins`. Call ``gevent.monkey.patch_all()`` besides, for sockets and threads.
-    Twice is fine."""
+    """`patch_os` and `patch_builtins`, and `greenaio.events.explain_blocked` for what is not reached. Call
+    ``gevent.monkey.patch_all()`` besides, for sockets and threads. Twice is fine."""
     patch_os()
     patch_builtins()
+    _blocked.explain_blocked()
 
 
 def unpatch_all() -> None:
     """Put back what was there before."""
+    _blocked.stop_explaining()
     if not is_patched():
         return
     for name in _Os.__implements__:

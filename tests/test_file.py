@@ -503,6 +503,8 @@ IO_SETUP, IO_SUBMIT = (206, 209) if os.uname().machine == 'x86_64' else (0, 2)
 def test_refused_setup_gives_the_same_results_by_threads_and_one_warning(data_file, code):
     done = run_python(SECCOMP + f'''
 deny({IO_SETUP}, errno.{code})
+import logging
+logging.basicConfig()           # silent without
 from greenaio import File, aligned_buffer, _hub
 with File(sys.argv[1], os.O_RDWR | os.O_DIRECT) as file:
     for turn in range(3):

@@ -97,7 +97,7 @@ class BesideIo(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = pathlib.Path(os.environ['GREENAIO_TEST_FOLDER'])
+        self.folder = pathlib.Path(os.environ['FOLDER_OF_TEST'])
         self.files = ()
 
     @initialize(mode=st.sampled_from(['rb', 'r+b', 'wb', 'w+b', 'ab', 'a+b', 'r', 'r+', 'w+', 'a', 'a+']),
@@ -193,7 +193,7 @@ class BesideIo(RuleBasedStateMachine):
 
 
 def test_same_as_io(folder, monkeypatch):
-    monkeypatch.setenv('GREENAIO_TEST_FOLDER', folder)
+    monkeypatch.setenv('FOLDER_OF_TEST', folder)
     state = BesideIo.TestCase()
     state.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True,
                               suppress_health_check=list(HealthCheck))

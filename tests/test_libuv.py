@@ -18,10 +18,10 @@ def runs(request):
     def run(name):
         return subprocess.run(
             [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', HERE / f'{name}.py'],
-            env={**os.environ, 'GEVENT_LOOP': OTHER, 'GREENAIO_OTHER_LOOP': '1'}, cwd=HERE.parent,
+            env={**os.environ, 'GEVENT_LOOP': OTHER, 'IS_OTHER_LOOP': '1'}, cwd=HERE.parent,
             capture_output=True, text=True, timeout=500)
 
-    if os.environ.get('GREENAIO_OTHER_LOOP'):
+    if os.environ.get('IS_OTHER_LOOP'):
         pytest.skip('this is the other loop')
     if importlib.util.find_spec('cffi') is None:
         missing('cffi, which libuv needs, is not installed')

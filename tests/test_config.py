@@ -1,0 +1,161 @@
+"""Settings come from the environment, say where they came from, and a mistake in one is told at import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import run_python
+
+from greenaio import _config
+from greenaio._config import SETTINGS, Config
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Without any of our variables; for ``setenv``."""
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+    return monkeypatch
+
+
+def test_defaults_suit_a_server(environment):
+    config = Config()
+    assert (config.depth, config.poll_max_us, config.threads, config.stuck_after) == (256, 0, 16, 30)
+    assert {config.source(setting.name) for setting in SETTINGS} == {'default'}
+
+
+def test_each_setting_is_an_attribute_a_variable_and_a_paragraph():
+    assert [setting.name for setting in SETTINGS] != []
+    assert {setting.name for setting in SETTINGS} == set(Config.__slots__) - {'_sources'}
+    for setting in SETTINGS:
+        assert setting.default in setting.allowed and setting.unit
+        assert (f'``{setting.name}`` ({setting.variable}, default {setting.default} {setting.unit}'
+                in Config.__doc__)
+        assert setting.description in Config.__doc__
+
+
+def test_attributes_are_slots_that_cython_reads_fast():
+    assert not hasattr(Config(), '__dict__')
+    assert type(Config.__dict__['poll_max_us']).__name__ == 'member_descriptor'
+
+
+def test_a_value_knows_where_it_came_from(environment):
+    environment.setenv('GREENAIO_DEPTH', ' 64 ')
+    environment.setenv('GREENAIO_THREADS', '')          # as if it were not there
+    config = Config()
+    config.poll_max_us = 50
+    assert (config.depth, config.threads, config.poll_max_us) == (64, 16, 50)
+    assert [config.source(name) for name in ('depth', 'threads', 'poll_max_us')] == [
+        'GREENAIO_DEPTH', 'default', 'program']
+    config.depth = 64
+    assert config.source('depth') == 'program'
+
+
+@pytest.mark.parametrize('variable, text, complaint', [
+    ('GREENAIO_DEPTH', '0', 'GREENAIO_DEPTH must be from 1 to 65536 requests, not 0'),
+    ('GREENAIO_DEPTH', '65537', 'GREENAIO_DEPTH must be from 1'),
+    ('GREENAIO_THREADS', 'many', "GREENAIO_THREADS must be a whole number of threads, not 'many'"),
+    ('GREENAIO_STUCK_AFTER', '1.5', "GREENAIO_STUCK_AFTER must be a whole number of s, not '1.5'"),
+    ('GREENAIO_STUCK_AFTER', '86401', 'GREENAIO_STUCK_AFTER must be from 0 to 86400 s, not 86401'),
+    ('GREENAIO_POLL_MAX_US', '-1', 'GREENAIO_POLL_MAX_US must be from 0 to 1000000 µs, not -1'),
+    ('GREENAIO_DEPHT', '64', 'GREENAIO_DEPHT is in the environment, but greenaio knows no such variable: '
+                             'did you mean GREENAIO_DEPTH?'),
+    ('GREENAIO_PACTH', '1', 'GREENAIO_PACTH is in the environment, but greenaio knows no such variable: '
+                            'did you mean GREENAIO_PATCH?'),
+    ('GREENAIO_ZQXJ', '', 'GREENAIO_ZQXJ is in the environment, but greenaio knows no such variable'),
+])
+def test_a_mistake_in_a_variable_is_named(environment, variable, text, complaint):
+    environment.setenv(variable, text)
+    with pytest.raises(ValueError) as caught:
+        Config()
+    assert complaint in str(caught.value)
+
+
+def test_a_mistake_in_a_variable_is_told_at_import():
+    done = run_python('import greenaio', env={'GREENAIO_POLL_MAX_U': '5'}, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('ValueError: GREENAIO_POLL_MAX_U is in the environment')
+
+
+@pytest.mark.parametrize('value', ['perhaps', '0', 'off', ''])
+def test_whatever_greenaio_patch_says_is_no_mistake(environment, value):
+    environment.setenv('GREENAIO_PATCH', value)
+    Config()
+
+
+@pytest.mark.parametrize('name, value, error', [
+    ('depth', 0, ValueError), ('depth', 65537, ValueError), ('depth', 1.5, TypeError),
+    ('depth', '5', TypeError), ('poll_max_us', -1, ValueError), ('threads', 1025, ValueError),
+    ('stuck_after', None, TypeError), ('stuck_after', -1, ValueError), ('detph', 5, AttributeError),
+])
+def test_what_the_program_sets_is_looked_at_too(environment, name, value, error):
+    config = Config()
+    with pytest.raises(error) as caught:
+        setattr(config, name, value)
+    assert name in str(caught.value)
+    assert {config.source(setting.name) for setting in SETTINGS} == {'default'}
+
+
+def show(*arguments, **env):
+    done = command(*arguments, **env)
+    assert (done.returncode, done.stderr) == (0, '')
+    return done.stdout
+
+
+def command(*arguments, **env):
+    return run_python('''
+        import runpy, sys
+        for name in sys.argv.pop().split():
+            sys.modules[name] = None        # importing it raises ImportError
+        sys.argv[0] = 'greenaio'
+        runpy.run_module('greenaio', run_name='__main__', alter_sys=True)
+    ''', 'config', *arguments, env.pop('without', ''), env=env, check=False)
+
+
+@pytest.mark.parametrize('without', ['', 'rich'])
+def test_command_prints_each_setting_with_where_it_came_from(without):
+    lines = show(GREENAIO_STUCK_AFTER='5', GREENAIO_PATCH='1', without=without).splitlines()
+
+    def words(name):
+        return next(line for line in lines if f' {name} ' in f' {line}').replace('│', ' ').split()
+
+    assert words('depth')[:4] == ['depth', '256', 'requests', 'default']
+    assert words('stuck_after')[:4] == ['stuck_after', '5', 's', 'GREENAIO_STUCK_AFTER']
+    assert words('GREENAIO_PATCH')[:2] == ['GREENAIO_PATCH', '1']
+    assert max(map(len, lines)) <= 120
+
+
+def test_command_prints_json_for_machines():
+    found = json.loads(show('--json', GREENAIO_DEPTH='32'))
+    assert [one['name'] for one in found] == [setting.name for setting in SETTINGS]
+    assert found[0]['value'] == 32 and found[0]['source'] == found[0]['variable'] == 'GREENAIO_DEPTH'
+    assert found[3] == {'name': 'stuck_after', 'variable': 'GREENAIO_STUCK_AFTER', 'value': 30, 'default': 30,
+                        'unit': 's', 'from': 0, 'to': 86400, 'source': 'default',
+                        'description': SETTINGS[3].summary}
+
+
+def test_command_needs_none_of_what_others_need():
+    done = run_python('''
+        import sys
+        from greenaio import __main__
+        sys.argv[1:] = ['config', '--json']
+        assert __main__.main() == 0
+        print(*sys.modules, file=sys.stderr)
+    ''', check=False)
+    loaded = set(done.stderr.split())
+    assert 'greenaio._config' in loaded
+    assert not loaded & {'greenaio.bench', 'greenaio.doctor', 'greenaio.monkey', 'rich'}
+
+
+def test_unknown_command_is_one_line():
+    done = subprocess.run([sys.executable, '-m', 'greenaio', 'confg'], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2
+    assert "'confg'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_of_the_table_is_lost_on_the_way():
+    assert _config.config.source('depth') in ('default', 'GREENAIO_DEPTH', 'program')
+    with pytest.raises(KeyError):
+        _config.config.source('patch')
