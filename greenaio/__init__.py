@@ -1,7 +1,8 @@
 """Cooperative disk I/O for gevent: a greenlet waits for the disk, the hub never does.
 
 `greenaio.os` has the familiar calls, `File` is the fast way, `aligned_buffer` gives memory that O_DIRECT
-accepts, `open` is the built-in one, cooperative, `config` has what may be set.
+accepts, `open` is the built-in one, cooperative, `config` has what may be set, `stats` and `dump` tell what
+waits and what was done.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ else:
     native = True
 
 if TYPE_CHECKING:
+    from greenaio._stats import dump, stats
     from greenaio.fileobject import open
     from greenaio.streams import copyfile
 
 __version__ = '0.1.0'
 
-__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'native', 'open']
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open', 'stats']
 
-_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams'}
+_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams', 'dump': 'greenaio._stats',
+                 'stats': 'greenaio._stats'}
 
 
 def __getattr__(name: str) -> Any:

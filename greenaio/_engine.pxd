@@ -11,6 +11,22 @@ cdef extern from "<sys/uio.h>":
 cdef enum:
     CALL = -1       # no opcode of native AIO: a system call for a thread
 
+cdef enum:
+    BY_AIO = 0      # ways that a request can take ...
+    BY_THREAD = 1
+    WAYS = 2
+    READ = 0        # ... and what it is, as far as they are told apart in statistics
+    WRITE = 1
+    SYNC = 2
+    OTHER = 3
+    DIRECTIONS = 4
+    BUCKETS = 288   # of 1/8 of a power of two: up to 2 ** 38 ns, 4.6 minutes
+
+cdef struct histogram:              # of how long requests took, from the first offer to the kernel or a thread
+    uint64_t total                  # ns
+    uint64_t longest                # ns
+    uint64_t counts[BUCKETS]
+
 cpdef enum State:
     NEW
     PENDING
@@ -24,12 +40,14 @@ cdef class Request:
     cdef readonly int opcode
     cdef readonly int fd
     cdef readonly unsigned int flags    # RWF_*
+    cdef int direction                  # READ, WRITE, SYNC or OTHER
+    cdef readonly uint64_t began        # when it was offered first, or held; ns; 0: not yet
     cdef readonly bint refused          # io_submit itself said no: the kernel never had it
     cdef readonly int max_batch
     cdef readonly int64_t offset
     cdef readonly uint64_t nbytes       # wanted; the sum where there are several buffers
     cdef int64_t _result                # the kernel's word, once DONE
-    cdef object waiter                  # the greenlet parked on this very request, or None
+    cdef readonly object waiter         # the greenlet parked on this very request, or None
     cdef object keep                    # whatever else must live until the kernel is done
     cdef public object closer           # keeps the fd open if it was closed meanwhile
     cdef Py_buffer _view                # the pin on one buffer ...
@@ -43,7 +61,8 @@ cdef class Request:
     cdef int other_fd                   # a second one that it needs, or -1
     cdef bint gives_fd                  # its result is an fd, which must not be lost
     cdef bint must_run                  # even if its greenlet is gone before a thread had begun
-    cdef bint abandoned                 # its greenlet is gone
+    cdef readonly bint abandoned        # its greenlet is gone
+    cdef bint told                      # somebody was told that it is stuck
     cdef void *_previous                # neighbours in the RequestList that holds us
     cdef void *_next
     cdef void *_list
@@ -70,7 +89,17 @@ cdef class Share:
     cdef readonly int admitted          # of them pending or in flight
     cdef readonly RequestList held      # the rest, first in, first out
 
-cdef class Engine:
+cdef class Tally:
+    cdef readonly uint64_t submitted    # requests that io_submit took
+    cdef readonly uint64_t completed
+    cdef readonly uint64_t batches
+    cdef readonly uint64_t lent_total   # what went to threads
+    cdef readonly uint64_t in_line      # operations that were over by the time that they were asked for
+    cdef readonly uint64_t abandoned    # whose greenlets went without their result
+    cdef readonly uint64_t slow_submits
+    cdef histogram _took[WAYS][DIRECTIONS]
+
+cdef class Engine(Tally):
     cdef readonly Context context
     cdef readonly RequestList pending
     cdef readonly RequestList in_flight
@@ -83,16 +112,16 @@ cdef class Engine:
     cdef bint is_instant                # what was submitted last was done by the time that it was submitted
     cdef object _device                 # asked for last
     cdef Share _share                   # of it
-    cdef readonly uint64_t submitted
-    cdef readonly uint64_t completed
-    cdef readonly uint64_t batches
-    cdef readonly uint64_t lent_total
-    cdef readonly uint64_t slow_submits
+    cdef readonly uint64_t slow_ns      # how long the last slow submission took
+    cdef readonly int slow_batch        # and how many requests it had
+    cdef uint64_t _reaped_ns            # when what is being reaped was done, or a little later; 0: not known
     cdef int _singly                    # so many more are offered one by one, to find who stalls
     cdef uint64_t submitted_ns          # what the clock said after the last io_submit
     cdef readonly Request culprit       # the first found of those, until the driver takes it
     cdef readonly uint64_t culprit_ns   # how long it took
 
+    cdef void reaps(self) noexcept
+    cdef void _count(self, Request request, int way, int64_t result) noexcept
     cdef void _taken(self, Request request) noexcept
     cdef void _finish(self, Request request, int64_t result) noexcept
     cdef void _unqueue(self, Request request) noexcept
@@ -109,7 +138,7 @@ cdef class Engine:
     cpdef int refuse(self, int code) except -1
     cpdef int cancel(self, int code) except -1
     cdef long _offer(self) except? -4096
-    cdef void _stalled(self, uint64_t took, bint alone, bint waited) noexcept
+    cdef void _stalled(self, uint64_t took, int n, bint waited) noexcept
     cpdef Request take_culprit(self)
 
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

@@ -51,9 +51,39 @@ cdef enum:
     SINGLY = 256        # requests offered one by one after that: twice a device's share
 
 
+cdef extern from *:
+    int __builtin_clzll(unsigned long long)
+
+
+cdef inline int bucket_of(uint64_t ns) noexcept:
+    """Eight to each power of two, so a sixteenth is as far off as any can be."""
+    cdef int octave, index
+    if ns < 16:
+        return <int>ns
+    octave = 63 - __builtin_clzll(ns)
+    index = ((octave - 2) << 3) + <int>(ns >> (octave - 3) & 7)
+    return index if index < BUCKETS else BUCKETS - 1
+
+
+def bounds_of(bucket):
+    """The first number of ns that belongs to *bucket* of a histogram, and the first that no longer does."""
+    if bucket < 8:
+        return bucket, bucket + 1
+    return (8 + bucket % 8) << (bucket // 8 - 1), (9 + bucket % 8) << (bucket // 8 - 1)
+
+
+cdef inline int direction_of(int opcode) noexcept:
+    if opcode == PREAD or opcode == PREADV:
+        return READ
+    if opcode == PWRITE or opcode == PWRITEV:
+        return WRITE
+    return OTHER if opcode == CALL else SYNC
+
+
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
     cdef Request request = Request.__new__(Request)
     request.opcode = opcode
+    request.direction = direction_of(opcode)
     request.fd = fd
     request.offset = offset
     request.flags = flags
@@ -85,6 +115,7 @@ cdef class Request:
         if max_batch < 1:
             raise ValueError(f'max_batch must be at least 1, not {max_batch}')
         self.opcode = opcode
+        self.direction = direction_of(opcode)
         self.fd = fd
         self.offset = offset
         self.flags = flags
@@ -276,7 +307,39 @@ cdef class Share:
         self.held = RequestList()
 
 
-cdef class Engine:
+cdef class Tally:
+    """What an engine has done. Those of several are added up by `add`."""
+
+    def add(self, Tally other not None):
+        """Count what *other* has done, too; return self."""
+        cdef int way, direction, i
+        cdef histogram *mine
+        cdef histogram *theirs
+        self.submitted += other.submitted
+        self.completed += other.completed
+        self.batches += other.batches
+        self.lent_total += other.lent_total
+        self.in_line += other.in_line
+        self.abandoned += other.abandoned
+        self.slow_submits += other.slow_submits
+        for way in range(WAYS):
+            for direction in range(DIRECTIONS):
+                mine, theirs = &self._took[way][direction], &other._took[way][direction]
+                mine.total += theirs.total
+                mine.longest = max(mine.longest, theirs.longest)
+                for i in range(BUCKETS):
+                    mine.counts[i] += theirs.counts[i]
+        return self
+
+    def latency(self, int way, int direction):
+        """How many requests took how long: by bucket, see `bounds_of`; the sum and the longest of all, in ns."""
+        if not (0 <= way < WAYS and 0 <= direction < DIRECTIONS):
+            raise IndexError((way, direction))
+        cdef histogram *took = &self._took[way][direction]
+        return [took.counts[i] for i in range(BUCKETS)], took.total, took.longest
+
+
+cdef class Engine(Tally):
     """Pending, in flight, ready: what `Context` can take, in order, and what it gave back."""
 
     def __init__(self, Context context not None, int depth=256):
@@ -313,6 +376,7 @@ cdef class Engine:
         if request.share is not None:
             if request.share.admitted >= request.share.limit:
                 request.share.held.append(request)
+                request.began = self.context.now()
                 return False
             request.share.admitted += 1
         self.pending.append(request)
@@ -329,9 +393,11 @@ cdef class Engine:
         """PENDING or IN_FLIGHT → DONE."""
         if request._list == <void *>self.lent:
             self.lent.remove(request)
+            self._count(request, BY_THREAD, result)
         elif request.state == IN_FLIGHT:
             self.in_flight.remove(request)
             self.completed += 1
+            self._count(request, BY_AIO, result)
             self._admit_next(request)
         else:
             request.refused = True
@@ -339,6 +405,16 @@ cdef class Engine:
         request._result = result
         request.state = DONE
         self.ready.append(request)
+
+    cdef void _count(self, Request request, int way, int64_t result) noexcept:
+        cdef histogram *took = &self._took[way][request.direction]
+        cdef uint64_t ns
+        # Not what a fork took away, nor what the kernel declined because it would have waited.
+        if self._reaped_ns > request.began > 0 and result != -EAGAIN:
+            ns = self._reaped_ns - request.began
+            took.total += ns
+            took.longest = max(took.longest, ns)
+            took.counts[bucket_of(ns)] += 1
 
     cdef void _unqueue(self, Request request) noexcept:
         """Take a PENDING request out, of `pending` or of what its share holds."""
@@ -370,6 +446,7 @@ cdef class Engine:
     cdef void lend(self, Request request) noexcept:
         """NEW → IN_FLIGHT: a native thread may write the buffer at any time."""
         request.state = IN_FLIGHT
+        request.began = self.context.now()
         self.lent.append(request)
         self.lent_total += 1
 
@@ -450,6 +527,7 @@ cdef class Engine:
             room = 1
             self._singly -= 1
             waited = times_waited()
+        took = self.context.now()
         while at != NULL and n < room:
             request = <Request>at
             if request._iovec != NULL:
@@ -460,23 +538,25 @@ cdef class Engine:
                 address, length = 0, 0
             self.context.stage(<uint64_t><uintptr_t><void *>request, request.opcode, request.fd,
                                address, length, request.offset, request.flags)
+            if request.began == 0:
+                request.began = took
             at = request._next
             n += 1
-        took = self.context.now()
         taken = self.context.submit()
-        self.submitted_ns = self.context.now()
+        self.submitted_ns = self._reaped_ns = self.context.now()
         took = self.submitted_ns - took
         if took > STALL_NS:
-            self._stalled(took, alone, alone and times_waited() > waited)
+            self._stalled(took, n, alone and times_waited() > waited)
         return taken
 
-    cdef void _stalled(self, uint64_t took, bint alone, bint waited) noexcept:
+    cdef void _stalled(self, uint64_t took, int n, bint waited) noexcept:
         """``io_submit`` took long, and the hub stood still. A batch has no one culprit, and perhaps only the
         processor was away: so what follows goes out one by one, and who makes the kernel *wait* then is
         found."""
         self.slow_submits += 1
+        self.slow_ns, self.slow_batch = took, n
         self._singly = SINGLY
-        if alone and waited and self.culprit is None:
+        if waited and self.culprit is None:
             self.culprit = self.pending.first()     # no Python here: the lists are not right yet
             self.culprit_ns = took
 
@@ -525,6 +605,7 @@ cdef class Engine:
             n = self.context.peek()
             if n == 0:
                 break
+            self.reaps()
             for i in range(n):
                 token = self.context.token(i)
                 if token:                   # 0: the probe's, come late
@@ -534,7 +615,13 @@ cdef class Engine:
                     self._finish(request, result)
                     total += 1
             self.context.commit(n)
+        self._reaped_ns = 0
         return total
+
+    cdef void reaps(self) noexcept:
+        """What is finished next is done by now. Right after a submission its own look at the clock will do."""
+        if self._reaped_ns == 0:
+            self._reaped_ns = self.context.now()
 
     def queued(self, int fd):
         """The requests to which *fd* is only a number: pending, with a thread that may not have begun, or
@@ -546,6 +633,26 @@ cdef class Engine:
             for request in queue:
                 if fd in (request.fd, request.other_fd) and (request.state != DONE or request.refused):
                     found.append(request)
+        return found
+
+    def requests(self):
+        """All that are not done yet, each with where it is: 'queued', 'in flight', 'with a thread'."""
+        cdef Request request
+        found = []
+        for queue, where in ((self.in_flight, 'in flight'), (self.lent, 'with a thread'), (self.pending, 'queued'),
+                             *[((<Share>share).held, 'queued') for share in list(self.shares.values())]):
+            found += [(request, where) for request in queue]
+        return found
+
+    def stuck(self, uint64_t ns):
+        """Those that have been under way, or held, for more than *ns*: each is told once."""
+        cdef uint64_t now = self.context.now()
+        cdef Request request
+        found = []
+        for request, where in self.requests():
+            if not request.told and 0 < request.began < now - ns:
+                request.told = True
+                found.append((request, where, now - request.began))
         return found
 
     def writes(self):

@@ -15,6 +15,7 @@ import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
 
 from gevent import get_hub, getcurrent
@@ -33,9 +34,11 @@ THREADS = 10    # per hub, as gevent's own pool
 class _Job:
     """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
 
-    __slots__ = ('args', 'closer', 'fd', 'function', 'result')
+    __slots__ = ('args', 'began', 'closer', 'fd', 'function', 'result', 'waiter')
 
     def __init__(self, function: Callable[..., Any], fd: int, args: tuple[Any, ...]) -> None:
+        self.began = monotonic_ns()
+        self.waiter = getcurrent()
         self.function = function
         self.fd = fd
         self.args = args
@@ -53,7 +56,7 @@ class _Job:
 
     def end(self) -> None:
         _jobs.discard(self)
-        self.closer = None
+        self.closer = self.waiter = None
 
 
 def flat(buffer: Any) -> memoryview:
@@ -73,6 +76,7 @@ class _Use:
 
 
 _jobs: set[_Job] = set()
+_made = 0
 _uses: set[_Use] = set()
 _closing: set[int] = set()
 
@@ -91,15 +95,27 @@ def _pool() -> ThreadPool:
     return pool
 
 
+def jobs() -> list[_Job]:
+    """Return the calls that are not over yet."""
+    return list(_jobs)
+
+
+def jobs_made() -> int:
+    """Return how many calls were handed to threads."""
+    return _made
+
+
 def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = None) -> Any:
     """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
 
     If the greenlet is killed meanwhile, a call that has begun goes on by itself. *closer* is what keeps
     *fd* open if it was closed since the operation was asked for.
     """
+    global _made
     pool = _pool()
     if closer is None:
         check_open(fd)
+    _made += 1
     job = _Job(function, fd, args)
     job.closer = closer
     _jobs.add(job)

@@ -510,6 +510,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         driver.end_in_line()
     else:
         request = new_call(fd, data, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
+        request.offset, request.nbytes = offset + got, n - got      # for who asks what waits
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)

@@ -21,6 +21,7 @@ cdef class Driver:
     cdef object _turn_end           # the queued callback that ends the section of this hub turn, or None
     cdef object _retry
     cdef double _retry_after        # seconds
+    cdef object _stuck              # the timer that looks for what takes too long, while anything is under way
     cdef int _run                   # wakes and in-line completions since the loop had its turn
     cdef uint64_t _run_began        # ns
     cdef uint64_t _poll_ns          # how long the next spin lasts at most
@@ -45,7 +46,8 @@ cdef class Driver:
     cdef int _drain(self) except -1
     cdef int _flush(self) except -1
     cdef int _ask_for_pass(self) except -1
-    cdef int _tell_file(self, Request culprit) except -1
+    cdef int _tell_of_stall(self) except -1
+    cdef int _look_for_stuck(self) except -1
     cdef bint _more_is_ready(self) except -1
     cdef bint _run_is_over(self, int limit=*, uint64_t now=*) noexcept
     cdef bint _poll(self) except -1

@@ -3,7 +3,7 @@ from typing import Any
 from gevent.hub import Hub
 
 from greenaio._context import Context
-from greenaio._engine import Engine, Request
+from greenaio._engine import Engine, Request, Tally
 from greenaio._threads import Inbox
 
 RETRY_MIN: float
@@ -33,3 +33,4 @@ class Driver:
 def get_driver() -> Driver: ...
 def driver_if_exists() -> Driver | None: ...
 def all_drivers() -> list[Driver]: ...
+def tally() -> Tally: ...

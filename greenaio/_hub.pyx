@@ -19,13 +19,16 @@ from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.monkey import get_original
 
 from greenaio._config import config
+from greenaio._describe import describe
 from greenaio._ends import before_destroy, forget
 
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN
 
 from greenaio._context cimport BATCH_MAX, Context, forked
-from greenaio._engine cimport CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, new_request
+from greenaio._engine cimport (
+    CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, Tally, new_request,
+)
 from greenaio._threads cimport Inbox, Pool, withdraw
 
 from greenaio import _threads
@@ -73,6 +76,7 @@ _start_new_thread = get_original('_thread', 'start_new_thread')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
 cdef set _drivers = set()               # of all threads; close() takes one out
+cdef Tally _past = Tally()              # what those had done that are closed
 _warned = False
 _pid = os.getpid()
 
@@ -140,6 +144,14 @@ def all_drivers():
     return list(_drivers)               # in one go: other threads add and take out
 
 
+def tally():
+    """Return what all drivers of this process have done, closed ones too."""
+    found = Tally().add(_past)
+    for driver in all_drivers():
+        found.add((<Driver>driver).engine)
+    return found
+
+
 cdef class Driver:
     """Native AIO for one hub: `perform` is all of it.
 
@@ -191,6 +203,7 @@ cdef class Driver:
             if depth == asked:
                 return 0
             problem = f'only {depth} were to be had'
+        self._tell('Fallback', str(problem), depth if self.native else 0, self.native)
         if not _warned:
             _warned = True
             log.warning(
@@ -270,6 +283,7 @@ cdef class Driver:
         loop its turn here, once in a bounded run of them. Not before it, when an fd could be closed and
         its number reused meanwhile. Raises OSError (ECANCELED) in a child that was forked meanwhile."""
         cdef Request request
+        self.engine.in_line += 1
         if self._run == 0:
             self._end_turn_soon()
             self._run_began = self.engine.context.now()
@@ -379,6 +393,7 @@ cdef class Driver:
             request.release()
         else:                           # the engine keeps it, and _drain lets go of it at its event
             request.abandoned = True
+            engine.abandoned += 1
 
     cdef bint _run_is_over(self, int limit=RUN_MAX, uint64_t now=0) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
@@ -397,8 +412,8 @@ cdef class Driver:
         cdef Engine engine = self.engine
         if engine.pending.count:
             engine.flush()
-            if engine.culprit is not None:
-                self._tell_file(engine.take_culprit())
+            if engine.slow_ns:
+                self._tell_of_stall()
             engine.reap()
             engine.is_instant = engine.in_flight.count == 0
         else:
@@ -408,10 +423,19 @@ cdef class Driver:
             self._retry_soon()          # no completion will come that could submit it
         return 0
 
-    cdef int _tell_file(self, Request culprit) except -1:
-        if culprit.file is not None:
-            culprit.file.stalled(self.engine.culprit_ns)
+    cdef int _tell_of_stall(self) except -1:
+        cdef Engine engine = self.engine
+        cdef uint64_t took = engine.slow_ns
+        cdef Request culprit = engine.take_culprit()
+        engine.slow_ns = 0
+        self._tell('SlowSubmit', took / 1e9, engine.slow_batch)
+        if culprit is not None and culprit.file is not None:
+            self._tell('FileDemoted', *culprit.file.stalled(engine.culprit_ns))
         return 0
+
+    def _tell(self, name, *what):
+        """Those who subscribed to events, in the hub and not amidst what we do: they may run anything."""
+        self.hub.loop.run_callback(_notify, name, what)
 
     def _on_turn_end(self):
         """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
@@ -567,6 +591,8 @@ cdef class Driver:
         if not self._holds_loop:
             self._holds_loop = True
             self._watcher.ref = True
+            if self._stuck is None and config.stuck_after:
+                self._look_for_stuck()
         return 0
 
     cdef int _let_go_of_loop(self) except -1:
@@ -575,6 +601,26 @@ cdef class Driver:
             self._holds_loop = False
             self._watcher.ref = False
         return 0
+
+    # What takes too long ----------------------------------------------------------------------
+
+    cdef int _look_for_stuck(self) except -1:
+        self._stuck = self.hub.loop.timer(config.stuck_after / 2, ref=False)
+        self._stuck.start(self._on_stuck_timer)
+        return 0
+
+    def _on_stuck_timer(self):
+        """While anything is under way, tell of each request that has been for too long."""
+        _notice_fork()
+        cdef Engine engine = self.engine
+        self._stuck.close()
+        self._stuck = None
+        if self.closed or not config.stuck_after:
+            return
+        for request, where, ns in engine.stuck(<uint64_t><int>config.stuck_after * 1000000000):
+            self._tell('RequestStuck', *describe(_threads.operation(request), request, where), ns / 1e9)
+        if engine.requests():
+            self._look_for_stuck()
 
     # Ends -----------------------------------------------------------------------------------
 
@@ -610,11 +656,13 @@ cdef class Driver:
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
         _drivers.discard(self)
+        _past.add(self.engine)
         try:                            # each step, whatever becomes of the one before it
             forget(self.hub, self.close)    # gevent keeps the hub of a thread that just ended for ever
             self._stop(self._turn_end)
             self._stop(self._watcher)
             self._stop(self._retry)
+            self._stop(self._stuck)
         finally:
             try:
                 self._give_up()
@@ -676,6 +724,12 @@ cdef int _let_go(RequestList requests) except -1:
         request = requests.popleft()
         request.release()
     return 0
+
+
+def _notify(name, what):
+    from greenaio import events         # not before there is one: it is most of what greenaio's import would take
+
+    events.notify(getattr(events, name)(*what))
 
 
 cdef inline _notice_fork():

@@ -290,7 +290,8 @@ cdef class Known:
     """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
 
     def stalled(self, uint64_t ns):
-        """The submission of a request on this file waited *ns* for something: threads, for a while."""
+        """The submission of a request on this file waited *ns* for something: threads, for a while. Return
+        what `events.FileDemoted` has."""
         global _demotions
         _demotions += 1
         _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
@@ -298,6 +299,13 @@ cdef class Known:
             log.warning('a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
                         'threads for %d s. Further ones are only counted', self.device, self.inode,
                         ns // 1000000, DEMOTED_NS // 1000000000)
+        return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
+                self.inode, ns / 1e9, DEMOTED_NS / 1e9)
+
+    def is_open_as(self, int fd):
+        """Whether *fd* is this file, still."""
+        cdef facts found
+        return not facts_of(fd, b'', &found) and found.inode == self.inode and found.device == self.device.number
 
     cdef bint is_demoted(self) except -1:
         if not _demoted:

@@ -11,12 +11,13 @@ latency spike of its own. A frozen disk fills its own pool and nobody else's.
 import os
 
 from greenaio._config import config
+from greenaio._engine import Opcode_name
 
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport calloc, free
 
 from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, signal_eventfd
-from greenaio._engine cimport CALL, Engine, Request, iovec, new_request
+from greenaio._engine cimport CALL, READ, Engine, Request, iovec, new_request
 
 cdef extern from *:
     """
@@ -48,6 +49,17 @@ cdef extern from *:
     """
     int start_worker(void *(*work)(void *) noexcept nogil, void *arg)
     long syscall(long number, ...) nogil
+    const long SYS_openat
+    const long SYS_close
+    const long SYS_pread64
+    const long SYS_newfstatat
+    const long SYS_ftruncate
+    const long SYS_fallocate
+    const long SYS_copy_file_range
+    const long SYS_sendfile
+    const long SYS_lseek
+    const long SYS_readahead
+    const long SYS_sync_file_range
     const long SYS_preadv2
     const long SYS_pwritev2
     const long SYS_fsync
@@ -186,9 +198,25 @@ cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, l
     cdef Request request = new_request(CALL, fd, 0, 0, 1)
     cdef job *one = _job_of(request)
     request.keep = keep
+    if number == SYS_pread64:
+        request.direction = READ
     one.number = number
     _set(one, a, b, c, d, e, f)
     return request
+
+
+_NAMES = {
+    SYS_openat: 'open', SYS_close: 'close', SYS_pread64: 'pread', SYS_newfstatat: 'stat', SYS_lseek: 'lseek',
+    SYS_ftruncate: 'ftruncate', SYS_fallocate: 'fallocate', POSIX_FALLOCATE: 'posix_fallocate',
+    SYS_copy_file_range: 'copy_file_range', SYS_sendfile: 'sendfile', SYS_readahead: 'readahead',
+    SYS_sync_file_range: 'sync_file_range'}
+
+
+def operation(Request request not None):
+    """What the call of *request* is called in `os`, or nearly."""
+    if request.opcode != CALL:
+        return Opcode_name(request.opcode).lower()
+    return _NAMES.get((<job *>request._job).number if request._job != NULL else 0, 'call')
 
 
 cdef int as_call(Request request) except -1:
@@ -266,11 +294,13 @@ cdef class Inbox:
         one = self._box.first
         self._box.first = self._box.last = NULL
         pthread_mutex_unlock(&self._box.lock)
+        engine.reaps()
         while one != NULL:
             following = one.next
             engine._finish(<Request>one.request, one.result)
             one = following
             n += 1
+        engine._reaped_ns = 0
         return n
 
     def stop_signalling(self):

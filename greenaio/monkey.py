@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import gevent.util
 from gevent.monkey import get_original, patch_module
 
 import greenaio.os
@@ -103,12 +104,24 @@ def _patch_pathlib(opener: Any) -> None:
         accessor.open = staticmethod(opener)
 
 
+_plain_run_info = gevent.util.format_run_info
+
+
+@functools.wraps(_plain_run_info)
+def _format_run_info(*args: Any, **kwargs: Any) -> list[str]:
+    """What `gevent.util.print_run_info` prints; and the files that greenlets wait for."""
+    stars = '*' * 80
+    return [*_plain_run_info(*args, **kwargs), stars, '* Greenlets that wait for a disk', stars,
+            *greenaio.dump().splitlines()]
+
+
 def patch_all() -> None:
     """`patch_os` and `patch_builtins`, and `greenaio.events.explain_blocked` for what is not reached. Call
     ``gevent.monkey.patch_all()`` besides, for sockets and threads. Twice is fine."""
     patch_os()
     patch_builtins()
     _blocked.explain_blocked()
+    gevent.util.format_run_info = _format_run_info
 
 
 def unpatch_all() -> None:
@@ -121,6 +134,7 @@ def unpatch_all() -> None:
     for module in _modules():
         module.open = get_original(module.__name__, 'open')
     _patch_pathlib(get_original('io', 'open'))
+    gevent.util.format_run_info = _plain_run_info
 
 
 def is_patched() -> bool:

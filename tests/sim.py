@@ -164,7 +164,7 @@ class Loop:
     def run_callback(self, function, *args):
         self.callbacks.append((function, args))
 
-    def timer(self, seconds):
+    def timer(self, seconds, ref=True):
         return Timer(self, seconds)
 
     class io:       # noqa: N801 - gevent's word
