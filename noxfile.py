@@ -57,6 +57,16 @@ def no_compiler(session: nox.Session) -> None:
     session.run('python', SMOKE, '--threads')
 
 
+@nox.session(python=PYTHONS[1])
+def docs(session: nox.Session) -> None:
+    """The site, without a warning."""
+    site = pathlib.Path(session.create_tmp()) / 'site'
+    copy_of_the_tree(session)
+    session.install('.[docs]')
+    session.run('python', '-m', 'sphinx', '-W', '--keep-going', '-q', 'docs', site)
+    session.log(f'{site}/index.html')
+
+
 def copy_of_the_tree(session: nox.Session) -> pathlib.Path:
     """What git has, as it is here now: no module that another Python has built. The session goes on in it."""
     folder = pathlib.Path(session.create_tmp()) / 'source'

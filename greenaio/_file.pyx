@@ -104,8 +104,9 @@ cdef class File:
     """An open file whose reads and writes park the calling greenlet, not the hub.
 
     ``File(path, flags, mode)`` opens as ``os.open`` does. Add ``os.O_DIRECT`` for native AIO: buffers,
-    offsets and lengths must then be multiples of `alignment`, see `aligned_buffer`. *max_batch* (1 to 32)
-    bounds how many requests may wait for each other to be submitted together.
+    offsets and lengths that are multiples of `alignment` then move without a copy, see `aligned_buffer`;
+    others work and cost more. *max_batch* (1 to 32) bounds how many requests may wait for each other to be
+    submitted together.
 
     May be used by any number of greenlets and hubs. Raises OSError with the file's name, ValueError when
     closed, BlockingSwitchOutError when called in the hub itself; only `close` works there.
