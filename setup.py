@@ -27,6 +27,6 @@ headers = [os.path.dirname(os.path.dirname(greenlet.origin))] if greenlet else [
 
 setup(cmdclass={'build_ext': BuildAndCopy}, ext_modules=[
     Extension(f'greenaio.{name}', [f'greenaio/{name}.pyx'], optional=True, include_dirs=headers,
-              extra_compile_args=['-O2', '-fno-strict-aliasing'])
+              extra_compile_args=['-O3', '-fno-strict-aliasing', '-fno-semantic-interposition'])
     for name in NAMES
 ] if sys.platform == 'linux' else [])
