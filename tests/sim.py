@@ -450,6 +450,7 @@ class History:
             if worker:
                 worker.parent = getcurrent()
                 worker.throw(Struck)
+        self.hub.throw()                # it has itself on its stack as well, and a million of them would stay
         self.workers.clear()
         self.parked.clear()
         self.loop.callbacks.clear()
