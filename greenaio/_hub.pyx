@@ -639,6 +639,7 @@ cdef class Driver:
         if self.hub.thread_ident != _get_ident():
             self.closed = True          # its thread stayed with the parent: nobody is left to wait
             _drivers.discard(self)
+            _past.add(self.engine)
             return
         self._reattach = self._asked_for_pass = True
         self.engine.context.signal()

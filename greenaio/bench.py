@@ -225,7 +225,8 @@ def _greenaio(load: Load, depth: int) -> dict[str, Any]:
 
 def _greenaio_bytes(load: Load, depth: int) -> dict[str, Any]:
     with load.open() as file:
-        return _greenlets(load, depth, lambda buffers, offset: file.pread(load.block_size, offset))
+        pread, nbytes = file.pread, load.block_size
+        return _greenlets(load, depth, lambda buffers, offset: pread(nbytes, offset))
 
 
 def _greenaio_poll(load: Load, depth: int) -> dict[str, Any]:

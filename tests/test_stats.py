@@ -174,6 +174,30 @@ def test_what_a_closed_hub_had_done_stays_counted(data_file):
     assert after.hubs == before.hubs
 
 
+def test_forked_child_goes_on_counting_where_its_parent_was(data_file):
+    """What other threads had done counts there too, though their hubs stay behind."""
+    done, may_end = threading.Event(), threading.Event()
+
+    def work():
+        with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
+            for i in range(7):
+                file.pread(4096, i * 4096)
+            done.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    done.wait()
+    before = greenaio.stats()
+    pid = os.fork()
+    if pid == 0:
+        after = greenaio.stats()
+        os._exit(0 if grown(before, after)['submitted'] == 0 and after.hubs < before.hubs else 1)
+    may_end.set()
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_stats_are_frozen_and_complete():
     stats = greenaio.stats()
     with pytest.raises(dataclasses.FrozenInstanceError):

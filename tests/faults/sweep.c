@@ -6,7 +6,6 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
-#include <execinfo.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -15,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <unwind.h>
 
 enum { OFF, CALLS, MEMORY };
 
@@ -181,23 +181,33 @@ static int whose(void *address)
         : strcmp(info.dli_sname, "_PyObject_GC_NewVar") ? PYTHONS : NEW_ROW;
 }
 
+struct look {
+    int frames, was, found;
+};
+
+/* Stops at the first that tells: beyond the frame in which greenlet has begun there is what others left. */
+static _Unwind_Reason_Code look_at(struct _Unwind_Context *frame, void *at)
+{
+    struct look *look = at;
+    if (look->frames++ < 2)     /* our own */
+        return _URC_NO_REASON;
+    look->was = look->found;
+    look->found = whose((void *)_Unwind_GetIP(frame));
+    /* The object of a Python frame: 3.11 loses the exception that is on its way where it can't have one. */
+    if (look->was == NEW_ROW && look->found == HIDDEN)
+        look->found = SOMEBODYS;
+    return look->found >= PYTHONS && look->frames < 16 ? _URC_NO_REASON : _URC_END_OF_STACK;
+}
+
 static int refuse_memory(void)
 {
-    void *frames[16];
-    int n, i, was, found = PYTHONS;
+    struct look look = {0, PYTHONS, PYTHONS};
     if (now->what != MEMORY || looking)
         return 0;
-    looking = 1;                /* backtrace and dladdr may allocate */
-    n = backtrace(frames, 16);
-    for (i = 2; i < n && found >= PYTHONS; i++) {
-        was = found;
-        found = whose(frames[i]);
-        /* The object of a Python frame: 3.11 loses the exception that is on its way where it can't have one. */
-        if (was == NEW_ROW && found == HIDDEN)
-            found = SOMEBODYS;
-    }
+    looking = 1;                /* it may allocate */
+    _Unwind_Backtrace(look_at, &look);
     looking = 0;
-    return found == OURS && due(MEMORY);
+    return look.found == OURS && due(MEMORY);
 }
 
 static void *our_malloc(void *at, size_t size)
@@ -228,8 +238,8 @@ void sweep_install(void)
 {
     void (*get)(int, allocator *) = dlsym(RTLD_DEFAULT, "PyMem_GetAllocator");
     void (*set)(int, allocator *) = dlsym(RTLD_DEFAULT, "PyMem_SetAllocator");
-    void *frames[2];
-    backtrace(frames, 2);       /* loads what it needs, now */
+    struct look look = {0, PYTHONS, PYTHONS};
+    _Unwind_Backtrace(look_at, &look);  /* loads what it needs, now */
     for (int domain = 0; domain < 3; domain++) {
         allocator ours = {&theirs[domain], our_malloc, our_calloc, our_realloc, our_free};
         get(domain, &theirs[domain]);
