@@ -243,7 +243,7 @@ def test_end_of_the_process_in_flight(held_disk, end, status):
 
 
 def test_no_memory_for_a_context():
-    """Then threads do it. What is left to the process is enough for those, and less than the ring of 3.7 MiB."""
+    """Then threads do it. What is left to the process is enough for those, and less than its 3.7 MiB."""
     done = run_python('''
         import logging, os, resource, tempfile
         logging.disable()
