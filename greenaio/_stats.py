@@ -37,14 +37,15 @@ class Latency:
     What the kernel declined with EAGAIN is not among them. Percentiles are right to a sixteenth; they are nan
     where there is nothing to tell."""
 
-    count: int
-    sum: float
-    buckets: tuple[tuple[float, int], ...]      # (upper bound, how many took less), 1.024 us by twos to 69 s
-    p50: float
-    p90: float
-    p99: float
-    p999: float
-    max: float
+    count: int          #: requests
+    sum: float          #: of all their times
+    #: (upper bound, how many took less), from 1.024 µs by twos to 69 s
+    buckets: tuple[tuple[float, int], ...]
+    p50: float          #: the median
+    p90: float          #: what nine in ten had at most
+    p99: float          #: 99 in 100
+    p999: float         #: 999 in 1000
+    max: float          #: the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,21 @@ class Stats:
     """What `stats` returns. The first are as they are at this moment, over all hubs; the others count from
     the start of the process, or of its parent before the fork."""
 
-    hubs: int                   # that have done I/O and are not destroyed
-    in_flight: int              # requests that the kernel has
-    with_threads: int           # system calls that native threads have, or are to have
-    pending: int                # requests still here: for a batch, or for room in the kernel or the device
-    blocked: int                # hubs whose kernel context is full
-    waiting: int                # greenlets parked
-    submitted: int              # requests that the kernel took ...
-    completed: int              # ... and has answered
-    batches: int                # io_submit calls that took any
-    in_line: int                # operations that were over at once: page cache hits, files in memory
-    by_thread: int              # system calls made by native threads
-    abandoned: int              # whose greenlet was killed or timed out meanwhile
-    slow_submits: int           # io_submit calls that held their hub for more than 20 ms
-    demoted: int                # files sent to threads for a minute because of that
-    # By (way, direction): 'aio' or 'thread'; 'read', 'write', 'sync' or 'other'.
+    hubs: int                   #: that have done I/O and are not destroyed
+    in_flight: int              #: requests that the kernel has
+    with_threads: int           #: system calls that native threads have, or are to have
+    pending: int                #: requests still here: for a batch, or for room in the kernel or the device
+    blocked: int                #: hubs whose kernel context is full
+    waiting: int                #: greenlets parked
+    submitted: int              #: requests that the kernel took
+    completed: int              #: requests that the kernel has answered
+    batches: int                #: ``io_submit`` calls that took any
+    in_line: int                #: operations that were over at once: page cache hits, files in memory
+    by_thread: int              #: system calls made by native threads
+    abandoned: int              #: requests whose greenlet was killed or timed out meanwhile
+    slow_submits: int           #: ``io_submit`` calls that held their hub for more than 20 ms
+    demoted: int                #: files sent to threads for a minute because of that
+    #: by (way, direction): ``'aio'`` or ``'thread'``; ``'read'``, ``'write'``, ``'sync'`` or ``'other'``
     latency: Mapping[tuple[str, str], Latency]
 
 
