@@ -14,9 +14,12 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress
+try:
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import MofNCompleteColumn, Progress
+except ImportError:
+    sys.exit("python -m benchmarks: rich is not installed: pip install '.[bench]'")
 
 from benchmarks.buffered import reads, start
 from benchmarks.contest import bars_table, plot, run, table, verdicts
