@@ -59,8 +59,7 @@ def main() -> int:
     if unknown:
         (by_name[asked] if asked else parser).error(f'there is no {" ".join(unknown)}')
     if not asked:
-        parser.print_help(sys.stderr)
-        return 2
+        parser.error(f'a command is missing, one of {", ".join(COMMANDS)}')
     if arguments.command == 'run':
         return _run(arguments)
     try:
@@ -72,7 +71,7 @@ def main() -> int:
         return 130
     except BrokenPipeError:             # as of ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at exit
-        return 141
+        return 1                        # as rich does
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
