@@ -12,10 +12,14 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress
+try:
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import MofNCompleteColumn, Progress
+except ImportError:
+    sys.exit("python -m benchmarks: rich is not installed: pip install '.[bench]'")
 
 from benchmarks.buffered import reads, start
 from benchmarks.contest import bars_table, plot, run, table, verdicts
@@ -82,9 +86,11 @@ def main():
     options = arguments()
     output = pathlib.Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    bars: list[dict[str, Any]] = []
     report = {'machine': bench._machine(), 'versions': bench._versions(), 'command': sys.argv[1:],
               'file_system': bench._file_system(options.folder), 'began': time.time(),
-              'groups': {}, 'bars': []}
+              'groups': groups, 'bars': bars}
     for way in {*ENGINES, *ASYNCIO}:
         if not bench._installed(way):
             print(f'{way} is not installed, left out', file=sys.stderr)
@@ -95,9 +101,9 @@ def main():
                       transient=True, disable=not sys.stderr.isatty()) as progress:
             contests = measure(group, options, progress)
         text, found = table(contests), verdicts(contests)
-        report['groups'][name] = [{'work': contest.work, 'ways': contest.rounds} for contest in contests]
-        report['bars'] += found
-        plot(contests, group.__doc__, str(output / f'{name}.png'))
+        groups[name] = [{'work': contest.work, 'ways': contest.rounds} for contest in contests]
+        bars += found
+        plot(contests, str(group.__doc__), str(output / f'{name}.png'))
         pages.append(f'## {group.__doc__}\n\n{text}' + (f'\n{bars_table(found)}' if found else ''))
         console.print(Markdown(pages[-1]))
         # After each group: who interrupts this keeps what there is.

@@ -151,10 +151,10 @@ def plot(contests: list[Contest], title: str, path: str) -> None:
         drawing, axes = pyplot.subplots(1, len(contests), figsize=(5 * len(contests), 4),
                                         layout='constrained', squeeze=False)
         for axis, contest in zip(axes[0], contests):
-            figure = contest.figures()[0]
+            first = contest.figures()[0]
             ways = list(contest.ways)
-            axis.bar(ways, [contest.median(way, figure) for way in ways])
-            axis.set(title=f'{contest.work}: {LABELS[figure]}')
+            axis.bar(ways, [contest.median(way, first) for way in ways])
+            axis.set(title=f'{contest.work}: {LABELS[first]}')
             axis.tick_params(axis='x', rotation=20)
     drawing.suptitle(title)
     drawing.savefig(path, dpi=100)

@@ -24,7 +24,7 @@ def figures(load, depth, way):
 
 
 def contest(load, depth, ways, bars=(), what=''):
-    bench._greenaio_poll.limit = POLL_US
+    bench._greenaio_poll.limit = POLL_US    # type: ignore[attr-defined]
     return Contest(f'{what or load.rw}, depth {depth:,}',
                    {way: partial(figures, load, depth, way) for way in ways if bench._installed(way)},
                    depth, tuple(bars))

@@ -17,7 +17,8 @@ def log(options):
     def commits(way, *more):
         printed = subprocess.check_output([sys.executable, EXAMPLE, options.folder, *more,
                                            '--seconds', str(options.seconds)], text=True)
-        return {'iops': float(re.search(rf'{way}.* ([\d,]+) commits/s', printed)[1].replace(',', ''))}
+        number, = re.findall(rf'{way}.* ([\d,]+) commits/s', printed)
+        return {'iops': float(number.replace(',', ''))}
 
     yield [Contest('commits', {'group commit': lambda: commits('group commit'),
                                'threadpool': lambda: commits('thread pool', '--compare')})]

@@ -42,7 +42,8 @@ def qemu_img(server, depth, writes):
     done = subprocess.run(['qemu-img', 'bench', '-f', 'raw', '-c', str(n), '-d', str(depth), '-s', '4096',
                            '-S', '4096', *(['-w'] if writes else []), server.uri],
                           check=True, capture_output=True, text=True)
-    return n, n / float(re.search(r'completed in ([0-9.]+)', done.stdout)[1])
+    seconds, = re.findall(r'completed in ([0-9.]+)', done.stdout)
+    return n, n / float(seconds)
 
 
 def fio(server, depth, writes):

@@ -31,7 +31,7 @@ def serve(way, root):
 
     import greenaio.wsgi
     if way == 'threads':
-        greenaio.wsgi.FileWrapper = by_threads(greenaio.wsgi.BLOCK)
+        greenaio.wsgi.FileWrapper = by_threads(greenaio.wsgi.BLOCK)  # type: ignore[misc]
     sys.argv = ['object_server.py', root, '--token', TOKEN, '--port', '0']
     return object_server.main()
 
@@ -110,7 +110,12 @@ def ask(port):
     """Latencies of small requests, one every few milliseconds, until stdin ends."""
     import threading
     over, buffer, found = threading.Event(), bytearray(4096), []
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set())).start()
+
+    def wait_for_end():
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=wait_for_end).start()
     with socket.create_connection(('127.0.0.1', port)) as sock:
         while not over.wait(0.002):
             began = time.perf_counter()

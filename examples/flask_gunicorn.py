@@ -7,6 +7,8 @@ patches `os` and ``open`` there. What Flask and werkzeug read and write stops no
 
     curl -T picture.jpg http://127.0.0.1:8000/picture.jpg
     curl -r 0-99 http://127.0.0.1:8000/picture.jpg
+
+Needs Flask and gunicorn, and a folder that is there; without FILES that is the temporary one.
 """
 
 from __future__ import annotations

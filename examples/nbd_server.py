@@ -554,20 +554,34 @@ class Server:
                 negotiation.sock.close()
 
 
+def is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(':')
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f'{text!r} is no HOST:PORT')
+    return host, int(port)
+
+
 def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
     """The listening socket, and the URI of what it leads to."""
     if arguments.unix:
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(arguments.unix).st_mode):      # of a server that was
-                os.unlink(arguments.unix)
+            if stat.S_ISSOCK(os.stat(arguments.unix).st_mode):
+                if is_served(arguments.unix):
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), arguments.unix)
+                os.unlink(arguments.unix)       # of a server that was
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(arguments.unix)
         uri = f'nbd+unix:///?socket={arguments.unix}'
     else:
-        host, _, port = arguments.tcp.rpartition(':')
+        host, port = arguments.tcp
         sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host.strip('[]'), int(port)))
+        sock.bind((host.strip('[]'), port))
         uri = f'nbd{"s" if arguments.tls else ""}://{host}:{sock.getsockname()[1]}/'
     sock.listen(128)
     return sock, uri
@@ -580,7 +594,8 @@ def main() -> int:
         help='a disk or image; the first is the default export too')
     where = parser.add_mutually_exclusive_group()
     where.add_argument('--unix', metavar='SOCKET')
-    where.add_argument('--tcp', metavar='HOST:PORT', default='127.0.0.1:10809', help='(%(default)s)')
+    where.add_argument('--tcp', metavar='HOST:PORT', type=address, default='127.0.0.1:10809',
+                       help='(%(default)s)')
     add('--tls', nargs=2, metavar=('CERT', 'KEY'), help='and no client without it')
     add('--read-only', action='store_true')
     add('--iops', type=float, help='operations a second of each export, at most')
@@ -601,6 +616,8 @@ def main() -> int:
         tls = None
         if arguments.tls:
             tls = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            for path in arguments.tls:
+                open(path).close()              # or the error does not say which it was
             tls.load_cert_chain(*arguments.tls)
         sock, uri = listen(arguments)
     except (OSError, ValueError) as error:

@@ -214,6 +214,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.greenlets < 1 or not arguments.seconds > 0 or not os.path.isdir(arguments.folder):
         parser.error('FOLDER has to be there, GREENLETS and SECONDS above 0')
+    try:
+        compare(arguments)
+    except OSError as error:
+        print(f'write_ahead_log.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         with contextlib.closing(Log(folder)) as log:
             log.append(b'the segment is there')
@@ -230,7 +239,6 @@ def main() -> int:
                 pool = gevent.get_hub().threadpool
                 measure('thread pool, write and fdatasync each', lambda record: pool.apply(commit, (record,)),
                         arguments)
-    return 0
 
 
 if __name__ == '__main__':

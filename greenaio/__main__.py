@@ -7,7 +7,10 @@ import json
 import os
 import runpy
 import sys
+import textwrap
+from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 
 from greenaio import __version__, _config
 
@@ -22,41 +25,63 @@ CONFIG = """\
 Print each setting of greenaio.config: its value, its unit, and whether that is the default or came from the
 environment. A variable that is out of range, or that greenaio does not know, ends this as it ends
 every import of greenaio: with an error that names it."""
+RUN = """\
+Do what ``python script.py args…`` or ``python -m module args…`` does, with gevent and greenaio patched in:
+sockets and files wait in their greenlets."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line, not the whole usage."""
-        self.exit(2, f'{self.prog}: {message}\n')
+        self.exit(2, f'{self.prog}: {message}; --help tells more\n')
+
+
+class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The paragraphs of a docstring, each as wide as the terminal."""
+        return '\n\n'.join(textwrap.fill(' '.join(paragraph.replace('``', '').split()), width)
+                           for paragraph in text.split('\n\n'))
 
 
 def main() -> int:
     parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     asked = next((word for word in sys.argv[1:] if not word.startswith('-')), '')
-    for name, summary in COMMANDS.items():
-        own = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == asked:
-            _add_arguments(name, own)
-    arguments = parser.parse_args()
+    if asked and asked not in COMMANDS:
+        near = get_close_matches(asked, COMMANDS, 1)
+        parser.error(f'there is no command {asked!r}' + (f', did you mean {near[0]}?' if near else ''))
+    by_name = {name: commands.add_parser(name, help=summary, formatter_class=_Help)
+               for name, summary in COMMANDS.items()}
+    if asked:
+        _add_arguments(asked, by_name[asked])
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        (by_name[asked] if asked else parser).error(f'there is no {" ".join(unknown)}')
+    if not asked:
+        parser.error(f'a command is missing, one of {", ".join(COMMANDS)}')
     if arguments.command == 'run':
         return _run(arguments)
-    if arguments.command == 'config':
-        return _print_config(arguments)
     try:
-        code: int = import_module(f'greenaio.{arguments.command}').main(arguments)
+        code: int = (_print_config(arguments) if arguments.command == 'config' else
+                     import_module(f'greenaio.{arguments.command}').main(arguments))
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:             # as of ``| head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at exit
+        return 1                        # as rich does
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name == 'run':
         parser.usage = '%(prog)s script.py|-m module args…'
+        parser.description = RUN
         parser.add_argument('-m', dest='module', action='store_true', help='a module instead of a script')
-        parser.add_argument('script')
-        parser.add_argument('args', nargs=argparse.REMAINDER)
+        parser.add_argument('script', help='its path, or the name of the module')
+        rest = parser.add_argument('args', nargs=argparse.REMAINDER, help='what it finds in sys.argv')
+        rest.required = False           # before Python 3.12 it says that it is
     elif name == 'config':
         parser.description = CONFIG
         parser.add_argument('--json', action='store_true', help='for machines')
@@ -76,15 +101,17 @@ def _print_config(arguments: argparse.Namespace) -> int:
         } for one in _config.SETTINGS], indent=1, ensure_ascii=False))
         return 0
     rows = [(one.name, str(getattr(config, one.name)), one.unit, config.source(one.name), str(one.default),
-             f'{one.summary} From {one.allowed[0]} to {one.allowed[-1]}. {one.variable}')
-            for one in _config.SETTINGS]
-    rows += [(name, os.environ.get(name, ''), '', name if name in os.environ else _config.DEFAULT, '',
-              description[0].upper() + description[1:] + '.')
-             for name, description in _config.OTHER_VARIABLES.items()]
+             f'{one.allowed[0]} to {one.allowed[-1]}') for one in _config.SETTINGS]
+    rows += [(name, os.environ.get(name, ''), '', name if name in os.environ else _config.DEFAULT, '', '')
+             for name in _config.OTHER_VARIABLES]
     from greenaio import _show
 
-    _show.table(('setting', 'value', 'unit', 'came from', 'default', 'what it is'), rows,
+    _show.table(('setting', 'value', 'unit', 'came from', 'default', 'allowed'), rows,
                 right=('value', 'default'))
+    for one in _config.SETTINGS:
+        print('\n' + _show.wrapped(f'{one.name} ({one.variable}): {one.summary}'))
+    for name, description in _config.OTHER_VARIABLES.items():
+        print('\n' + _show.wrapped(f'{name}: {description[0].upper()}{description[1:]}.'))
     return 0
 
 
@@ -98,6 +125,9 @@ def _run(arguments: argparse.Namespace) -> int:
     monkey.patch_all()
     sys.argv = [arguments.script, *arguments.args]
     if arguments.module:
+        if not _is_there(arguments.script):
+            print(f'python -m greenaio run: there is no module {arguments.script}', file=sys.stderr)
+            return 2
         runpy.run_module(arguments.script, run_name='__main__', alter_sys=True)
         return 0
     if not os.path.exists(arguments.script):
@@ -106,6 +136,15 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
     runpy.run_path(arguments.script, run_name='__main__')
     return 0
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError as error:        # of a package of it, or it imports what is not there
+        if not f'{module}.'.startswith(f'{error.name}.'):
+            raise
+        return False
 
 
 if __name__ == '__main__':

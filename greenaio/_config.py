@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -130,4 +131,10 @@ def _check_range(setting: Setting, name: str, value: int) -> None:
 
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
-config = Config()
+try:
+    config = Config()
+except ValueError as error:
+    if sys.argv[:1] != ['-m'] or '-m greenaio' not in ' '.join(sys.orig_argv):
+        raise
+    print(f'python -m greenaio: {error}', file=sys.stderr)      # to who typed it a traceback tells nothing
+    raise SystemExit(2) from None

@@ -38,7 +38,7 @@ class _Job:
 
     def __init__(self, function: Callable[..., Any], fd: int, args: tuple[Any, ...]) -> None:
         self.began = monotonic_ns()
-        self.waiter = getcurrent()
+        self.waiter: Any = getcurrent()         # None when it is over
         self.function = function
         self.fd = fd
         self.args = args

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 WIDTH = 120         # columns, where there is no terminal to ask
+PROSE = 110         # columns that text takes at most
 LEAST = 24          # columns that the last one gets, however narrow the terminal
 
 
@@ -30,6 +31,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(shown)
+
+
+def wrapped(text: str, hang: str = '   ') -> str:
+    """*text*, in lines for this terminal; *hang* begins all but the first. No word is broken."""
+    width = min(PROSE, shutil.get_terminal_size((WIDTH, 0)).columns)
+    return '\n'.join(textwrap.wrap(text, width, subsequent_indent=hang, break_long_words=False,
+                                   break_on_hyphens=False))
 
 
 def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, right: Collection[str]) -> None:

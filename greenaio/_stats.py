@@ -32,45 +32,48 @@ BOUNDS = tuple(1 << octave for octave in range(10, 37))     # ns, of `Latency.bu
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long requests of one way and direction took, in seconds, from when they were first offered to the kernel
-    or to a thread (or held back, where the device had its share already) until their result was taken. Percentiles
-    are right to a sixteenth; they are nan where there is nothing to tell."""
+    """How long requests of one way and direction took, in seconds, from when they were first offered to the
+    kernel or to a thread (or held back, where the device had its share already) until their result was taken.
+    What the kernel declined with EAGAIN is not among them. Percentiles are right to a sixteenth; they are nan
+    where there is nothing to tell."""
 
-    count: int
-    sum: float
-    buckets: tuple[tuple[float, int], ...]      # (upper bound, how many took less), from 1.024 us by twos to 69 s
-    p50: float
-    p90: float
-    p99: float
-    p999: float
-    max: float
+    count: int          #: requests
+    sum: float          #: of all their times
+    #: (upper bound, how many took less), from 1.024 µs by twos to 69 s
+    buckets: tuple[tuple[float, int], ...]
+    p50: float          #: the median
+    p90: float          #: what nine in ten had at most
+    p99: float          #: 99 in 100
+    p999: float         #: 999 in 1000
+    max: float          #: the longest
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What `stats` returns. The first are as they are at this moment, over all hubs; the others count from the start
-    of the process, or of its parent before the fork."""
+    """What `stats` returns. The first are as they are at this moment, over all hubs; the others count from
+    the start of the process, or of its parent before the fork."""
 
-    hubs: int                   # that have done I/O and are not destroyed
-    in_flight: int              # requests that the kernel has
-    with_threads: int           # system calls that native threads have, or are to have
-    pending: int                # requests that are still here: for a batch, or for room in the kernel or the device
-    blocked: int                # hubs whose kernel context is full
-    waiting: int                # greenlets parked
-    submitted: int              # requests that the kernel took ...
-    completed: int              # ... and has answered
-    batches: int                # io_submit calls that took any
-    in_line: int                # operations that were over at once: page cache hits, files in memory
-    by_thread: int              # system calls made by native threads
-    abandoned: int              # whose greenlet was killed or timed out meanwhile
-    slow_submits: int           # io_submit calls that held their hub for more than 20 ms
-    demoted: int                # files sent to threads for a minute because of that
-    latency: Mapping[tuple[str, str], Latency]  # by (way, direction): of 'aio', 'thread'; 'read', 'write', 'sync', 'other'
+    hubs: int                   #: that have done I/O and are not destroyed
+    in_flight: int              #: requests that the kernel has
+    with_threads: int           #: system calls that native threads have, or are to have
+    pending: int                #: requests still here: for a batch, or for room in the kernel or the device
+    blocked: int                #: hubs whose kernel context is full
+    waiting: int                #: greenlets parked
+    submitted: int              #: requests that the kernel took
+    completed: int              #: requests that the kernel has answered
+    batches: int                #: ``io_submit`` calls that took any
+    in_line: int                #: operations that were over at once: page cache hits, files in memory
+    by_thread: int              #: system calls made by native threads
+    abandoned: int              #: requests whose greenlet was killed or timed out meanwhile
+    slow_submits: int           #: ``io_submit`` calls that held their hub for more than 20 ms
+    demoted: int                #: files sent to threads for a minute because of that
+    #: by (way, direction): ``'aio'`` or ``'thread'``; ``'read'``, ``'write'``, ``'sync'`` or ``'other'``
+    latency: Mapping[tuple[str, str], Latency]
 
 
 def stats() -> Stats:
-    """Return what all hubs of this process do and have done, as a frozen `Stats`. Takes well under a millisecond; from
-    any thread."""
+    """Return what all hubs of this process do and have done, as a frozen `Stats`. Takes well under a
+    millisecond; from any thread."""
     if not native:
         calls = len(_fallback.jobs())
         return Stats(0, 0, calls, 0, 0, calls, 0, 0, 0, 0, _fallback.jobs_made(), 0, 0, 0, MappingProxyType(
@@ -89,8 +92,9 @@ def stats() -> Stats:
         submitted=tally.submitted, completed=tally.completed, batches=tally.batches, in_line=tally.in_line,
         by_thread=tally.lent_total, abandoned=tally.abandoned, slow_submits=tally.slow_submits,
         demoted=_route.demotions(),
-        latency=MappingProxyType({(way, direction): _latency(*tally.latency(i, j)) for i, way in enumerate(WAYS)
-                                  for j, direction in enumerate(DIRECTIONS)}))
+        latency=MappingProxyType({
+            (way, direction): _latency(*tally.latency(i, j))
+            for i, way in enumerate(WAYS) for j, direction in enumerate(DIRECTIONS)}))
 
 
 def _latency(counts: list[int], total: int, longest: int) -> Latency:
@@ -114,18 +118,21 @@ def _latency(counts: list[int], total: int, longest: int) -> Latency:
 
 
 def dump(stacks: bool = True) -> str:
-    """Return a text of who waits for a disk: for each request, oldest first, its operation, file, offset and length in
-    bytes, where it is, and for how many seconds; then its greenlet, and where that waits in the program unless *stacks*
-    is false. A request whose greenlet is gone is 'abandoned'. Nothing waiting is an empty text. From any thread."""
+    """Return a text of who waits for a disk: for each request, oldest first, its operation, file, offset and
+    length in bytes, where it is, and for how many seconds; then its greenlet, and where that waits in the
+    program unless *stacks* is false. A request whose greenlet is gone is 'abandoned'. Nothing waiting is an
+    empty text. From any thread."""
     now = monotonic_ns()
     lines = []
-    for began, waiter, is_abandoned, (operation, file, offset, nbytes, where) in sorted(_waiting(now), key=itemgetter(0)):
+    for began, waiter, is_abandoned, told in sorted(_waiting(now), key=itemgetter(0)):
+        operation, file, offset, nbytes, where = told
         lines.append(f'{operation} of {file or "?"}' + (f', {nbytes} bytes at {offset}' if nbytes else '')
                      + f', {where} for {max(0, now - began) / 1e9:.3f} s' + ', abandoned' * is_abandoned)
         if waiter is not None:
             lines.append(f'  {waiter!r}')
             if stacks and waiter.gr_frame is not None:
-                lines += [f'  {line}' for one in traceback.format_stack(waiter.gr_frame) for line in one.splitlines()]
+                stack = ''.join(traceback.format_stack(waiter.gr_frame))
+                lines += [f'  {line}' for line in stack.splitlines()]
     return ''.join(f'{line}\n' for line in lines)
 
 
@@ -133,7 +140,8 @@ def _waiting(now: int) -> list[tuple[int, Any, bool, tuple[str, str, int, int, s
     """(when it began, its greenlet, whether that is gone, what it is) of each request."""
     if not native:
         return [(job.began, job.waiter, False,
-                 (job.function.__name__.strip('_'), path_of(job.fd), 0, 0, 'with a thread')) for job in _fallback.jobs()]
+                 (job.function.__name__.strip('_'), path_of(job.fd), 0, 0, 'with a thread'))
+                for job in _fallback.jobs()]
     return [(request.began or now, request.waiter, request.abandoned,
              describe(_threads.operation(request), request, where))
             for driver in _hub.all_drivers() for request, where in driver.engine.requests()]

@@ -1,6 +1,7 @@
 from typing import Any
 
 from greenaio._context import Context
+from greenaio._engine import Request
 
 class Inbox:
     def __new__(cls, context: Context) -> Inbox: ...

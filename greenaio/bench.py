@@ -1,9 +1,9 @@
-"""``python -m greenaio bench``: what a disk gives, through greenaio and beside it, in one run.
+"""What a disk gives, through greenaio and beside it, in one run.
 
 Every way runs in turn, round by round, against the same file; medians of the rounds are shown. Ways inside
 this process are driven by as many greenlets as the depth says, each with one buffer that it uses again;
-`fio`, `qemu-img`, `caio` and `aiofiles` run in processes of their own and measure themselves. Latency is
-taken of every `SAMPLED`-th request, so that taking it does not weigh on the rest.
+fio, qemu-img, caio and aiofiles run in processes of their own and measure themselves. Latency is taken of
+every 16th request, so that taking it does not weigh on the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import array
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -497,7 +498,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     try:
         from rich.progress import Progress
     except ImportError:
-        yield lambda text: None
+        with _plain_progress(total) as plain_step:
+            yield plain_step
         return
     with Progress(disable=not sys.stderr.isatty(), transient=True,
                   **_console_on_stderr()) as progress:
@@ -507,6 +509,20 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
             progress.update(task, description=text, advance=1)
 
         yield step
+
+
+@contextlib.contextmanager
+def _plain_progress(total: int) -> Iterator[Callable[[str], None]]:
+    steps = itertools.count(1)
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)     # the line, anew
+
+    try:
+        yield lambda text: show(f'{next(steps)} of {total}: {text}')
+    finally:
+        show('')
 
 
 def _console_on_stderr() -> dict[str, Any]:

@@ -194,8 +194,9 @@ class BlockDevice:
         return self.pwritev((data,), offset, fua=fua)
 
     def pwrite_each(self, writes: Sequence[tuple[Any, int]]) -> Iterator[int | OSError]:
-        """Write *writes*, pairs of bytes-like data and an offset, all at once: yields how many bytes each had, in
-        order, or its OSError. Parts that overlap land in any order. Cheaper than `pwrite` in as many greenlets."""
+        """Write *writes*, pairs of bytes-like data and an offset, all at once: yields how many bytes each
+        had, in order, or its OSError. Parts that overlap land in any order. Cheaper than `pwrite` in as many
+        greenlets."""
         parts = [(_fallback.flat(data), offset) for data, offset in writes]
         for view, offset in parts:
             self._check(len(view), offset, writing=True)

@@ -19,7 +19,6 @@ import platform
 import re
 import stat
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ AIO, THREAD, IN_LINE, NONE = 'native AIO', 'thread', 'in line', '-'
 REFUSED = 'thread, after native AIO'        # which said that it would have waited
 
 # Reasons that no probe can tell. They stand beside the code that acts on them: _file.pyx, _calls.pyx.
-EXTENDS = 'the kernel would make the file longer inside io_submit, and wait for the disk'
+EXTENDS = 'the kernel would make the file longer inside io_submit'
 MAY_WAIT = 'it waits where much is dirty, or what it changes has to be read first'
 CHANGES = 'it changes the file system, which may have to read or write something first'
 MISS = 'it waits for the disk'
@@ -145,7 +144,7 @@ class Place:
     device: str | None = None       # major:minor
     share: int | None = None        # requests of one hub that are under way there at most
     alignment: int | None = None    # bytes; None without O_DIRECT, or where it was not tried
-    fdsync: bool | None = None      # whether an fdatasync went by native AIO; None: not tried
+    fdsync: bool | None = None      # whether an fdatasync went by native AIO; None: the kernel was not asked
     nowait: dict[str, str] = field(default_factory=dict)
     writable: bool | None = None
     notes: list[str] = field(default_factory=list)
@@ -409,6 +408,10 @@ class _Examination:
         return self.place.file_system or self.place.kind
 
     @property
+    def _extends(self) -> str:
+        return EXTENDS + ('' if self._in_memory else ', and wait for the disk')
+
+    @property
     def _in_memory(self) -> bool:
         return self.device is not None and bool(self.device.in_memory)
 
@@ -570,7 +573,8 @@ class _Examination:
             if files or error.errno not in NOT_WRITABLE:
                 raise
             place.writable = False
-            place.notes.append(f'no file can be made here ({error.strerror}): what is marked was not tried')
+            place.notes.append(f'no file can be made here ({error.strerror}): what is in brackets was not '
+                               'tried')
             self._untried(reads=True)
             self._paths(place.path)
             return
@@ -599,7 +603,7 @@ class _Examination:
         if direct is not None:
             buffer = self._buffer()
             way = self._observe('O_DIRECT write', lambda: direct.pwrite(buffer, 0))
-            self._tell('O_DIRECT write, the file gets longer', way, EXTENDS)
+            self._tell('O_DIRECT write, the file gets longer', way, self._extends)
             self._sync(buffered)
             way = self._observe_habit('O_DIRECT overwrite', lambda: direct.pwrite(buffer, 0), AIO)
             self._tell_direct('O_DIRECT overwrite', way, 'writes')
@@ -613,7 +617,7 @@ class _Examination:
 
     def _sync(self, file: File) -> None:
         ways = [self._observe('fdatasync', file.fdatasync), self._observe('fsync', file.fsync)]
-        self.place.fdsync = ways[0] == AIO
+        self.place.fdsync = ways[0] == AIO if ways[0] != IN_LINE else None
         if ways[0] == ways[1]:
             self._tell_sync('fsync, fdatasync', ways[0])
         else:
@@ -640,7 +644,7 @@ class _Examination:
         if not self._find_miss(buffered):
             place.notes.append('all of it that was looked at is in the page cache')
         self._reads(direct, buffered)
-        place.notes.append('it is only read: what is marked was not tried')
+        place.notes.append('it is only read: what is in brackets was not tried')
         self._untried(reads=False, direct=direct is not None)
         self._paths(place.path)
 
@@ -679,7 +683,7 @@ class _Examination:
                     way = AIO if aio.allowed and self.device.ways()[i].startswith(AIO) else THREAD
                     self._tell_direct(name, way, direction, tried=False)
         if direct and not is_disk:
-            self._tell('O_DIRECT write, the file gets longer', THREAD, EXTENDS, tried=False)
+            self._tell('O_DIRECT write, the file gets longer', THREAD, self._extends, tried=False)
         if reads:
             self._tell('buffered read, cached', IN_LINE if self.machine.native else THREAD,
                        IN_MEMORY if self._in_memory else CACHED, tried=False)
@@ -712,7 +716,7 @@ def _mounts() -> Iterator[tuple[str, str, str]]:
 
 
 def _print(report: Report) -> None:
-    from greenaio._show import table
+    from greenaio._show import table, wrapped
 
     table(('', ''), _facts_of_machine(report.machine), title=f'greenaio {report.machine.greenaio}')
     for place in report.places:
@@ -723,19 +727,14 @@ def _print(report: Report) -> None:
             print()
             table(('operation', 'way', 'why'), rows)
         for note in place.notes:
-            print(_wrapped(note[0].upper() + note[1:] + '.'))
+            print(wrapped(note[0].upper() + note[1:] + '.'))
     print()
     problems = report.problems
     if not problems:
         print('Nothing is degraded.')
     for i, problem in enumerate(problems, 1):
-        print(_wrapped(f'{i}. Degraded: {problem.what}.'))
-        print(_wrapped(f'   To do: {problem.remedy}'))
-
-
-def _wrapped(text: str) -> str:
-    return '\n'.join(textwrap.wrap(text, 110, subsequent_indent='   ', break_long_words=False,
-                                   break_on_hyphens=False))
+        print(wrapped(f'{i}. Degraded: {problem.what}.'))
+        print(wrapped(f'   To do: {problem.remedy}'))
 
 
 def _facts_of_machine(machine: Machine) -> list[tuple[str, str]]:
@@ -769,7 +768,7 @@ def _facts_of_place(place: Place) -> list[tuple[str, str]]:
         rows.append(('device', place.device + share))
     if place.alignment is not None:
         rows.append(('O_DIRECT alignment', f'{place.alignment} bytes'))
-    rows.append(('FDSYNC', {True: 'yes', False: 'no', None: 'not tried'}[place.fdsync]))
+    rows.append(('FDSYNC', {True: 'yes', False: 'no', None: 'not asked'}[place.fdsync]))
     if place.nowait:
         rows.append(('NOWAIT', '; '.join(f'{what}: {answer}' for what, answer in place.nowait.items())))
     return rows

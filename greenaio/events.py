@@ -1,7 +1,7 @@
 """What an operator may want to be told of, as events of gevent: append a function to its `subscribers`.
 
-Each is notified where it happens, mostly in the hub, and no greenlet runs meanwhile: who is told must not
-wait. One that raises is logged, under ``greenaio.events``, and harms nobody.
+Those are in `gevent.events`. They are called by the loop, in the hub, and no greenlet runs meanwhile: who is
+told must not wait. One that raises is logged, under ``greenaio.events``, and harms nobody.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Fallback:
 class RequestStuck:
     """A request has no answer after `config.stuck_after`; it is notified once.
 
-    *operation* is as ``'read'``, on *file*, a path or ``''`` where there is none, for *nbytes* bytes at
-    *offset*. *way* says where it is, as ``'in flight'`` or ``'with a thread'``. It was asked for *seconds*
-    ago.
+    *operation* is as ``'pread'``, on *file*, a path or ``''`` where there is none, for *nbytes* bytes at
+    *offset*. *way* says where it is: ``'queued'``, ``'in flight'`` or ``'with a thread'``. It was first
+    offered to the kernel or a thread, or held back, *seconds* ago.
     """
 
     operation: str

@@ -104,7 +104,8 @@ def _patch_pathlib(opener: Any) -> None:
         accessor.open = staticmethod(opener)
 
 
-_plain_run_info = gevent.util.format_run_info
+# Its stub says that it returns nothing.
+_plain_run_info: Callable[..., list[str]] = gevent.util.format_run_info  # type: ignore[assignment]
 
 
 @functools.wraps(_plain_run_info)
@@ -121,7 +122,7 @@ def patch_all() -> None:
     patch_os()
     patch_builtins()
     _blocked.explain_blocked()
-    gevent.util.format_run_info = _format_run_info
+    gevent.util.format_run_info = _format_run_info  # type: ignore[assignment]
 
 
 def unpatch_all() -> None:
@@ -134,7 +135,7 @@ def unpatch_all() -> None:
     for module in _modules():
         module.open = get_original(module.__name__, 'open')
     _patch_pathlib(get_original('io', 'open'))
-    gevent.util.format_run_info = _plain_run_info
+    gevent.util.format_run_info = _plain_run_info  # type: ignore[assignment]
 
 
 def is_patched() -> bool:

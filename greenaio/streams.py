@@ -53,12 +53,13 @@ def is_told_by_the_kernel(error: BaseException) -> bool:
 
 
 class Block:
-    """A request that is under way, and its memory. Of several that are made at once, all but the last may say that
-    there is *more*: they go to the kernel together."""
+    """A request that is under way, and its memory. Of several that are made at once, all but the last may say
+    that there is *more*: they go to the kernel together."""
 
     __slots__ = ('_begun', '_file', '_process', 'data', 'memory', 'offset', 'reading')
 
-    def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int, more: bool = False) -> None:
+    def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int,
+                 more: bool = False) -> None:
         self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
         self._file = file
         self._process = os.getpid()

@@ -230,8 +230,8 @@ def driver():
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """After each test: nothing in flight, nobody waiting, no fd more than before. What the tests before taught a
-    device, as to refuse RWF_NOWAIT, is forgotten."""
+    """After each test: nothing in flight, nobody waiting, no fd more than before. What the tests before
+    taught a device, as to refuse RWF_NOWAIT, is forgotten."""
     gevent.get_hub()
     _hub.get_driver()
     _route.forgive()

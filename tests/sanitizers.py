@@ -1,5 +1,4 @@
-"""Runs the tests over an extension that watches its own memory: ``python -m
-tests.sanitizers [address|valgrind]``.
+"""Runs the tests over an extension that watches its own memory: ``python -m tests.sanitizers``.
 
 ``address`` builds a copy of the sources with gcc's AddressSanitizer and UndefinedBehaviorSanitizer;
 ``valgrind`` runs a plain copy, and fewer tests, under memcheck, which sees Python itself too. More arguments
@@ -254,9 +253,10 @@ def prove(source: Path, mode: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog='python -m tests.sanitizers', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('mode', nargs='?', choices=('address', 'valgrind'), default='address')
-    parser.add_argument('--prove', action='store_true')
+    parser.add_argument('--prove', action='store_true', help='break it, and expect that this is found')
     options, arguments = parser.parse_known_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix='greenaio-sanitizers-') as folder:

@@ -1,6 +1,7 @@
 """Settings come from the environment, say where they came from, and a mistake in one is told at import."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -153,6 +154,55 @@ def test_unknown_command_is_one_line():
                           timeout=60)
     assert done.returncode == 2
     assert "'confg'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('arguments, told', [
+    (['doctr'], 'python -m greenaio: there is no command \'doctr\', did you mean doctor?; --help tells more'),
+    (['config', '--jsno'], 'python -m greenaio config: there is no --jsno; --help tells more'),
+    ([], 'python -m greenaio: a command is missing, one of bench, config, doctor, run; --help tells more'),
+    (['--versoin'], 'python -m greenaio: there is no --versoin; --help tells more'),
+    (['run'], 'python -m greenaio run: the following arguments are required: script; --help tells more'),
+    (['run', '-m', 'no_such.module'], 'python -m greenaio run: there is no module no_such.module'),
+])
+def test_mistake_in_a_command_is_one_line_that_helps(arguments, told):
+    done = subprocess.run([sys.executable, '-m', 'greenaio', *arguments], capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, '', told + '\n')
+
+
+def test_reader_of_the_output_may_go():
+    reading, writing = os.pipe()
+    os.close(reading)
+    for without in ('', 'sys.modules["rich"] = None; '):
+        done = subprocess.run(
+            [sys.executable, '-c', f'import runpy, sys; {without}'
+             'runpy.run_module("greenaio", run_name="__main__", alter_sys=True)', 'config'],
+            stdout=writing, stderr=subprocess.PIPE, timeout=60)
+        assert (done.returncode, done.stderr) == (1, b'')
+    os.close(writing)
+
+
+def test_mistake_in_the_environment_is_one_line_on_the_command_line():
+    """In a program it is the ValueError of its import."""
+    environment = {**os.environ, 'GREENAIO_DEPHT': '3'}
+    done = subprocess.run([sys.executable, '-m', 'greenaio', 'config'], capture_output=True, text=True,
+                          timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == ('python -m greenaio: GREENAIO_DEPHT is in the environment, but greenaio knows no '
+                           'such variable: did you mean GREENAIO_DEPTH?\n')
+    done = subprocess.run([sys.executable, '-c', 'import greenaio', '-m', 'greenaio'], capture_output=True,
+                          text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+@pytest.mark.parametrize('arguments', [['config'], ['doctor', '/etc/passwd']], ids=lambda words: words[0])
+def test_output_fits_into_a_narrow_terminal(arguments):
+    done = subprocess.run(
+        [sys.executable, '-c', 'import runpy, sys; sys.modules["rich"] = None; '
+         'runpy.run_module("greenaio", run_name="__main__", alter_sys=True)', *arguments],
+        text=True, capture_output=True, timeout=60, env={**os.environ, 'COLUMNS': '80'})
+    assert done.stdout and done.stderr == ''
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_nothing_of_the_table_is_lost_on_the_way():

@@ -305,6 +305,14 @@ def test_drawings_name_what_is_there():
                     assert any(f'class {name[:-2]}' in text for text in sources().values()), name
 
 
+def test_the_house_has_every_module():
+    drawings = ''.join(block.text for block in blocks(ROOT / 'docs' / 'how-it-works.md')
+                       if block.language == 'none')
+    for path in (ROOT / 'greenaio').iterdir():
+        if path.suffix in ('.py', '.pyx') and path.stem != '__init__':
+            assert path.name in drawings, path.name
+
+
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r'\]\(([^)#]+)', (ROOT / 'README.md').read_text()):
         assert target.startswith('https://') or (ROOT / target).exists(), target

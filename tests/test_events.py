@@ -14,7 +14,8 @@ EVENTS = [
     events.SlowSubmit(seconds=0.25, requests=3),
     events.FileDemoted(device='8:1 ext4', inode=12, seconds=0.25, until=60.0),
     events.Fallback(reason='io_setup(256): Operation not permitted', depth=0, native=False),
-    events.RequestStuck(operation='read', file='/srv/data', offset=4096, nbytes=512, way='aio', seconds=30.5),
+    events.RequestStuck(operation='pread', file='/srv/data', offset=4096, nbytes=512, way='in flight',
+                        seconds=30.5),
 ]
 
 

@@ -424,8 +424,8 @@ def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
 
 
 def test_one_pass_lets_go_of_all_that_nobody_waits_for():
-    """They come as fast as others ask for them, not one for each greenlet: counted, a server that was asked for
-    more than it could deliver kept the memory of all."""
+    """They come as fast as others ask for them, not one for each greenlet: counted, a server that was asked
+    for more than it could deliver kept the memory of all."""
     class Still(ScriptedContext):
         def now(self):                  # a pass is as long as it needs to be
             return 1
@@ -608,7 +608,7 @@ def test_drain_pass_is_a_section_and_the_outermost_end_submits(driver):
 
 
 def test_device_that_does_all_at_once_is_asked_for_what_a_pass_asks_for_together(driver):
-    """Nobody waits for the disk, so they need not go one by one; and each has its turn, however fast it is."""
+    """Nobody waits for the disk, so they need not go one by one; each has its turn, however fast it is."""
     kernel, order = driver.engine.context, []
     kernel.inline = True
 

@@ -108,6 +108,32 @@ def test_nbdinfo(image, tmp_path):
         server.stop()
 
 
+def refused(*arguments):
+    done = subprocess.run([sys.executable, SERVER, *arguments], capture_output=True, text=True, timeout=30)
+    assert done.returncode in (1, 2) and 'Traceback' not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_socket_of_a_server_that_runs_is_not_taken_away(unix_server, image, tmp_path):
+    assert 'Address already in use' in refused('--unix', tmp_path / 'sock', image)
+    assert (tmp_path / 'sock').exists()
+
+
+def test_socket_of_a_server_that_was_is_used_again(image, tmp_path):
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / 'sock'))
+    Server(image, where=('--unix', str(tmp_path / 'sock'))).stop()
+
+
+@pytest.mark.parametrize('where', ['here', ':10809', '127.0.0.1:', '127.0.0.1:x', '127.0.0.1:65536'])
+def test_address_that_is_none(image, where):
+    assert f"'{where}' is no HOST:PORT" in refused('--tcp', where, image)
+
+
+def test_certificate_that_is_not_there_is_named(image):
+    assert '/no/such/cert' in refused('--tls', '/no/such/cert', '/no/such/key', image)
+
+
 def test_nbdcopy_both_ways(unix_server, image, tmp_path):
     need('nbdcopy')
     source, back = tmp_path / 'source', tmp_path / 'back'

@@ -47,7 +47,7 @@ def told():
 
 def test_what_the_kernel_took_is_counted_with_how_long_it_took(data_file):
     with File(data_file, os.O_RDWR | os.O_DIRECT) as file:
-        file.pread(4096, 0)                         # it makes the context, and learns what the file system can
+        file.pread(4096, 0)                     # it makes the context, and learns what the file system can
         before = greenaio.stats()
         began = time.perf_counter()
         for i in range(10):

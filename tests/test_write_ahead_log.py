@@ -561,6 +561,12 @@ def test_demonstration_measures_both_and_tidies_up(disk_folder):
     assert command(disk_folder, '--seconds', '0.1').stdout.count('\n') == 1
 
 
+def test_folder_that_takes_no_file_is_told_of_in_a_line():
+    done = command('/proc')
+    assert done.returncode == 1
+    assert done.stderr.startswith('write_ahead_log.py: ') and done.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('arguments', [
     ['--greenlets', '0'], ['--greenlets', 'many'], ['--seconds', '0'], ['--seconds', 'nan'], ['--what'],
     ['/no/such/folder'], ['/dev/null']])

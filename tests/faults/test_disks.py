@@ -180,6 +180,8 @@ def test_sectors_of_4_kib(disk_folder):
 
 def test_sync_fails_once_for_each_fd(tmp_path):
     """The kernel says it once to each open file: so does greenaio, and takes nothing back by trying again."""
+    if os.geteuid() != 0 or shutil.which('losetup') is None:
+        missing('needs root and losetup')
     run('mount', '-t', 'tmpfs', '-o', 'size=2M', 'greenaio-test', tmp_path)
     try:
         with open(tmp_path / 'backing', 'wb') as file:
@@ -243,7 +245,7 @@ def test_end_of_the_process_in_flight(held_disk, end, status):
 
 
 def test_no_memory_for_a_context():
-    """Then threads do it. What is left to the process is enough for those, and less than the ring of 3.7 MiB."""
+    """Then threads do it. What is left to the process is enough for those, and less than its 3.7 MiB."""
     done = run_python('''
         import logging, os, resource, tempfile
         logging.disable()

@@ -90,10 +90,14 @@ def catch(name, built):
 
 def main():
     parser = argparse.ArgumentParser(prog='python -m tests.mutants', description=__doc__)
-    parser.add_argument('names', nargs='*', default=names(), help='all, unless some are named')
+    parser.add_argument('names', nargs='*', metavar='NAME', default=names(),
+                        help='all, unless some are named')
     parser.add_argument('--jobs', type=int, default=os.cpu_count())
     parser.add_argument('--dry-run', action='store_true', help='only see whether they fit the code')
     arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in names():
+            parser.error(f'there is no {name}.patch in {HERE}')
     missed = 0
     if arguments.dry_run:
         for name in arguments.names:
