@@ -100,6 +100,8 @@ def main():
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True),
                       transient=True, disable=not sys.stderr.isatty()) as progress:
             contests = measure(group, options, progress)
+        if not contests:                # none of the ways that are wanted
+            continue
         text, found = table(contests), verdicts(contests)
         groups[name] = [{'work': contest.work, 'ways': contest.rounds} for contest in contests]
         bars += found

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from benchmarks.contest import Contest
+from benchmarks.contest import Bar, Contest
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / 'examples' / 'write_ahead_log.py'
 
@@ -21,4 +21,5 @@ def log(options):
         return {'iops': float(number.replace(',', ''))}
 
     yield [Contest('commits', {'group commit': lambda: commits('group commit'),
-                               'threadpool': lambda: commits('thread pool', '--compare')})]
+                               'threadpool': lambda: commits('thread pool', '--compare')},
+                   bars=(Bar(8, 'iops', 'group commit', 'threadpool'),))]

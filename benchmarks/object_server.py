@@ -192,12 +192,14 @@ def disk_alone(root):
 @contextlib.contextmanager
 def object_server(options):
     """64 clients download cold objects of 8 MiB; p99 is that of another, who asks for a small one."""
-    from benchmarks.contest import Contest
+    from benchmarks.contest import Bar, Contest
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         make_objects(root, OBJECTS)
         yield [Contest('downloads', {'greenaio': partial(one_round, 'greenaio', root),
                                      'FileObjectThread': partial(one_round, 'threads', root),
-                                     'one reader, no server': partial(disk_alone, root)})]
+                                     'one reader, no server': partial(disk_alone, root)},
+                       bars=(Bar(1.3, 'mib_s', 'greenaio', 'FileObjectThread'),
+                             Bar(1 / 3, 'p99_ms', 'greenaio', 'FileObjectThread', most=True)))]
 
 
 def main():

@@ -12,7 +12,7 @@ from functools import partial
 import gevent
 
 import greenaio
-from benchmarks.contest import Contest
+from benchmarks.contest import Bar, Contest
 
 MIB = 1 << 20
 SIZE = 1024 * MIB
@@ -76,7 +76,10 @@ def streams(options):
                 file.write(os.urandom(MIB))
             os.fsync(file.fileno())
         yield [*[Contest(f'read, {block >> 10} KiB', {'greenaio': partial(read_by_greenaio, source, block),
-                                                      'fio': partial(read_by_fio, source, block)})
+                                                      'fio': partial(read_by_fio, source, block)},
+                         bars=(Bar(0.9, 'mib_s', 'greenaio', 'fio'),))
                  for block in (64 << 10, 128 << 10, 1 << 20)],
                Contest('copy', {'greenaio': partial(timed_copy, greenaio.copyfile, source, target),
-                                'shutil': partial(timed_copy, shutil.copyfile, source, target)})]
+                                'shutil': partial(timed_copy, shutil.copyfile, source, target)},
+                       bars=(Bar(1.0, 'seconds', 'greenaio', 'shutil', most=True),
+                             Bar(50, 'gap_max_ms', 'greenaio', most=True)))]

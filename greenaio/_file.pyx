@@ -96,7 +96,7 @@ cdef enum:
     RWF_NOWAIT = 8
     RWF_APPEND = 16
     IOV_MAX = 1024              # buffers; of more the kernel says EINVAL
-    SYNCS_MAX = 16              # requests under way on a device: with as many, a sync takes a thread
+    SYNCS_MAX = 4               # requests under way on a device: with as many, a sync takes a thread
 
 
 @cython.final

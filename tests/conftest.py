@@ -240,7 +240,9 @@ def nothing_left():
     gc.collect()
     driver = _hub.get_driver()
     for _ in range(400):
-        if not len(driver.engine.in_flight) + len(driver.engine.lent) and _open_fds() <= before:
+        # Who waits for what is done already has yet to be woken.
+        if (not len(driver.engine.in_flight) + len(driver.engine.lent) + driver.waiting
+                and _open_fds() <= before):
             break
         gevent.sleep(0.005)
     driver.engine._check()
