@@ -98,13 +98,12 @@ class Load:
         return file
 
     def prepare(self) -> None:
-        """Before each run: the file as long as it was, the page cache as asked for."""
+        """Before each run: the file as long as it was, the page cache as asked for. Of O_DIRECT files it has nothing,
+        or who writes over what is there would be told that it waits, and take threads."""
         with open(self.path, 'r+b' if self.writing else 'rb') as file:
             if self.appending:
                 file.truncate(self.size)
-            if not self.buffered:
-                return
-            if self.cache == 'cold':
+            if self.cache == 'cold' or not self.buffered:
                 if self.writing:
                     os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -24,6 +24,24 @@ def quick(*arguments, **kwargs):
     return run('--size', '4M', '--seconds', '0.2', '--depths', '1,8', *arguments, **kwargs)
 
 
+@pytest.mark.parametrize('rw', ['randread', 'randwrite'])
+@pytest.mark.parametrize('buffered, cache, is_cached', [
+    (False, 'warm', False), (True, 'cold', False), (True, 'warm', True)])
+def test_page_cache_is_as_asked_for(disk_folder, rw, buffered, cache, is_cached):
+    """Who writes over what is cached with O_DIRECT would have to wait, and takes threads: another way than is measured."""
+    path = os.path.join(disk_folder, 'data')
+    with open(path, 'w+b') as file:
+        file.write(pattern(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        bench.Load(path, 1 << 20, 4096, rw, 1, buffered, cache).prepare()
+        try:
+            found = os.preadv(file.fileno(), [bytearray(4096)], 512 << 10, os.RWF_NOWAIT) == 4096
+        except BlockingIOError:
+            found = False
+    assert found == is_cached
+
+
 def test_own_ways_are_always_there(folder, tmp_path):
     out = tmp_path / 'out.json'
     done = quick(folder, '--json', out)
