@@ -97,7 +97,9 @@ cdef class Tally:
     cdef readonly uint64_t in_line      # operations that were over by the time that they were asked for
     cdef readonly uint64_t abandoned    # whose greenlets went without their result
     cdef readonly uint64_t slow_submits
-    cdef histogram _took[WAYS][DIRECTIONS]
+    cdef histogram *_took[WAYS][DIRECTIONS]     # each made when it is first needed; NULL until then
+
+    cdef histogram *_histogram(self, int way, int direction) noexcept
 
 cdef class Engine(Tally):
     cdef readonly Context context

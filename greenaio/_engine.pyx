@@ -37,7 +37,7 @@ from cpython.buffer cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EINTR
-from libc.stdlib cimport free
+from libc.stdlib cimport calloc, free
 from libc.stdint cimport uintptr_t
 from posix.unistd cimport close
 
@@ -310,6 +310,19 @@ cdef class Share:
 cdef class Tally:
     """What an engine has done. Those of several are added up by `add`."""
 
+    def __dealloc__(self):
+        cdef int way, direction
+        for way in range(WAYS):
+            for direction in range(DIRECTIONS):
+                free(self._took[way][direction])
+
+    cdef histogram *_histogram(self, int way, int direction) noexcept:
+        """Most hubs do two or three kinds of things, and some live briefly. NULL if there is no memory: then that is
+        not counted."""
+        if self._took[way][direction] == NULL:
+            self._took[way][direction] = <histogram *>calloc(1, sizeof(histogram))
+        return self._took[way][direction]
+
     def add(self, Tally other not None):
         """Count what *other* has done, too; return self."""
         cdef int way, direction, i
@@ -324,7 +337,10 @@ cdef class Tally:
         self.slow_submits += other.slow_submits
         for way in range(WAYS):
             for direction in range(DIRECTIONS):
-                mine, theirs = &self._took[way][direction], &other._took[way][direction]
+                theirs = other._took[way][direction]
+                mine = NULL if theirs == NULL else self._histogram(way, direction)
+                if mine == NULL:
+                    continue
                 mine.total += theirs.total
                 mine.longest = max(mine.longest, theirs.longest)
                 for i in range(BUCKETS):
@@ -335,7 +351,9 @@ cdef class Tally:
         """How many requests took how long: by bucket, see `bounds_of`; the sum and the longest of all, in ns."""
         if not (0 <= way < WAYS and 0 <= direction < DIRECTIONS):
             raise IndexError((way, direction))
-        cdef histogram *took = &self._took[way][direction]
+        cdef histogram *took = self._took[way][direction]
+        if took == NULL:
+            return [0] * BUCKETS, 0, 0
         return [took.counts[i] for i in range(BUCKETS)], took.total, took.longest
 
 
@@ -407,10 +425,13 @@ cdef class Engine(Tally):
         self.ready.append(request)
 
     cdef void _count(self, Request request, int way, int64_t result) noexcept:
-        cdef histogram *took = &self._took[way][request.direction]
+        cdef histogram *took
         cdef uint64_t ns
         # Not what a fork took away, nor what the kernel declined because it would have waited.
         if self._reaped_ns > request.began > 0 and result != -EAGAIN:
+            took = self._histogram(way, request.direction)
+            if took == NULL:
+                return
             ns = self._reaped_ns - request.began
             took.total += ns
             took.longest = max(took.longest, ns)

@@ -84,6 +84,7 @@ def test_what_is_begun_with_more_to_come_goes_out_together(data_file):
 def test_what_is_begun_goes_out_though_nobody_waits_for_it(data_file):
     with File(data_file, os.O_RDONLY | os.O_DIRECT) as file:
         file.pread(4096, 0)
+        gevent.sleep(0.001)             # now no pass is under way, which would send it at its end
         memory = aligned_buffer(4096)
         file.begin(True, memory, 8192, True)
         with gevent.Timeout(10):

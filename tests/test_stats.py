@@ -184,6 +184,7 @@ def test_forked_child_goes_on_counting_where_its_parent_was(data_file):
                 file.pread(4096, i * 4096)
             done.set()
             may_end.wait()
+        gevent.get_hub().destroy(destroy_loop=True)
 
     thread = threading.Thread(target=work)
     thread.start()
