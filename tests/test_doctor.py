@@ -113,13 +113,19 @@ def test_file_is_read_and_nothing_else(disk_folder):
 
 
 def test_part_of_a_file_that_is_not_cached_is_found(disk_folder):
+    """A look begins read-ahead, and a disk may be quick enough to have the page there when that look ends: all sixteen
+    times of one report, now and then, but not of ten."""
     path = os.path.join(disk_folder, 'cold')
     with open(path, 'wb') as file:
         file.write(pattern(8 << 20))
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    code, report = examine(path)
-    assert code == 0
+    for _ in range(10):
+        with open(path, 'rb') as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        code, report = examine(path)
+        assert code == 0
+        if 'buffered read, not cached' in tried(report):
+            break
     assert 'buffered read, not cached' in tried(report)
     assert ways(report)['buffered read, not cached'] == 'thread'
 
