@@ -98,8 +98,8 @@ class Load:
         return file
 
     def prepare(self) -> None:
-        """Before each run: the file as long as it was, the page cache as asked for. Of O_DIRECT files it has nothing,
-        or who writes over what is there would be told that it waits, and take threads."""
+        """Before each run: the file as long as it was, the page cache as asked for. Of O_DIRECT files it has
+        nothing, or who writes over what is there would be told that it waits, and take threads."""
         with open(self.path, 'r+b' if self.writing else 'rb') as file:
             if self.appending:
                 file.truncate(self.size)

@@ -625,8 +625,8 @@ class _Examination:
             self._tell_sync('fsync', ways[1])
 
     def _miss(self, file: File) -> None:
-        """A read of what was put out of the page cache. The look there begins read-ahead, and a disk may be quick
-        enough to have it when the look ends; now and then, but not each time."""
+        """A read of what was put out of the page cache. The look there begins read-ahead, and a disk may be
+        quick enough to have it when the look ends; now and then, but not each time."""
         for _ in range(ATTEMPTS):
             self.step = 'posix_fadvise'
             _in_pool(os.posix_fadvise, file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -28,7 +28,8 @@ def quick(*arguments, **kwargs):
 @pytest.mark.parametrize('buffered, cache, is_cached', [
     (False, 'warm', False), (True, 'cold', False), (True, 'warm', True)])
 def test_page_cache_is_as_asked_for(disk_folder, rw, buffered, cache, is_cached):
-    """Who writes over what is cached with O_DIRECT would have to wait, and takes threads: another way than is measured."""
+    """Who writes over what is cached with O_DIRECT would have to wait, and takes threads: another way than
+    is measured."""
     path = os.path.join(disk_folder, 'data')
     with open(path, 'w+b') as file:
         file.write(pattern(1 << 20))

@@ -113,8 +113,8 @@ def test_file_is_read_and_nothing_else(disk_folder):
 
 
 def test_part_of_a_file_that_is_not_cached_is_found(disk_folder):
-    """A look begins read-ahead, and a disk may be quick enough to have the page there when that look ends: all sixteen
-    times of one report, now and then, but not of ten."""
+    """A look begins read-ahead, and a disk may be quick enough to have the page there when that look ends:
+    all sixteen times of one report, now and then, but not of ten."""
     path = os.path.join(disk_folder, 'cold')
     with open(path, 'wb') as file:
         file.write(pattern(8 << 20))

@@ -380,8 +380,8 @@ def settle():
         if len(os.listdir('/proc/self/task')) == 1 + workers and requests == 0:
             break
     engine._check()
-    # What Python keeps of gevent's patching: what each folder of its path had at each time that it changed, and
-    # each name that was looked for in a type, though it was made for that.
+    # What Python keeps of gevent's patching: what each folder of its path had at each time that it changed,
+    # and each name that was looked for in a type, though it was made for that.
     importlib.invalidate_caches()
     sys._clear_type_cache()
     for _ in range(3):
