@@ -176,7 +176,7 @@ def test_fio_verifies(unix_server):
     if 'nbd' not in run('fio', '--enghelp').split():
         missing('needs fio with the nbd engine')
     run('fio', '--name=x', '--ioengine=nbd', f'--uri={unix_server.uri}', '--rw=randrw', '--iodepth=32',
-        '--bs=4k', f'--size={SIZE}', '--verify=crc32c', '--verify_fatal=1')
+        '--bs=4k', f'--size={SIZE}', '--verify=crc32c', '--verify_state_save=0', '--verify_fatal=1')
 
 
 def test_file_system_lives_on_it(unix_server, tmp_path):
