@@ -678,9 +678,7 @@ cdef class Engine(Tally):
 
     def writes(self):
         """The writes that are not done yet."""
-        return [request for queue in (self.pending, self.in_flight, self.lent,
-                                      *[(<Share>share).held for share in self.shares.values()])
-                for request in queue if request.opcode in (PWRITE, PWRITEV)]
+        return [request for request, _ in self.requests() if request.opcode in (PWRITE, PWRITEV)]
 
     def _check(self):
         """Assert all that must hold between two calls."""
