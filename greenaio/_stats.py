@@ -123,17 +123,27 @@ def dump(stacks: bool = True) -> str:
     program unless *stacks* is false. A request whose greenlet is gone is 'abandoned'. Nothing waiting is an
     empty text. From any thread."""
     now = monotonic_ns()
-    lines = []
-    for began, waiter, is_abandoned, told in sorted(_waiting(now), key=itemgetter(0)):
-        operation, file, offset, nbytes, where = told
-        lines.append(f'{operation} of {file or "?"}' + (f', {nbytes} bytes at {offset}' if nbytes else '')
-                     + f', {where} for {max(0, now - began) / 1e9:.3f} s' + ', abandoned' * is_abandoned)
-        if waiter is not None:
-            lines.append(f'  {waiter!r}')
-            if stacks and waiter.gr_frame is not None:
-                stack = ''.join(traceback.format_stack(waiter.gr_frame))
-                lines += [f'  {line}' for line in stack.splitlines()]
-    return ''.join(f'{line}\n' for line in lines)
+    told: list[tuple[str, traceback.StackSummary | None]] = []
+    for began, waiter, is_abandoned, what in sorted(_waiting(now), key=itemgetter(0)):
+        operation, file, offset, nbytes, where = what
+        text = f'{operation} of {file or "?"}' + (f', {nbytes} bytes at {offset}' if nbytes else '') \
+            + f', {where} for {max(0, now - began) / 1e9:.3f} s' + ', abandoned' * is_abandoned
+        if waiter is None:
+            told.append((text, None))
+            continue
+        frame = waiter.gr_frame if stacks else None
+        told.append((f'{text}\n  {waiter!r}', frame and traceback.StackSummary.extract(
+            traceback.walk_stack(frame), lookup_lines=False)))
+    return ''.join(f'{text}\n' + _indented(stack) for text, stack in told)
+
+
+def _indented(stack: traceback.StackSummary | None) -> str:
+    """*stack* as a text. Its source is read only here: in a patched program that waits for a disk, and
+    whoever `dump` is about goes on meanwhile."""
+    if stack is None:
+        return ''
+    stack.reverse()                     # it was walked from the inside
+    return ''.join(f'  {line}\n' for line in ''.join(stack.format()).splitlines())
 
 
 def _waiting(now: int) -> list[tuple[int, Any, bool, tuple[str, str, int, int, str]]]:

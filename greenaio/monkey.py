@@ -112,8 +112,8 @@ _plain_run_info: Callable[..., list[str]] = gevent.util.format_run_info  # type:
 def _format_run_info(*args: Any, **kwargs: Any) -> list[str]:
     """What `gevent.util.print_run_info` prints; and the files that greenlets wait for."""
     stars = '*' * 80
-    return [*_plain_run_info(*args, **kwargs), stars, '* Greenlets that wait for a disk', stars,
-            *greenaio.dump().splitlines()]
+    waiting = greenaio.dump().splitlines()      # first: the other reads source files, and waits too
+    return [*_plain_run_info(*args, **kwargs), stars, '* Greenlets that wait for a disk', stars, *waiting]
 
 
 def patch_all() -> None:
