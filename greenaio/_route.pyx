@@ -131,7 +131,7 @@ cdef enum:
     REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
     DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
 
-cdef uint64_t PAUSE_NS = 30000000000        # then ask again
+cdef uint64_t PAUSE_NS = 1000000000         # then ask again: a habit may be that of one file
 cdef uint64_t DEMOTED_NS = 60000000000      # how long a file takes threads whose submission stalled
 BLKSSZGET = 0x1268
 
