@@ -150,6 +150,7 @@ class ScriptedContext(Context):
         super().__init__()
         self.answers = deque()      # what submit says next: a number taken, or minus an errno
         self.inline = False         # complete each request inside its own submit
+        self.frozen_at = None       # nanoseconds: what the time is, if not what it really is
         self.batches = []           # sizes, as taken
         self.submits = 0
         self.taken = []             # requests in the kernel's hands: dicts
@@ -163,6 +164,9 @@ class ScriptedContext(Context):
 
     def open(self, depth):
         self.opened.append(depth)
+
+    def now(self):
+        return self.frozen_at or super().now()
 
     def stage(self, token, opcode, fd, address, nbytes, offset, flags):
         self._batch.append({'token': token, 'opcode': opcode, 'fd': fd, 'address': address,
@@ -221,8 +225,10 @@ class ScriptedContext(Context):
 
 @pytest.fixture
 def driver():
-    """A Driver of this hub over a ScriptedContext, which is ``driver.engine.context``."""
+    """A Driver of this hub over a ScriptedContext, which is ``driver.engine.context``. To it no time passes,
+    or a slow machine would end a pass where no test wants it, unless that is set free."""
     driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=64)
+    driver.engine.context.frozen_at = driver.engine.context.now()
     yield driver
     driver.engine._check()
     driver.close()
