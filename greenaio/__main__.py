@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import io
 import json
 import os
 import runpy
@@ -11,6 +13,9 @@ import textwrap
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import get_importer, read_code
+from types import ModuleType
+from typing import Any
 
 from greenaio import __version__, _config
 
@@ -47,7 +52,8 @@ def main() -> int:
     parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    asked = next((word for word in sys.argv[1:] if not word.startswith('-')), '')
+    words = sys.argv[1:]
+    asked = next((word for word in words if not word.startswith('-')), '')
     if asked and asked not in COMMANDS:
         near = get_close_matches(asked, COMMANDS, 1)
         parser.error(f'there is no command {asked!r}' + (f', did you mean {near[0]}?' if near else ''))
@@ -55,13 +61,18 @@ def main() -> int:
                for name, summary in COMMANDS.items()}
     if asked:
         _add_arguments(asked, by_name[asked])
-    arguments, unknown = parser.parse_known_args()
+    of_script: list[str] = []
+    if asked == 'run':
+        words, of_script = _split_at_script(words)
+    arguments, unknown = parser.parse_known_args(words)
     if unknown:
         (by_name[asked] if asked else parser).error(f'there is no {" ".join(unknown)}')
     if not asked:
         parser.error(f'a command is missing, one of {", ".join(COMMANDS)}')
     if arguments.command == 'run':
-        return _run(arguments)
+        return _run(arguments.script, of_script, is_module=arguments.module)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')       # a path may be no text
     try:
         code: int = (_print_config(arguments) if arguments.command == 'config' else
                      import_module(f'greenaio.{arguments.command}').main(arguments))
@@ -80,8 +91,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.description = RUN
         parser.add_argument('-m', dest='module', action='store_true', help='a module instead of a script')
         parser.add_argument('script', help='its path, or the name of the module')
-        rest = parser.add_argument('args', nargs=argparse.REMAINDER, help='what it finds in sys.argv')
-        rest.required = False           # before Python 3.12 it says that it is
+        parser.add_argument('args', nargs='*', default=[], help='what it finds in sys.argv')
     elif name == 'config':
         parser.description = CONFIG
         parser.add_argument('--json', action='store_true', help='for machines')
@@ -98,7 +108,7 @@ def _print_config(arguments: argparse.Namespace) -> int:
             'name': one.name, 'variable': one.variable, 'value': getattr(config, one.name),
             'default': one.default, 'unit': one.unit, 'from': one.allowed[0], 'to': one.allowed[-1],
             'source': config.source(one.name), 'description': one.summary,
-        } for one in _config.SETTINGS], indent=1, ensure_ascii=False))
+        } for one in _config.SETTINGS], indent=1))
         return 0
     rows = [(one.name, str(getattr(config, one.name)), one.unit, config.source(one.name), str(one.default),
              f'{one.allowed[0]} to {one.allowed[-1]}') for one in _config.SETTINGS]
@@ -115,7 +125,15 @@ def _print_config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _split_at_script(words: list[str]) -> tuple[list[str], list[str]]:
+    """Up to the name of the script, and what is its own: argparse would take a ``--`` out of that."""
+    command = words.index('run')
+    last = next((i for i in range(command + 1, len(words))
+                 if not words[i].startswith('-') or words[i - 1] == '--'), len(words))
+    return words[:last + 1], words[last + 1:]
+
+
+def _run(script: str, args: list[str], *, is_module: bool) -> int:
     """What ``python script.py args…`` or ``python -m module args…`` does, patched."""
     import gevent.monkey
 
@@ -123,19 +141,41 @@ def _run(arguments: argparse.Namespace) -> int:
 
     gevent.monkey.patch_all(greenaio=False)
     monkey.patch_all()
-    sys.argv = [arguments.script, *arguments.args]
-    if arguments.module:
-        if not _is_there(arguments.script):
-            print(f'python -m greenaio run: there is no module {arguments.script}', file=sys.stderr)
-            return 2
-        runpy.run_module(arguments.script, run_name='__main__', alter_sys=True)
-        return 0
-    if not os.path.exists(arguments.script):
-        print(f'python -m greenaio run: no such file: {arguments.script}', file=sys.stderr)
+    sys.argv = [script, *args]
+    if not (_is_there(script) if is_module else os.path.exists(script)):
+        print(f'python -m greenaio run: {"there is no module" if is_module else "no such file:"} {script}',
+              file=sys.stderr)
         return 2
-    sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
-    runpy.run_path(arguments.script, run_name='__main__')
+    # Not run_module and run_path of runpy: when they end they put the old __main__ back, and the threads and
+    # the exit functions of a script outlive it.
+    main = sys.modules['__main__'] = ModuleType('__main__')
+    vars(main)['__builtins__'] = builtins
+    if is_module:
+        _run_as_python_does(script)
+    elif get_importer(script) is not None:      # a folder or a zip file
+        sys.path[0] = os.path.abspath(script)
+        _run_as_python_does('__main__', alter_argv=False)
+    else:
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
+        _run_file(script, vars(main))
     return 0
+
+
+def _run_as_python_does(module: str, *, alter_argv: bool = True) -> None:
+    """By what the interpreter itself calls, in the namespace of ``__main__`` as it is."""
+    runpy._run_module_as_main(module, alter_argv)       # type: ignore[attr-defined]
+
+
+def _run_file(path: str, namespace: dict[str, Any]) -> None:
+    if not os.path.isabs(path):
+        path = os.path.join(os.getcwd(), path)      # not abspath(), which takes link/.. for nothing
+    with io.open_code(path) as file:
+        source = file.read()
+    code = read_code(io.BytesIO(source))        # of a .pyc, else None
+    if code is None:
+        code = compile(source, path, 'exec', dont_inherit=True)     # or it has the annotations of this module
+    namespace.update(__file__=path, __cached__=None)
+    exec(code, namespace)
 
 
 def _is_there(module: str) -> bool:

@@ -706,14 +706,15 @@ def _in_pool(call: Callable[..., Any], *args: Any) -> Any:
 
 def _mounts() -> Iterator[tuple[str, str, str]]:
     """(mount point, type, source) of each."""
-    def plain(text: str) -> str:
-        return re.sub(r'\\([0-7]{3})', lambda octal: chr(int(octal[1], 8)), text)
+    def plain(field: bytes) -> str:
+        return os.fsdecode(re.sub(rb'\\([0-7]{3})', lambda octal: bytes([int(octal[1], 8)]), field))
 
-    with contextlib.suppress(OSError), open('/proc/self/mountinfo') as mounts:
+    # As bytes: a name need not be text, and text has more kinds of space than the kernel escapes.
+    with contextlib.suppress(OSError), open('/proc/self/mountinfo', 'rb') as mounts:
         for line in mounts:
-            fields, _, rest = line.partition(' - ')
-            kind, source, *_ = rest.split()
-            yield plain(fields.split()[4]), kind, plain(source)
+            fields, _, rest = line.partition(b' - ')
+            kind, source, *_ = rest.split(b' ')
+            yield plain(fields.split(b' ')[4]), plain(kind), plain(source)
 
 
 # What is shown -----------------------------------------------------------------------------------
@@ -843,7 +844,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         found = {'machine': asdict(report.machine), 'paths': [asdict(place) for place in report.places],
                  'degraded': [asdict(problem) for problem in report.problems]}
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))      # in ASCII, as a path may be no text
     else:
         _print(report)
     return 1 if report.problems else 0

@@ -210,6 +210,34 @@ def test_path_that_is_not_there_is_one_line(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+NO_TEXT = os.fsdecode(b'\xfc is \xc3\xbc, not utf-8')
+
+
+@pytest.mark.parametrize('without', ['', 'import sys; sys.modules["rich"] = None'])
+def test_path_that_is_no_text_is_told_nevertheless(tmp_path, without):
+    path = tmp_path / NO_TEXT
+    path.mkdir()
+    shown = text(path, before=without, env={'PYTHONIOENCODING': 'utf-8:strict'})[1]
+    assert '\\udcfc' in shown and 'ü' in shown
+    for encoding in ('utf-8:strict', 'ascii:strict'):
+        report = examine(path, before=without, env={'PYTHONIOENCODING': encoding})[1]
+        assert report['paths'][0]['path'] == str(path)
+
+
+@pytest.mark.parametrize('name', [NO_TEXT, 'a\u3000space that is not escaped', 'a\rline'], ids=ascii)
+def test_mount_point_of_any_name_is_found(tmp_path, name):
+    if os.geteuid() != 0:
+        missing('needs root')
+    path = tmp_path / name
+    path.mkdir()
+    run('mount', '-t', 'tmpfs', 'here', path)
+    try:
+        place = examine(path)[1]['paths'][0]
+    finally:
+        run('umount', path)
+    assert (place['mount_point'], place['file_system'], place['source']) == (str(path), 'tmpfs', 'here')
+
+
 # What is degraded --------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 import io
 import os
+import py_compile
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import MIB, make_plugin_visible, pattern, run_python
@@ -233,6 +235,46 @@ def test_run_runs_a_script_patched(tmp_path):
     assert len(done.stderr.splitlines()) == 1
     done = run('-m', 'this')
     assert done.returncode == 0 and 'Namespaces' in done.stdout
+
+
+AS_PYTHON_DOES = '''
+import atexit, pickle, sys, threading
+class Thing:
+    field: int
+def show(when):
+    thing = pickle.loads(pickle.dumps(Thing()))
+    print(when, type(thing), sys.argv, sys.path[0], vars(sys.modules[__name__]) is globals())
+print(__name__, __file__, __cached__, __package__, __spec__ and __spec__.name, type(__builtins__))
+print(Thing.__annotations__)
+show('in the script')
+atexit.register(show, 'at exit')
+threading.Timer(0.1, show, ['in a thread that outlives it']).start()
+sys.exit(3)
+'''
+
+
+@pytest.mark.parametrize('arguments', [
+    ['script.py', '--', '-m', '--'], ['--', '-script.py'], ['compiled.pyc'], ['link/../script.py'],
+    ['package', '--', '-h'], ['archive.zip'], ['-m', 'package', '--', 'x'], ['-m', 'package.module', '-h'],
+], ids=' '.join)
+def test_run_does_what_python_does(tmp_path, arguments):
+    (tmp_path / 'package').mkdir()
+    (tmp_path / 'far' / 'folder').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to('far/folder')
+    for name in ('script.py', '-script.py', 'far/script.py', 'package/__main__.py', 'package/module.py'):
+        (tmp_path / name).write_text(AS_PYTHON_DOES)
+    py_compile.compile(tmp_path / 'script.py', tmp_path / 'compiled.pyc')
+    with zipfile.ZipFile(tmp_path / 'archive.zip', 'w') as archive:
+        archive.writestr('__main__.py', AS_PYTHON_DOES)
+
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60,
+                              cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    expected = run(*arguments)
+    assert expected[0] == 3 and 'at exit' in expected[1] and not expected[2]
+    assert run('-m', 'greenaio', 'run', *arguments) == expected
 
 
 def test_in_the_hub_and_without_one_the_original_is_called(data_file):
