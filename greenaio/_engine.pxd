@@ -43,6 +43,7 @@ cdef class Request:
     cdef int direction                  # READ, WRITE, SYNC or OTHER
     cdef readonly uint64_t began        # when it was offered first, or held; ns; 0: not yet
     cdef readonly bint refused          # io_submit itself said no: the kernel never had it
+    cdef bint asked                     # not to wait: what would have is done again, by a thread
     cdef readonly int max_batch
     cdef readonly int64_t offset
     cdef readonly uint64_t nbytes       # wanted; the sum where there are several buffers
@@ -72,6 +73,7 @@ cdef class Request:
     cdef void advance(self, uint64_t nbytes) noexcept
     cdef void *address(self) noexcept
     cdef _unpin(self)
+    cdef bint goes_again(self) noexcept
     cdef release(self)
 
 cdef class RequestList:

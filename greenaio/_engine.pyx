@@ -36,7 +36,7 @@ from cpython.buffer cimport (
 )
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP
 from libc.stdlib cimport calloc, free
 from libc.stdint cimport uintptr_t
 from posix.unistd cimport close
@@ -202,8 +202,12 @@ cdef class Request:
             close(<int>self._result)    # nobody is there to take it
         self.keep = None
         self.file = None
-        if not self.refused:        # else a thread is asked yet, and the fd must stay what it was
+        if not self.goes_again():   # else the fd must stay what it was
             self.closer = None
+
+    cdef bint goes_again(self) noexcept:
+        """Whether the result is not its own: a thread is asked yet."""
+        return self.refused or self.asked and (self._result == -EAGAIN or self._result == -EOPNOTSUPP)
 
     def of(self, Share share):
         """Make it count in *share*; return it. Before it is enqueued."""
@@ -506,6 +510,8 @@ cdef class Engine(Tally):
             self._finish(self.lent.first(), -code)
             n += 1
         for request in self.ready:
+            if request.gives_fd and request._result >= 0:
+                close(<int>request._result)     # a copy, which nobody here knows of
             request._result = -code
             request.refused = False
         return n
@@ -646,13 +652,17 @@ cdef class Engine(Tally):
 
     def queued(self, int fd):
         """The requests to which *fd* is only a number: pending, with a thread that may not have begun, or
-        refused and on their way to one."""
+        perhaps on their way to one."""
         cdef Request request
         found = []
-        for queue in (self.pending, self.lent, self.ready,
+        for queue in (self.pending, self.in_flight, self.lent, self.ready,
                       *[(<Share>share).held for share in self.shares.values()]):
             for request in queue:
-                if fd in (request.fd, request.other_fd) and (request.state != DONE or request.refused):
+                if fd not in (request.fd, request.other_fd):
+                    continue
+                if queue is self.in_flight and not (request.asked and not request.abandoned):
+                    continue            # the kernel has the file
+                if request.state != DONE or request.goes_again():
                     found.append(request)
         return found
 
@@ -677,8 +687,11 @@ cdef class Engine(Tally):
         return found
 
     def writes(self):
-        """The writes that are not done yet."""
-        return [request for request, _ in self.requests() if request.opcode in (PWRITE, PWRITEV)]
+        """The writes that are not over: not done yet, or on their way to a thread."""
+        cdef Request request
+        again = [request for request in self.ready if request.goes_again()]
+        return [request for request in [*again, *[request for request, _ in self.requests()]]
+                if request.opcode in (PWRITE, PWRITEV)]
 
     def _check(self):
         """Assert all that must hold between two calls."""

@@ -291,8 +291,7 @@ cdef class File:
         current_driver().check_caller()
 
         def work():
-            with alignment.holding((self._known.device.number, self._known.inode), offset,
-                                   <uint64_t>offset + <uint64_t>length):
+            with _holding(self._known, offset, <uint64_t>offset + <uint64_t>length):
                 return fallocate_file(fd, self._known.device, how, offset, length)
 
         try:
@@ -378,6 +377,7 @@ cdef class File:
 # The ways ----------------------------------------------------------------------------------------
 
 cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
+    request.file = known
     as_call(request)
     return driver.perform_by_thread(request, known.device.pool())
 
@@ -409,6 +409,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
             break
         if way == ASK:
             request.flags |= RWF_NOWAIT
+            request.asked = True
         result = _by_aio(driver, request, known)
         if way == ASK and result == -EOPNOTSUPP:
             if theirs == 0:             # else it may be another flag that is not known
@@ -649,6 +650,28 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     return got
 
 
+def _holding(Known known, start, end):
+    return alignment.holding((known.device.number, known.inode), start, end,
+                             lambda: _is_being_written(known, start, end))
+
+
+cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
+    """Whether a write to this range of the file is under way, by anybody here."""
+    cdef Request request
+    cdef Known other
+    for driver in all_drivers():
+        for request in (<Driver>driver).engine.writes():
+            if type(request.file) is not Known:
+                continue
+            other = request.file
+            if other.inode != known.inode or other.device.number != known.device.number:
+                continue
+            if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND or (
+                    <uint64_t>request.offset < end and start < <uint64_t>request.offset + request.nbytes):
+                return True
+    return False
+
+
 def _write_misaligned(Known known, Request asked, buffers):
     data = b''.join([_fallback.flat(buffer) for buffer in buffers])
     cdef int fd = asked.fd
@@ -656,7 +679,6 @@ def _write_misaligned(Known known, Request asked, buffers):
     cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
     cdef uint64_t start = offset - _misfit(known, offset)
     span = aligned_buffer(_span(known, end - start))
-    inode = (known.device.number, known.inode)
 
     def aligned(reading, memory, at):
         request = new_request(PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
@@ -668,10 +690,7 @@ def _write_misaligned(Known known, Request asked, buffers):
 
     def work():
         grows = known.kind & REGULAR and start + len(span) > <uint64_t>file_size(fd)
-        with alignment.holding(inode, start, alignment.EVERYTHING if grows else start + len(span)) as first:
-            if first:
-                alignment.wait_for_all([request for driver in all_drivers()
-                                        for request in driver.engine.writes()])
+        with _holding(known, start, alignment.EVERYTHING if grows else start + len(span)):
             size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
             return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
                                    lambda memory, at: aligned(False, memory, at),
@@ -689,7 +708,7 @@ def _write_in_turn(Known known, Request request, memory):
     """An aligned write, while somebody holds a part of the file."""
     def work():
         end = alignment.EVERYTHING if _extends(request, known) else request.offset + request.nbytes
-        with alignment.holding((known.device.number, known.inode), request.offset, end):
+        with _holding(known, request.offset, end):
             return _direct(current_driver(), request, known, memory)
 
     return alignment.shielded(request.fd, work)

@@ -8,18 +8,22 @@ does, the aligned writes to that file take their turn too. Between processes not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
 
 import gevent
+from gevent import get_hub
 from gevent.event import Event
+from gevent.monkey import get_original
 
 from greenaio import _fallback
+from greenaio._ends import before_destroy, forget
 
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
 
-_held: dict[Inode, list[tuple[int, int, Event]]] = {}
+get_ident = get_original('_thread', 'get_ident')
+_held: dict[Inode, list[_Range]] = {}
 
 
 def is_held(inode: Inode) -> bool:
@@ -27,24 +31,51 @@ def is_held(inode: Inode) -> bool:
     return inode in _held
 
 
+class _Range:
+    """What somebody holds of *inode*: the bytes from *start* to *end*, until `let_go`."""
+
+    def __init__(self, inode: Inode, start: int, end: int) -> None:
+        self.inode, self.start, self.end = inode, start, end
+        self.over = Event()
+        self.thread = get_ident()
+        _held.setdefault(inode, []).append(self)
+
+    def let_go(self) -> None:
+        """Once is enough: also by others, where the greenlet that holds it can never go on."""
+        if self.over.is_set():
+            return
+        self.over.set()
+        _held[self.inode].remove(self)
+        if not _held[self.inode]:
+            del _held[self.inode]
+
+
 @contextlib.contextmanager
-def holding(inode: Inode, start: int, end: int) -> Iterator[bool]:
-    """Hold the bytes from *start* to *end*: waits for those who asked before and overlap. Yields whether
-    nobody held anything of the file before."""
-    is_first = inode not in _held
-    ranges = _held.setdefault(inode, [])
-    before = [event for first, last, event in ranges if first < end and start < last]
-    mine = (start, end, Event())
-    ranges.append(mine)
+def holding(inode: Inode, start: int, end: int, is_being_written: Callable[[], bool]) -> Iterator[None]:
+    """Hold the bytes from *start* to *end*: waits for those who asked before and overlap, and for writes that
+    took no turn, for nobody held anything when they began."""
+    before = [other for other in _held.get(inode, ()) if other.start < end and start < other.end]
+    mine = _Range(inode, start, end)
+    hub = get_hub()
+    before_destroy(hub, mine.let_go)
     try:
-        for event in before:
-            event.wait()
-        yield is_first
+        for other in before:
+            other.over.wait()
+        while is_being_written():       # too rare for anything better than a look every millisecond
+            gevent.sleep(0.001)
+        yield
     finally:
-        mine[2].set()
-        ranges.remove(mine)
-        if not ranges:
-            del _held[inode]
+        forget(hub, mine.let_go)
+        mine.let_go()
+
+
+def _after_fork_in_child() -> None:
+    for mine in [mine for ranges in _held.values() for mine in ranges]:
+        if mine.thread != get_ident():          # it stayed with the parent
+            mine.let_go()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def shielded(fd: int, work: Callable[[], int]) -> int:
@@ -65,13 +96,6 @@ def shielded(fd: int, work: Callable[[], int]) -> int:
     if captured[1] is not None:
         raise captured[1]
     return captured[0]
-
-
-def wait_for_all(requests: Sequence[Any]) -> None:
-    """Wait for writes that began before anybody held a range. Too rare for anything better than a look
-    every millisecond."""
-    while any(request.result is None for request in requests):
-        gevent.sleep(0.001)
 
 
 def write(data: bytes, offset: int, align: int, size: int,

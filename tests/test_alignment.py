@@ -6,10 +6,10 @@ import random
 
 import gevent
 import pytest
-from conftest import pattern
+from conftest import MIB, pattern, run_python
 
 import greenaio.os
-from greenaio import File, aligned_buffer, alignment
+from greenaio import File, _hub, aligned_buffer, alignment
 
 
 @pytest.fixture
@@ -182,3 +182,169 @@ def test_closed_between_the_steps_it_still_writes_to_its_own_file(folder):
             assert plain.read() == pattern(65536)
         os.truncate(paths[0], 65536)
     assert not alignment._held
+
+
+@pytest.fixture
+def busy(folder):
+    """Keeps the device busy: what is asked for after this call is done well after it was."""
+    path = os.path.join(folder, 'busy')
+    with open(path, 'wb') as made:
+        made.write(bytes(8 * MIB))
+        os.fsync(made.fileno())
+    with File(path, os.O_RDONLY | os.O_DIRECT) as file:
+        yield lambda: [gevent.spawn(file.pread, 131072, i * 131072) for i in range(60)]
+
+
+def sparse(path, size=MIB):
+    with open(path, 'wb') as made:
+        made.truncate(size)
+
+
+def test_write_that_goes_again_by_a_thread_loses_nothing_to_a_neighbour(folder, busy):
+    """
+        aligned, into a hole               misaligned, in its first sector
+        native AIO says EAGAIN
+                                           must wait, though nothing is under way
+        by a thread
+                                           reads the sector, writes it
+    """
+    path = os.path.join(folder, 'holes')
+    block = aligned_buffer(65536)
+    block[:] = b'A' * 65536
+    for _ in range(10):
+        sparse(path)
+        with File(path, os.O_RDWR | os.O_DIRECT) as file:
+            jobs = [*busy(), gevent.spawn(file.pwrite, block, 0), gevent.spawn(file.pwrite, b'odd', 100)]
+            gevent.joinall(jobs, raise_error=True)
+            got = contents(file)[:65536]
+        assert got.replace(b'odd', b'AAA') == b'A' * 65536
+
+
+def test_each_that_holds_a_range_waits_for_the_writes_there(folder):
+    """Not only the first, whose range may be another."""
+    path, count = os.path.join(folder, 'blocks'), 16
+    with open(path, 'wb') as made:
+        made.write(bytes(count * MIB))
+        os.fsync(made.fileno())
+    block = aligned_buffer(MIB)
+    block[:] = b'A' * MIB
+    with File(path, os.O_RDWR | os.O_DIRECT) as file:
+        for _ in range(3):
+            jobs = [gevent.spawn(file.pwrite, block, i * MIB) for i in range(1, count)]
+            jobs += [gevent.spawn(file.pwrite, b'odd', i * MIB + 100) for i in range(count)]
+            gevent.joinall(jobs, raise_error=True)
+            got = contents(file)
+            assert got[MIB:].replace(b'odd', b'AAA') == b'A' * (len(got) - MIB)
+            file.pwrite(bytes(len(got)), 0)
+
+
+def test_queued_write_that_is_killed_is_not_waited_for(held_disk):
+    block = aligned_buffer(4096)
+    with File(held_disk.file, os.O_RDWR | os.O_DIRECT) as file:
+        file.pwrite(block, 0)
+        held_disk.hold()
+        odd = gevent.spawn(file.pwrite, b'odd', 7)
+        limit = _hub.get_driver().engine.shares[file.device].limit
+        writers = [gevent.spawn(file.pwrite, block, 4096 * (i % 100)) for i in range(limit + 10)]
+        gevent.sleep(0.05)
+        gevent.killall(writers[-5:])            # the kernel never had them
+        held_disk.release()
+        gevent.joinall([odd, *writers], timeout=20, raise_error=False)
+        assert odd.value == 3
+        assert file.pwrite(block, 0) == 4096
+
+
+def test_writes_of_other_files_are_not_waited_for(held_disk):
+    block = aligned_buffer(4096)
+    with File(held_disk.file, os.O_RDWR | os.O_DIRECT) as held, \
+            File(held_disk.file + '.other', os.O_RDWR | os.O_CREAT) as other:
+        other.pwrite(bytes(65536), 0)
+        other.fsync()
+        held.pwrite(block, 0)
+        held_disk.hold()
+        writer = gevent.spawn(held.pwrite, block, 0)
+        gevent.sleep(0.01)
+        gevent.spawn(other.fallocate, 0, 0, 4096).get(timeout=20)       # holds a range, and needs no disk
+        assert not writer.ready()
+        held_disk.release()
+        writer.get()
+
+
+@pytest.mark.parametrize('how', ['fork', 'destroy'])
+def test_range_of_a_greenlet_that_can_never_go_on_is_given_back(disk_folder, how):
+    path = os.path.join(disk_folder, 'ranges')
+    with open(path, 'wb') as made:
+        made.write(bytes(4 * MIB))
+        os.fsync(made.fileno())
+    run_python('''
+        import os, sys, threading, time, gevent
+        from greenaio import File, aligned_buffer, alignment
+        path, how = sys.argv[1:]
+        file = File(path, os.O_RDWR | os.O_DIRECT)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def other():
+            writers = [gevent.spawn(file.pwrite, b'odd', 7 + i * 4096) for i in range(300)]
+            while not alignment._held:
+                gevent.sleep(0)
+            begun.set()
+            if how == 'destroy':
+                gevent.get_hub().destroy()
+            else:
+                go_on.wait()                    # in this thread, so that nothing goes on
+                gevent.joinall(writers)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait()
+        child = os.fork() if how == 'fork' else thread.join()
+        if child:
+            go_on.set()
+            thread.join()
+            assert os.waitpid(child, 0)[1] == 0
+        else:
+            for data, offset in ((b'odd', 7), (aligned_buffer(4096), 8192)):
+                assert gevent.spawn(file.pwrite, data, offset).get(timeout=10) == len(data)
+            assert not alignment._held
+            os._exit(0)
+    ''', path, how)
+
+
+@pytest.mark.parametrize('writing', [False, True], ids=['read', 'write'])
+def test_what_goes_again_by_a_thread_does_so_on_its_own_file(folder, busy, writing):
+    """
+        asks, with RWF_NOWAIT              closes; opens another: must not get the number
+        EAGAIN: dirty pages, or a hole
+        asks a thread
+    """
+    mine, victim = (os.path.join(folder, name) for name in ('mine', 'victim'))
+    with open(victim, 'wb') as made:
+        made.write(b'V' * 65536)
+    opened = []
+    with open(mine, 'wb') as made:
+        if writing:
+            made.truncate(MIB)
+        else:
+            made.write(b'm' * 65536)            # dirty
+    file = File(mine, (os.O_RDWR if writing else os.O_RDONLY) | os.O_DIRECT)
+
+    def close():
+        file.close()
+        opened.extend(os.open(victim, os.O_RDWR) for _ in range(3))
+
+    block = aligned_buffer(4096)
+    block[:] = b'W' * 4096
+    jobs = busy()
+    asked = gevent.spawn(file.pwrite, block, 0) if writing else gevent.spawn(file.pread, 4096, 0)
+    gevent.sleep(0)
+    gevent.get_hub().loop.run_callback(close)
+    gevent.joinall([*jobs, asked], raise_error=True)
+    gevent.sleep(0.01)
+    for fd in opened:
+        os.close(fd)
+    with open(mine, 'rb') as one, open(victim, 'rb') as other:
+        assert other.read() == b'V' * 65536
+        if writing:
+            assert one.read(4096) == b'W' * 4096
+        else:
+            assert asked.value == b'm' * 4096
