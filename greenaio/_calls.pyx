@@ -268,12 +268,13 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
     _open_file(target)
-    while True:
-        result = _call(source, known.device, memory, SYS_sendfile, target, source,
-                       0 if offset is None else <long>at, count, 0, target)
-        if result != -EAGAIN:
-            break
-        _fallback.wait_for(target, 2)   # a non-blocking socket that is full, as gevent's are
+    with _fallback.using(source), _fallback.using(target):      # also while it waits for the socket
+        while True:
+            result = _call(source, known.device, memory, SYS_sendfile, target, source,
+                           0 if offset is None else <long>at, count, 0, target)
+            if result != -EAGAIN:
+                break
+            _fallback.wait_for(target, 2)       # a non-blocking socket that is full, as gevent's are
     if result < 0:
         raise failed(result, None)
     return result
@@ -298,22 +299,24 @@ cdef int close_file(int fd, bint may_wait) except -1:
     cdef Request request = None
     cdef Pool pool = None
     cdef Known known
-    cdef bint left = False
+    cdef bint left = False, is_used, is_slow = False
     cdef int64_t result
     try:
         driver = driver_if_exists()
         if driver is not None:
             driver.submit_now()
         queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
-        if not (queued or _fallback.in_use(fd) or not may_wait or driver is None or (<Driver>driver).in_hub()):
+        is_used = bool(queued) or _fallback.in_use(fd)
+        if is_used or may_wait and driver is not None and not (<Driver>driver).in_hub():
             try:
                 known = _open_file(fd)
             except OSError as error:
                 if error.errno == EBADF:
                     raise
                 known = None            # xfs that is shut down tells nothing, and has nothing to wait for
-            if known is not None and not in_line(known, 0) and (
-                    known.kind & WRITABLE or not known.device.is_local):
+            is_slow = known is not None and not in_line(known, 0) and (
+                known.kind & WRITABLE or not known.device.is_local)
+            if is_slow and not is_used:
                 pool = known.device.pool()
                 request = new_call(-1, None, SYS_close, fd)     # on no fd: its own number is not to stay taken
                 request.must_run = True
@@ -332,7 +335,7 @@ cdef int close_file(int fd, bint may_wait) except -1:
         except OSError:
             pass
     if request is None:
-        _fallback.close(fd, queued)
+        _fallback.close(fd, queued, is_slow=is_slow)
         return 0
     try:
         result = (<Driver>driver).perform_by_thread(request, pool)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gevent import get_hub, getcurrent
 from gevent.exceptions import BlockingSwitchOutError
+from gevent.monkey import get_original
 
 from greenaio._ends import before_destroy
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gevent.threadpool import ThreadPool
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+start_new_thread = get_original('_thread', 'start_new_thread')
 
 THREADS = 10    # per hub, as gevent's own pool
 
@@ -191,20 +194,27 @@ def check_open(fd: int) -> None:
 
 
 class Closer:
-    """Closes an fd when the last operation that was queued on it lets go of this."""
+    """Closes an fd when the last operation that was queued on it lets go of this: in the hub, as a rule, so
+    that one which *is_slow* to close has a thread."""
 
-    __slots__ = ('fd',)
+    __slots__ = ('fd', 'is_slow')
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, is_slow: bool) -> None:
+        self.fd, self.is_slow = fd, is_slow
         _closing.add(fd)
 
     def __del__(self) -> None:
         _closing.discard(self.fd)
+        if self.is_slow:
+            try:
+                start_new_thread(posix.close, (self.fd,))
+                return
+            except RuntimeError:        # none to be had, or the interpreter ends
+                pass
         posix.close(self.fd)
 
 
-def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False) -> None:
+def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_slow: bool = False) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for nobody."""
     check_open(fd)
@@ -213,7 +223,7 @@ def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False) -> No
     if not queued:
         posix.close(fd)
         return
-    closer = Closer(fd)
+    closer = Closer(fd, is_slow)
     for operation in queued:
         operation.closer = closer
 

@@ -381,6 +381,7 @@ cdef class Driver:
     cdef _leave(self, Request request):
         """The greenlet of *request* goes without its result: withdraw or abandon."""
         cdef Engine engine = self.engine
+        _notice_fork()                  # a lock of the parent's pool may be held for ever here
         if engine.withdraw(request):
             request.release()
         elif request.state == DONE:
@@ -443,10 +444,14 @@ cdef class Driver:
         self._turn_end = None
         self._run = 0
         if not self.closed:
-            self._flush()
-            if self.engine.ready.count == 0:
-                self._poll()
-            self._ask_for_pass()
+            try:
+                self._flush()
+                if self.engine.ready.count == 0:
+                    self._poll()
+            except BaseException:
+                self._failed()
+            finally:
+                self._ask_for_pass()
 
     def submit_now(self):
         """Submit what is pending without waiting for the end of the turn; from anywhere in the thread."""
@@ -479,10 +484,14 @@ cdef class Driver:
         if self.closed:
             return
         self._retry_after *= 2
-        self._flush()
-        if self._retry is None:
-            self._retry_after = RETRY_MIN
-        self._ask_for_pass()
+        try:
+            self._flush()
+            if self._retry is None:
+                self._retry_after = RETRY_MIN
+        except BaseException:
+            self._failed()
+        finally:
+            self._ask_for_pass()
 
     # From the kernel ------------------------------------------------------------------------
 
@@ -495,11 +504,24 @@ cdef class Driver:
             self._adapt_poll(self.engine.context.now() - self._unpolled_since)
         self._asked_for_pass = False
         self.engine.context.clear()     # first: what is signalled later is reaped later
-        self._reap()
-        if greenlet_current() is self.hub:
-            self._drain()
-        else:                           # only the hub hands over
-            self.engine.context.signal()
+        try:
+            self._reap()
+            if greenlet_current() is self.hub:
+                self._drain()
+            else:                       # only the hub hands over
+                self.engine.context.signal()
+        except BaseException:
+            self._failed()
+        finally:
+            if not self.closed:
+                self._ask_for_pass()
+
+    def _failed(self):
+        """Report what nobody here is to blame for. Raised into the loop, it would stop the watcher, and nobody
+        be woken any more; and what is pending may have nothing in flight that could submit it."""
+        self.hub.handle_error(self, *sys.exc_info())
+        if self.engine.pending.count and not self.closed:
+            self._retry_soon()
 
     cdef int _reap(self) except -1:
         """Reap; and where requests wait for room, hand the device the next before anybody wakes."""
@@ -530,10 +552,12 @@ cdef class Driver:
             engine.burst = BURST
             self._run = 0
             if not self.closed:
-                self._flush()
-                self._ask_for_pass()
-                if self.waiting == 0:
-                    self._let_go_of_loop()
+                try:
+                    self._flush()
+                finally:
+                    self._ask_for_pass()
+                    if self.waiting == 0:
+                        self._let_go_of_loop()
         return 0
 
     cdef bint _more_is_ready(self) except -1:
@@ -651,6 +675,7 @@ cdef class Driver:
         in flight keep their memory until the kernel is done, which a native thread waits for.
         """
         global thread_driver
+        _notice_fork()
         if self.closed:
             return
         self.closed = True
@@ -682,6 +707,8 @@ cdef class Driver:
         self.engine.refuse(ECANCELED)
         self._abandon_all(self.engine.in_flight)
         self._abandon_all(self.engine.lent)
+        for request in self.engine.ready:
+            (<Request>request).abandoned = (<Request>request).waiter is not None    # else it looks by itself
         _let_go(self.engine.ready)
 
     cdef int _abandon_all(self, RequestList requests) except -1:

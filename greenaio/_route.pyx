@@ -16,6 +16,8 @@ import re
 import stat
 import struct
 
+from gevent import spawn
+
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISREG
@@ -296,9 +298,10 @@ cdef class Known:
         _demotions += 1
         _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
         if _demotions == 1:
-            log.warning('a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
-                        'threads for %d s. Further ones are only counted', self.device, self.inode,
-                        ns // 1000000, DEMOTED_NS // 1000000000)
+            # In a greenlet: a handler may have to wait for its lock, and this is amidst a pass.
+            spawn(log.warning, 'a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
+                  'threads for %d s. Further ones are only counted', self.device, self.inode,
+                  ns // 1000000, DEMOTED_NS // 1000000000)
         return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
                 self.inode, ns / 1e9, DEMOTED_NS / 1e9)
 

@@ -4,15 +4,18 @@ import contextlib
 import errno
 import fcntl
 import os
+import posix
 import socket
 import time
+from _thread import get_ident
 
 import gevent
 import pytest
 from conftest import MIB, pattern, run_python
+from gevent import socket as gsocket
 
 import greenaio.os
-from greenaio import File, _hub
+from greenaio import File, _fallback, _hub
 
 
 def outcome(function, *args, **kwargs):
@@ -186,6 +189,73 @@ def test_sendfile_waits_in_the_loop_for_a_socket_that_is_full(data_file):
     os.close(fd)
 
 
+def test_sendfile_that_waits_for_the_socket_keeps_its_file(folder):
+    """
+        sends, and waits: the socket is full
+                                        closes the file; opens another: must not get the number
+        goes on
+    """
+    for name, byte in (('mine', b'm'), ('other', b'O')):
+        with open(os.path.join(folder, name), 'wb') as made:
+            made.write(byte * 4 * MIB)
+    sender, receiver = gsocket.socketpair()
+    fd, at, opened, received = greenaio.os.open(os.path.join(folder, 'mine'), os.O_RDONLY), 0, [], bytearray()
+
+    def send():
+        nonlocal at
+        while not opened:
+            at += greenaio.os.sendfile(sender.fileno(), fd, at, 65536)
+        sender.close()
+
+    sending = gevent.spawn(send)
+    gevent.sleep(0.1)
+    greenaio.os.close(fd)
+    opened += [os.open(os.path.join(folder, 'other'), os.O_RDONLY) for _ in range(3)]
+    while data := receiver.recv(MIB):
+        received += data
+    sending.get()
+    receiver.close()
+    for other in opened:
+        os.close(other)
+    assert received == b'm' * at
+
+
+@pytest.mark.parametrize('ends', ['fork', 'destroy'])
+def test_fd_that_nobody_was_given_yet_is_closed(disk_folder, ends):
+    """A thread has opened it, and no pass has handed it over."""
+    run_python('''
+        import os, sys, time, gevent
+        import greenaio.os
+        from greenaio import _hub
+        path, ends = sys.argv[1:]
+        greenaio.os.stat('/')
+
+        def opened():
+            return [fd for fd in os.listdir('/proc/self/fd') if os.path.lexists(f'/proc/self/fd/{fd}')
+                    and os.readlink(f'/proc/self/fd/{fd}') == path]
+
+        greenlets = [gevent.spawn(greenaio.os.open, path, os.O_RDWR | os.O_CREAT) for _ in range(10)]
+        gevent.sleep(0)
+        end = time.monotonic() + 20
+        while len(opened()) < 10 and time.monotonic() < end:
+            time.sleep(0.01)
+        engine = _hub.get_driver().engine
+        _hub.get_driver()._on_eventfd()         # reaps; but only the hub hands over
+        assert len(engine.ready) == 10
+        if ends == 'destroy':
+            gevent.get_hub().destroy()
+        elif child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+            gevent.joinall(greenlets, raise_error=True)
+            os._exit(0)
+        else:
+            gevent.get_hub().exception_stream = None
+            gevent.joinall(greenlets)
+        assert not opened(), opened()
+        os._exit(0)
+    ''', os.path.join(disk_folder, 'new'), ends)
+
+
 def test_pipe_waits_in_the_loop_both_ways():
     reader, writer = os.pipe()
     data = os.urandom(300000)
@@ -269,6 +339,21 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
         else:
             raise AssertionError('still open')
     ''', disk_folder, env={'GREENAIO_THREADS': '1'})
+
+
+def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, monkeypatch):
+    """The last of them lets go of the fd in the hub, as a rule."""
+    closed, close = [], posix.close
+    file = File(os.path.join(disk_folder, 'written'), os.O_RDWR | os.O_CREAT)
+    fd = file.fileno()
+    monkeypatch.setattr(posix, 'close', lambda fd: closed.append((fd, get_ident())) or close(fd))
+    with _fallback.using(fd):
+        file.close()
+        assert closed == []
+    with gevent.Timeout(10):
+        while not closed:
+            gevent.sleep(0.001)
+    assert closed[0][0] == fd and closed[0][1] != get_ident()
 
 
 def test_close_of_no_open_file_is_ebadf():

@@ -317,6 +317,25 @@ assert position() == at == len(wanted)
 ''', path, cached)
 
 
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])
+def test_child_that_destroys_its_hub_after_a_fork_in_c_robs_the_parent_of_nothing(fork_file, loop):
+    """It has used nothing of greenaio, which could have noticed."""
+    run_python(COMMON + '''
+import ctypes
+fork = ctypes.PyDLL(None).fork
+for _ in range(2):
+    greenlets = [gevent.spawn(read, i) for i in range(60)]
+    gevent.sleep(0)
+    pid = fork()
+    if pid == 0:
+        gevent.get_hub().destroy()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    gevent.joinall(greenlets, raise_error=True, timeout=10)
+    assert all(greenlet.ready() for greenlet in greenlets)
+''', fork_file, env={'GEVENT_LOOP': loop})
+
+
 def test_child_that_exits_disturbs_nothing(fork_file):
     run_python(COMMON + '''
 for turn in range(10):

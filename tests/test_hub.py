@@ -603,6 +603,36 @@ def test_drain_pass_is_a_section_and_the_outermost_end_submits(driver):
     gevent.joinall(greenlets, timeout=5, raise_error=True)
 
 
+def test_failure_at_the_end_of_a_pass_stops_nobody(driver):
+    """Raised into the loop, gevent would stop the watcher for it."""
+    kernel, hub, done, errors = driver.engine.context, gevent.get_hub(), [], []
+
+    def fails(batch):
+        raise KeyError
+
+    def worker(i):
+        perform(driver, read(i))
+        if i == 0:
+            perform(driver, read(100))          # goes out as the pass ends
+        done.append(i)
+
+    greenlets = [gevent.spawn(worker, i) for i in range(60)]
+    turn()
+    for _ in range(20):             # with 40 in flight, one request does not go out at once
+        kernel.finish()
+    kernel.answers.append(fails)
+    hub.handle_error = lambda context, kind, value, tb: errors.append(kind)
+    try:
+        with gevent.Timeout(5):
+            while len(done) < 60:
+                gevent.sleep(0.001)
+                kernel.finish_all()
+    finally:
+        del hub.handle_error
+    gevent.joinall(greenlets, raise_error=True)
+    assert errors == [KeyError]
+
+
 def test_pass_ends_after_two_hundred_microseconds_too(driver):
     """Greenlets that take 50 us each: the loop has its turn after every fifth."""
     kernel, order = driver.engine.context, []
