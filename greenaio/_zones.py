@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
 from greenaio import _fallback
@@ -44,6 +45,22 @@ class _Zone:
         self.offset, self.length, self.end = offset, length, offset + capacity
         self.write_pointer = write_pointer
         self.turn = BoundedSemaphore(1)
+        self.appends = 0                # that are beside each other
+        self.idle = Event()             # ... and whether there are none
+        self.idle.set()
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """An append that takes no turn, but who has the turn may wait until the zone is `idle`."""
+        with self.turn:
+            self.appends += 1
+            self.idle.clear()
+        try:
+            yield
+        finally:
+            self.appends -= 1
+            if self.appends == 0:
+                self.idle.set()
 
 
 class Zones:
@@ -64,6 +81,9 @@ class Zones:
             found = []
         self._zones: dict[int, _Zone] = {zone.offset: zone for zone in found}
 
+    def __bool__(self) -> bool:
+        return bool(self._zones)
+
     def told(self) -> list[Zone]:
         return [Zone(zone.offset, zone.end - zone.offset, zone.write_pointer)
                 for zone in self._zones.values()]
@@ -74,14 +94,23 @@ class Zones:
         except KeyError:
             raise OSError(errno.EINVAL, 'No zone begins there', self._file.name) from None
 
+    def check_room(self, offset: int, nbytes: int) -> None:
+        """Refuse what `appending` would, unless somebody may be about to make room."""
+        zone = self._at(offset)
+        if not zone.turn.locked():
+            self._check_room(zone, nbytes)
+
+    def _check_room(self, zone: _Zone, nbytes: int) -> None:
+        if zone.write_pointer + nbytes > zone.end:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+
     @contextlib.contextmanager
     def appending(self, offset: int, nbytes: int) -> Iterator[int]:
         """Where *nbytes* go that are written meanwhile."""
         zone = self._at(offset)
-        with zone.turn if self._is_kernels else contextlib.nullcontext():
+        with zone.turn if self._is_kernels else zone.beside_others():
+            self._check_room(zone, nbytes)
             where = zone.write_pointer
-            if where + nbytes > zone.end:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
             zone.write_pointer += nbytes
             try:
                 yield where
@@ -98,6 +127,7 @@ class Zones:
         """Empty a zone; yields how many bytes are to be made a hole for that."""
         zone = self._at(offset)
         with zone.turn:
+            zone.idle.wait()
             if self._is_kernels:
                 what = RANGE.pack(offset // SECTOR, zone.length // SECTOR)
                 _fallback.call(lambda fd: fcntl.ioctl(fd, BLKRESETZONE, what), self._file.fileno())

@@ -7,6 +7,7 @@ here but for that: reads and writes go to a `File`, which knows the ways.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import operator
 import os
@@ -39,7 +40,10 @@ StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16      # linux/falloc.h
 PUNCH, ZERO = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
-CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)     # of fallocate, and of RWF_DSYNC
+CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)     # of fallocate
+UNKNOWN = (errno.EOPNOTSUPP, errno.ENOSYS)                  # of RWF_DSYNC; ENODEV is of a disk that has gone
+REFUSED = (errno.EBADF, errno.EFAULT, errno.EFBIG, errno.EINVAL)    # a write, before any of it was done
+OFFSET_MAX = (1 << 63) - 1      # bytes: the kernel's loff_t
 
 PAGE = 4096                     # bytes: what is zeroed without being written comes in these
 ZEROS = aligned_buffer(1 << 20).toreadonly()        # and where that can't be, so much is written at a time
@@ -75,7 +79,12 @@ class BlockDevice:
             flags |= os.O_CREAT | os.O_EXCL
         self._readonly = readonly
         self._throttle = _Throttle(iops, bps) if iops or bps else None
-        self._file = File(path, flags, **({} if max_batch is None else {'max_batch': max_batch}))
+        try:
+            self._file = File(path, flags, **({} if max_batch is None else {'max_batch': max_batch}))
+        except OSError as error:        # O_DIRECT is refused once the file was made, and EEXIST came before
+            if create_size is not None and error.errno == errno.EINVAL:
+                _unlink(path)
+            raise
         try:
             if not (stat.S_ISREG(self._file.kind) or stat.S_ISBLK(self._file.kind)):
                 raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), self._file.name)
@@ -85,6 +94,8 @@ class BlockDevice:
             self._zones = Zones(self._file, self._size, zone_size)
         except BaseException:
             self._file.close()
+            if create_size is not None:     # O_EXCL: nobody else made it
+                _unlink(path)
             raise
         self._writes = _Writes(self._file)
 
@@ -122,7 +133,9 @@ class BlockDevice:
 
     def pread(self, n: int, offset: int) -> bytes:
         """Return *n* bytes from *offset* on; zeros for what is past the end."""
+        self._check_range(n, offset)
         if self._throttle is not None:
+            bytes(n)                    # a MemoryError is to come before its turn
             self._throttle.wait(n)
         data = self._file.pread(n, offset)
         return data if len(data) == n else self._go_on_reading(data, n, offset)
@@ -151,10 +164,10 @@ class BlockDevice:
         ranges = list(ranges)
         for n, offset in ranges:
             self._check_range(n, offset)
-        if self._throttle is not None:
-            self._throttle.wait(sum(n for n, _ in ranges), len(ranges))
         rooms = [-(-n // PAGE) * PAGE for n, _ in ranges]       # each begins where O_DIRECT can
         memory, at, blocks = aligned_buffer(sum(rooms)), 0, []
+        if self._throttle is not None:
+            self._throttle.wait(sum(n for n, _ in ranges), len(ranges))
         for (n, offset), room in zip(ranges, rooms, strict=True):
             blocks.append(Block(self._file, True, memory[at:at + room], n, offset, True))
             at += room
@@ -224,8 +237,22 @@ class BlockDevice:
         if self._throttle is not None:
             self._throttle.wait(wanted)
         with self._writes:
-            self._write_all(buffers, wanted, offset, os.RWF_DSYNC if fua else 0)
+            if fua:
+                self._write_durably(buffers, wanted, offset)
+            else:
+                self._write_all(buffers, wanted, offset)
         return wanted
+
+    def _write_durably(self, buffers: Sequence[Any], n: int, offset: int) -> None:
+        """In a greenlet of its own: who is killed would not hear what the sync in it has to say."""
+        views = [_fallback.flat(buffer) for buffer in buffers]      # so long nobody changes their sizes
+
+        def write() -> int:
+            with self._writes.syncing():
+                self._write_all(views, n, offset, os.RWF_DSYNC)
+            return n
+
+        alignment.shielded(self._file.fileno(), write)
 
     def _write_all(self, buffers: Sequence[Any], left: int, offset: int, flags: int = 0) -> None:
         while True:
@@ -242,11 +269,17 @@ class BlockDevice:
             try:
                 return self._file.pwritev(buffers, offset, flags)
             except OSError as error:
-                if error.errno not in CANNOT:
+                if error.errno not in UNKNOWN:
+                    if error.errno not in REFUSED:
+                        self._writes.failed(error)
                     raise
         n = self._file.pwritev(buffers, offset)
         if flags:
-            self._file.fdatasync()
+            try:
+                self._file.fdatasync()
+            except Exception as error:
+                self._writes.failed(error)
+                raise
         return n
 
     def write_zeroes(self, n: int, offset: int, *, may_unmap: bool = True, fua: bool = False) -> int:
@@ -296,28 +329,31 @@ class BlockDevice:
 
         Callers share: one fdatasync serves all who came before it began, and nobody waits where nothing was
         written since the last. Once it has failed, what was to be flushed may be lost, so it fails for ever
-        with that OSError.
+        with that OSError. So it does once a write with *fua* has failed, other than for its arguments.
         """
         self._file.fileno()
         self._writes.flush()
 
     def resize(self, n: int) -> None:
-        """Make an image *n* bytes long. Raises OSError, EINVAL for a device."""
-        if n < 0 or not stat.S_ISREG(self._file.kind):
+        """Make an image *n* bytes long. Raises OSError, EINVAL for a device and where there are zones."""
+        if n < 0 or not stat.S_ISREG(self._file.kind) or self._zones:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._file.name)
         with self._writes:
             _calls.ftruncate(self._file.fileno(), n)
         self._size = n
 
     def _check_range(self, n: int, offset: int) -> None:
-        if operator.index(n) < 0 or operator.index(offset) < 0:
+        """Of what may be past the end. What is refused does not wait for its turn, and costs nothing."""
+        self._file.fileno()
+        if min(operator.index(n), operator.index(offset)) < 0 or offset + n > OFFSET_MAX:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._file.name)
 
     def _check(self, n: int, offset: int, writing: bool = False) -> None:
         self._file.fileno()
-        self._check_range(n, offset)
         code = 0
-        if writing and self._readonly:
+        if min(operator.index(n), operator.index(offset)) < 0:
+            code = errno.EINVAL
+        elif writing and self._readonly:
             code = errno.EBADF          # as os.pwrite has it
         elif offset + n > self._size:
             code = errno.ENOSPC
@@ -334,13 +370,16 @@ class BlockDevice:
         """Write bytes-like *data* at the write pointer of the zone that begins at *offset*; return where that
         was. Raises OSError: ENOSPC if there is no room for all, EINVAL if no zone begins there. Of what fails
         or is killed, a gap may remain."""
-        n = memoryview(data).nbytes
+        data = _fallback.flat(data)     # its size stays so long
+        n = len(data)
         self._check(0, offset, writing=True)
+        self._zones.check_room(offset, n)
         if self._throttle is not None:
             self._throttle.wait(n)
 
         def append() -> int:
             with self._zones.appending(offset, n) as where, self._writes:
+                self._check(n, where, writing=True)
                 self._write_all((data,), n, where)
             return where
 
@@ -348,13 +387,20 @@ class BlockDevice:
         return alignment.shielded(self._file.fileno(), append)
 
     def zone_reset(self, offset: int) -> None:
-        """Empty the zone that begins at *offset*."""
+        """Empty the zone that begins at *offset*: what is appended meanwhile waits, and it for what was begun
+        before. If the greenlet is killed, that still happens."""
         self._check(0, offset, writing=True)
-        with self._zones.resetting(offset) as nbytes, self._writes:
-            if nbytes:
-                first, last = _inner(nbytes, offset)
-                if not self._fallocate(PUNCH, first, last):
-                    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self._file.name)
+
+        def reset() -> int:
+            with self._zones.resetting(offset) as nbytes, self._writes:
+                if nbytes:
+                    first, last = _inner(nbytes, offset)
+                    if not self._fallocate(PUNCH, first, last):
+                        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self._file.name)
+            return nbytes
+
+        # As an append: once begun it can't be stopped, and nothing may be written there before it is over.
+        alignment.shielded(self._file.fileno(), reset)
 
 
 class _Writes:
@@ -366,6 +412,7 @@ class _Writes:
         self._durable = 0               # ... as many as there were when the last good flush began
         self._unsure = False            # some failed or were killed: they may land at any time
         self._flushing: gevent.Greenlet[..., None] | None = None
+        self._syncing: set[Any] = set()         # greenlets in a write that syncs
         self._failure: Exception | None = None
 
     def __enter__(self) -> None:
@@ -380,6 +427,22 @@ class _Writes:
     def are_unsure(self) -> None:
         """Some failed, or nobody knows what became of them: each flush from now on has something to do."""
         self._unsure = True
+
+    @contextlib.contextmanager
+    def syncing(self) -> Iterator[None]:
+        """For a write that syncs. That a writeback failed is told to one sync of the file, whichever comes
+        first: so what it says is for all, and a flush waits for it."""
+        me = gevent.getcurrent()
+        self._syncing.add(me)
+        try:
+            yield
+        finally:
+            self._syncing.discard(me)
+
+    def failed(self, error: Exception) -> None:
+        """Of a sync. What was written before may be lost, and no other will say so."""
+        if not isinstance(error, OSError) or error.errno != errno.ECANCELED:    # that is a fork's
+            self._failure = self._failure or _copy(error)
 
     def flush(self) -> None:
         if self._unsure:
@@ -396,12 +459,17 @@ class _Writes:
         done = self._done
         try:
             self._file.fdatasync()
+            gevent.joinall(list(self._syncing))
             self._durable = done
         except Exception as error:
-            if not isinstance(error, OSError) or error.errno != errno.ECANCELED:    # that is a fork's
-                self._failure = error
+            self.failed(error)
         finally:
             self._flushing = None
+
+
+def _unlink(path: StrPath) -> None:
+    with contextlib.suppress(OSError):
+        _fallback.call(lambda _: os.unlink(path), -1)
 
 
 def _copy(error: Exception) -> Exception:

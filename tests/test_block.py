@@ -53,6 +53,18 @@ class Syncs:
             raise self.error
 
 
+class Instead:
+    """In the place of a device's File: some of its calls are others."""
+
+    def __init__(self, device, **calls):
+        self.file = device._file
+        vars(self).update(calls)
+        device._file = self
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 # Reading and writing -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('direct', [True, False])
@@ -481,29 +493,103 @@ def test_killed_write_is_never_taken_for_flushed(image):
         assert syncs.count == (2 if killed else 1)
 
 
-def test_sync_that_really_fails(tmp_path, disk_folder):
-    """Pages of a loop device whose backing file finds no room."""
+@contextlib.contextmanager
+def disk_without_room(folder):
+    """A loop device whose backing file finds no room: written back is 1 MiB of it or so."""
     if os.geteuid() != 0 or shutil.which('losetup') is None:
         missing('needs root and losetup')
-    run('mount', '-t', 'tmpfs', '-o', 'size=2M', 'greenaio-test', tmp_path)
+    run('mount', '-t', 'tmpfs', '-o', 'size=2M', 'greenaio-test', folder)
     try:
-        with open(tmp_path / 'backing', 'wb') as file:
+        with open(folder / 'backing', 'wb') as file:
             file.truncate(16 * MIB)
-        name = run('losetup', '-f', '--show', tmp_path / 'backing').strip()
+        name = run('losetup', '-f', '--show', folder / 'backing').strip()
         try:
             with BlockDevice(name, direct=False) as device:
                 for offset in range(0, 8 * MIB, MIB):
                     device.pwrite(pattern(MIB), offset)
-                for _ in range(2):
-                    with pytest.raises(OSError, match='Input/output|No space'):
-                        device.flush()
+                yield name, device
         finally:
             run('losetup', '-d', name)
     finally:
         for _ in range(50):
-            if subprocess.run(['umount', tmp_path], capture_output=True, check=False).returncode == 0:
+            if subprocess.run(['umount', folder], capture_output=True, check=False).returncode == 0:
                 break
             gevent.sleep(0.05)
+
+
+def test_sync_that_really_fails(tmp_path, disk_folder):
+    with disk_without_room(tmp_path) as (_, device):
+        for _ in range(2):
+            with pytest.raises(OSError, match='Input/output|No space'):
+                device.flush()
+
+
+def test_fua_write_that_hears_of_lost_pages_fails_the_flush(tmp_path):
+    """Once per open file is a writeback's error told, and here not to the flush."""
+    with disk_without_room(tmp_path) as (name, device):
+        with open(name, 'rb+') as other, contextlib.suppress(OSError):
+            os.fdatasync(other)
+        with pytest.raises(OSError, match='Input/output|No space'):
+            device.pwrite(bytes(4096), 0, fua=True)
+        for _ in range(2):
+            with pytest.raises(OSError, match='Input/output|No space'):
+                device.flush()
+
+
+@pytest.mark.parametrize('code', [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.EINVAL,
+                                  errno.EFBIG, errno.EBADF, errno.ECANCELED])
+@pytest.mark.parametrize('by_itself', [True, False])
+def test_fua_write_that_failed_fails_the_flush_unless_it_was_refused(image, code, by_itself):
+    """*by_itself*: RWF_DSYNC is known. Where it is not, what a sync says is never about arguments."""
+    def pwritev(buffers, offset, flags=0):
+        if flags:
+            raise OSError(code if by_itself else errno.EOPNOTSUPP, 'of the write', image)
+        return len(buffers[0])
+
+    def fdatasync():
+        if not by_itself:
+            raise OSError(code, 'of the sync', image)
+
+    with BlockDevice(image, create_size=MIB) as device:
+        Instead(device, pwritev=pwritev, fdatasync=fdatasync)
+        with pytest.raises(OSError, match='of the') as caught:
+            device.pwrite(bytes(4096), 0, fua=True)
+        assert caught.value.errno == code
+        harmless = (errno.ECANCELED, *((errno.EINVAL, errno.EFBIG, errno.EBADF) if by_itself else ()))
+        for _ in range(2):
+            with contextlib.nullcontext() if code in harmless else pytest.raises(OSError, match='of the'):
+                device.flush()
+
+
+def test_flush_hears_what_a_killed_fua_write_is_told(image):
+    """
+        writer                  flusher                 kernel
+        write, fua
+        is killed
+                                flush                   sync: all was well, or it was told already
+                                                        write: EIO, and of what was written before
+                                EIO
+    """
+    with BlockDevice(image, create_size=MIB) as device:
+        syncs, began, may_end = Syncs(device), Event(), Event()
+
+        def pwritev(buffers, offset, flags=0):
+            began.set()
+            may_end.wait()
+            raise OSError(errno.EIO, 'Input/output error', image)
+
+        device.pwrite(b'before', 8192)
+        Instead(device, pwritev=pwritev)
+        writer = gevent.spawn(device.pwrite, bytes(4096), 0, fua=True)
+        assert began.wait(5)
+        writer.kill()
+        flusher = gevent.spawn(device.flush)
+        assert syncs.began.wait(5)
+        gevent.sleep(0.01)
+        assert not flusher.ready()
+        may_end.set()
+        with pytest.raises(OSError, match='Input/output'):
+            flusher.get(timeout=5)
 
 
 def test_fua_is_durable_without_a_flush(image):
@@ -582,6 +668,97 @@ def test_write_pointers_are_found_again(image):
         device.flush()
     with BlockDevice(image, zone_size=MIB) as device:
         assert [zone.write_pointer for zone in device.zones()] == [8192, MIB, 3 * MIB, 3 * MIB]
+
+
+def test_zoned_image_keeps_its_size(image):
+    with BlockDevice(image, create_size=2 * MIB, zone_size=MIB) as device:
+        for n in (MIB, 4 * MIB):
+            with pytest.raises(OSError, match='Invalid'):
+                device.resize(n)
+        assert (device.size, os.stat(image).st_size) == (2 * MIB, 2 * MIB)
+        device._size = MIB + 4096
+        with pytest.raises(OSError, match='No space'):      # nor does it grow, whatever a zone says
+            device.zone_append(bytes(8192), MIB)
+        assert device.zone_append(bytes(4096), MIB) == MIB
+
+
+def hold_punching(device, monkeypatch):
+    """Events: a hole is about to be made in *device*, and it may be."""
+    began, may_end, fallocate = Event(), Event(), device._fallocate
+
+    def held(*arguments):
+        began.set()
+        may_end.wait()
+        return fallocate(*arguments)
+
+    monkeypatch.setattr(device, '_fallocate', held)
+    return began, may_end
+
+
+def test_reset_and_appends_wait_for_each_other(image, monkeypatch):
+    """
+        appends                 reset                   the zone
+        two begin                                       two ranges taken
+                                waits for them
+        a third waits for that
+        the two are written
+                                makes a hole            empty
+        the third is written                            has the third
+    """
+    with BlockDevice(image, create_size=2 * MIB, zone_size=MIB) as device:
+        write_all, may_write = device._write_all, Event()
+        punches, may_punch = hold_punching(device, monkeypatch)
+
+        def held(*arguments):
+            may_write.wait()
+            write_all(*arguments)
+
+        monkeypatch.setattr(device, '_write_all', held)
+        before = [gevent.spawn(device.zone_append, b'old' * 4096, 0) for _ in range(2)]
+        gevent.sleep(0)
+        reset = gevent.spawn(device.zone_reset, 0)
+        gevent.sleep(0.01)
+        assert device.zones()[0].write_pointer == 2 * 3 * 4096      # appends are beside each other
+        after = gevent.spawn(device.zone_append, b'new!' * 4096, 0)
+        gevent.sleep(0.01)
+        assert not punches.is_set()
+        may_write.set()
+        assert [one.get(timeout=5) for one in before] == [0, 3 * 4096]
+        assert punches.wait(5)
+        gevent.sleep(0.01)
+        assert not after.ready()
+        may_punch.set()
+        reset.get(timeout=5)
+        assert after.get(timeout=5) == 0
+        assert device.zones()[0].write_pointer == 16384
+        assert device.pread(32768, 0) == b'new!' * 4096 + bytes(16384)
+
+
+def test_killed_reset_and_who_waits_for_it_still_happen(image, monkeypatch):
+    with BlockDevice(image, create_size=MIB, zone_size=MIB) as device:
+        device.zone_append(b'old!' * 4096, 0)
+        punches, may_punch = hold_punching(device, monkeypatch)
+        reset = gevent.spawn(device.zone_reset, 0)
+        assert punches.wait(5)
+        killed, waiting = [gevent.spawn(device.zone_append, one * 4096, 0) for one in (b'1', b'2')]
+        gevent.sleep(0)
+        gevent.killall([reset, killed])
+        gevent.sleep(0.01)
+        assert not waiting.ready()
+        may_punch.set()
+        assert waiting.get(timeout=5) == 4096
+        device.zone_append(b'3' * 4096, 0)
+        assert device.pread(16384, 0) == b'1' * 4096 + b'2' * 4096 + b'3' * 4096 + bytes(4096)
+
+
+def test_failed_reset_empties_nothing_and_holds_nothing(image, monkeypatch):
+    with BlockDevice(image, create_size=MIB, zone_size=MIB) as device:
+        device.zone_append(b'old!' * 1024, 0)
+        monkeypatch.setattr(device, '_fallocate', lambda *arguments: False)
+        with pytest.raises(OSError, match='not supported'):
+            device.zone_reset(0)
+        assert device.zone_append(b'new!' * 1024, 0) == 4096
+        assert device.pread(4, 0) == b'old!'
 
 
 def test_killed_append_keeps_its_range(image):
@@ -672,15 +849,68 @@ def test_killed_waiter_takes_nothing_of_the_rate(image):
             device.pread(512, 0)
 
 
+def test_what_is_refused_waits_for_nothing_and_costs_nothing(image, clock):
+    with BlockDevice(image, create_size=MIB, zone_size=MIB // 2, iops=10, bps=MIB) as device:
+        device.zone_append(bytes(MIB // 2), 0)
+        free = list(device._throttle._free)
+        huge = 1 << 62
+        refused = [lambda: device.preadv([bytearray(4096)], -1), lambda: device.zone_append(b'x', 0),
+                   lambda: device.zone_append(b'x', 4096), lambda: device.zone_append(bytes(MIB), MIB // 2)]
+        for n, offset in ((huge, 0), (-huge, 0), (4096, -1), (4096, 1 << 63), (4096, (1 << 63) - 4095)):
+            refused += [lambda n=n, offset=offset: device.pread(n, offset),
+                        lambda n=n, offset=offset: next(device.pread_each([(n, offset)]))]
+        for call in refused:
+            with pytest.raises((OSError, MemoryError)):
+                call()
+        device.close()
+        for call in (lambda: device.pread(4096, 0), lambda: device.preadv([bytearray(4096)], 0),
+                     lambda: next(device.pread_each([(4096, 0)]))):
+            with pytest.raises(ValueError, match='closed'):
+                call()
+        assert (clock.now, device._throttle._free) == (1000, free)
+
+
 # What is refused ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('options', [{'zone_size': 1000}, {'create_size': 1 << 63}, {'create_size': 1.5}])
+def test_image_that_could_not_be_made_is_not_there(image, options):
+    options = {'create_size': 4096, **options}
+    with pytest.raises((ValueError, OverflowError, TypeError)):
+        BlockDevice(image, **options)
+    assert not os.path.exists(image)
+    with open(image, 'wb') as file:
+        file.write(b'before')
+    with pytest.raises(FileExistsError):
+        BlockDevice(image, **options)
+    del options['create_size']
+    with contextlib.suppress(ValueError):
+        BlockDevice(image, **options).close()
+    with open(image, 'rb') as file:
+        assert file.read() == b'before'
+
+
+def test_image_is_not_there_where_o_direct_is_refused(tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    run('mount', '-t', 'ramfs', 'greenaio-test', tmp_path)
+    try:
+        with pytest.raises(OSError, match='Invalid'):
+            BlockDevice(tmp_path / 'image', create_size=4096)
+        BlockDevice(tmp_path / 'image', create_size=4096, direct=False).close()
+        with pytest.raises(FileExistsError):
+            BlockDevice(tmp_path / 'image', create_size=4096)
+        with pytest.raises(OSError, match='Invalid'):
+            BlockDevice(tmp_path / 'image')
+        assert os.path.exists(tmp_path / 'image')
+    finally:
+        run('umount', tmp_path)
+
 
 def test_bad_arguments(image):
     for options in ({'iops': 0}, {'bps': -1}, {'zone_size': 0}, {'create_size': -1}, {'zone_size': 1000},
                     {'max_batch': 0}, {'create_size': 1, 'readonly': True}):
         with pytest.raises(ValueError):     # noqa: PT011
             BlockDevice(image, **{'create_size': 4096, **options})
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(image)
     with pytest.raises(FileNotFoundError):
         BlockDevice(image)
     with pytest.raises(OSError, match='Block device required'):
@@ -737,6 +967,7 @@ def test_without_the_extension(tmp_path):
             wanted = bytes(3) + b'x' * 7 + bytes(10) + b'x' * 4983
             assert device.pread(200_000, 0) == wanted.ljust(200_000, b'\\0')
             assert device.zone_append(b'z', 8192) == 8192
+        with BlockDevice(sys.argv[1]) as device:
             device.resize(10)
     ''', tmp_path / 'image')
 
