@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import gevent
 from gevent.pool import Pool
 
+import greenaio.os
 from greenaio import File, aligned_buffer
 
 CHUNK = 256 * 1024      # bytes in one request
@@ -41,16 +42,17 @@ def chunks(file: File) -> Iterator[memoryview]:
     try:
         for i in range(AHEAD):
             reads.append(gevent.spawn(file.preadv, [buffers[i]], i * CHUNK))
-        turn = 0
-        while True:
-            at = turn % AHEAD
-            n = reads[at].get()
-            if n:
-                yield buffers[at][:n]
-            if n < CHUNK:
-                return              # the end, aligned or not
+        turn = at = 0
+        while (n := reads[at].get()) == CHUNK:
+            yield buffers[at]
             reads[at] = gevent.spawn(file.preadv, [buffers[at]], (turn + AHEAD) * CHUNK)
             turn += 1
+            at = turn % AHEAD
+        place = turn * CHUNK
+        while n:                    # not only the last is short: files in /proc come by the page
+            yield buffers[at][:n]
+            place += n
+            n = file.preadv([buffers[at]], place)
     finally:
         gevent.killall(reads)
 
@@ -58,9 +60,9 @@ def chunks(file: File) -> Iterator[memoryview]:
 def checksum(path: str) -> str:
     """The SHA-256 of the file at *path*, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
+    if not stat.S_ISREG(greenaio.os.stat(path).st_mode):    # to open a FIFO is to wait for who writes
+        raise OSError(errno.EINVAL, 'Not a regular file', path)
     with open_direct(path) as file:
-        if not stat.S_ISREG(file.kind):
-            raise OSError(errno.EINVAL, 'Not a regular file', path)
         for piece in chunks(file):
             digest.update(piece)
             gevent.sleep(0)         # hashing is work too: let the others have their turn
@@ -70,13 +72,20 @@ def checksum(path: str) -> str:
 def walk(paths: list[str], failed: list[OSError]) -> Iterator[str]:
     """The files at and under *paths*, in a stable order."""
     for path in paths:
-        if os.path.isdir(path):
-            for folder, folders, names in os.walk(path, onerror=failed.append):
-                folders.sort()
-                yield from (os.path.join(folder, name) for name in sorted(names)
-                            if not os.path.islink(os.path.join(folder, name)))
-        else:
+        if not os.path.isdir(path):
             yield path
+            continue
+        folders = [path]                # not os.walk: a tree may be deeper than Python's stack
+        while folders:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    found = sorted((entry.path, entry.is_dir(follow_symlinks=False), entry.is_symlink())
+                                   for entry in entries)
+            except OSError as error:
+                failed.append(error)
+                continue
+            folders += [name for name, is_folder, _ in reversed(found) if is_folder]
+            yield from (name for name, is_folder, is_link in found if not is_folder and not is_link)
 
 
 def line(digest: str, path: str) -> str:

@@ -25,9 +25,18 @@ Step = Callable[[int], object]  # is told of bytes, as they are copied
 
 def walk(source: str, target: str, failed: list[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Folders, top down, where they go, and the names in each of what is no folder."""
-    for folder, folders, names in os.walk(source, onerror=lambda error: failed.append(str(error))):
-        names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        yield folder, os.path.normpath(os.path.join(target, os.path.relpath(folder, source))), names
+    pairs = [(source, target)]          # not os.walk: a tree may be deeper than Python's stack
+    while pairs:
+        folder, there = pairs.pop()
+        try:
+            with os.scandir(folder) as entries:
+                is_folder = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        except OSError as error:
+            failed.append(str(error))
+            continue
+        yield folder, there, [name for name in is_folder if not is_folder[name]]
+        pairs += [(os.path.join(folder, name), os.path.join(there, name))
+                  for name in is_folder if is_folder[name]]
 
 
 def copy_file(source: str, target: str, progress: Step) -> None:
@@ -54,6 +63,8 @@ def copy_tree(source: str, target: str, progress: Step) -> tuple[int, list[str]]
             call(*args)
         except OSError as error:        # which names no file, if it was being read or written
             failed.append(str(error) if error.filename or not error.errno else f'{error}: {args[0]!r}')
+        except Exception as error:      # or it would end the greenlet, and not be counted
+            failed.append(f'{error!r}: {args[0]!r}')
 
     for folder, there, names in walk(source, target, failed):
         attempt(os.makedirs, there)
@@ -86,7 +97,8 @@ def main() -> int:
     source, target = arguments.source, arguments.target
     if not os.path.isdir(source):
         parser.error(f'{source} is not a folder')
-    if os.path.lexists(target) or os.path.realpath(target).startswith(os.path.realpath(source) + '/'):
+    inside = os.path.join(os.path.realpath(source), '')
+    if os.path.lexists(target) or os.path.realpath(target).startswith(inside):
         parser.error(f'{target} exists already, or is in {source}')
     with progress_bar() as progress:
         count, failed = copy_tree(source, target, progress)

@@ -45,15 +45,17 @@ def download(name: str) -> Response:
 @app.put('/<name>')
 def upload(name: str) -> tuple[str, int]:
     """Written beside it, durable, then renamed: a torn upload leaves nothing."""
-    if not name or name != secure_filename(name):
-        abort(400)
+    if not name or name != secure_filename(name) or 'Content-Range' in request.headers:
+        abort(400)                      # Content-Range: a part is not the file
+    if (FILES / name).is_dir():
+        abort(409)
     with tempfile.NamedTemporaryFile(dir=FILES, prefix='.upload-', delete=False) as file:
         try:
             done = 0
             while block := request.stream.read(BLOCK):
                 done += file.write(block)
-            if done != request.content_length:
-                abort(400)
+            if done != request.content_length and request.headers.get('Transfer-Encoding') != 'chunked':
+                abort(400)              # of chunks gunicorn saw the end
             file.flush()
             os.fsync(file.fileno())
             os.rename(file.name, FILES / name)

@@ -160,6 +160,8 @@ class Negotiation:
             magic, option, length = OPTION.unpack(self.input.take(OPTION.size))
             if magic != IHAVEOPT:
                 raise Broken('no option')
+            if option == SET_CONTEXTS:
+                self.context = None     # whatever comes of it
             if length > OPTION_MAX:
                 self._pass_over(length)
                 self._reply(option, TOO_BIG)
@@ -200,9 +202,9 @@ class Negotiation:
         return export
 
     def _answer(self, option: int, data: bytes) -> Export | None:
+        if data and option in (LIST, STRUCTURED):
+            raise IndexError
         if option == LIST:
-            if data:
-                raise IndexError
             for name in self.exports:
                 if name:                # that of the default is another's too
                     self._reply(option, SERVER, struct.pack('>I', len(name.encode())) + name.encode())
@@ -256,8 +258,8 @@ class Negotiation:
         found = ALLOCATION in queries
         if option == LIST_CONTEXTS:
             found = found or not queries or b'base:' in queries
-        else:
-            self.context = name.decode() if found else None
+        elif found:
+            self.context = name.decode()
         if found:
             self._reply(option, CONTEXT, struct.pack('>I', ALLOCATION_ID) + ALLOCATION)
         self._reply(option, ACK)

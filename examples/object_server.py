@@ -5,7 +5,8 @@
 
 PUT, GET with ranges, HEAD, DELETE, and ``GET /?prefix=a&after=b&limit=100`` for a list. Who uploads has an
 answer when the object is on the disk, under its name, with its SHA-256 as ETag; an upload that ends early
-leaves nothing. ``GET /metrics`` is for Prometheus, which may have a token of its own that opens nothing else.
+leaves nothing. With If-Match and If-None-Match nobody replaces or deletes what he has not seen.
+``GET /metrics`` is for Prometheus, which may have a token of its own that opens nothing else.
 Needs werkzeug, and a file system with extended attributes; for metrics prometheus_client.
 """
 
@@ -25,6 +26,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -34,6 +36,7 @@ import gevent
 from gevent import pywsgi
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
+from werkzeug.http import parse_etags
 from werkzeug.wrappers import Response
 
 import greenaio
@@ -53,6 +56,8 @@ NAME_MAX = 255          # bytes of a file's name; in an object's, a slash counts
 PAGE_MAX = 1000         # names in a list
 UPLOAD = '.upload-'     # begins the names of unfinished uploads, and no object's
 CHECKSUM = 'user.sha256'
+NAMES = threading.Lock()        # of the pool's threads: nobody comes between a condition and the act
+CHANGED = 'the object is not what If-Match or If-None-Match asks for'
 METRICS = '/metrics'    # is no object
 STATUS = {errno.ENOENT: 404, errno.ELOOP: 404, errno.ENODATA: 404, errno.ENOSPC: 507, errno.EDQUOT: 507}
 
@@ -93,11 +98,35 @@ def file_name(path: str) -> str:
     return name
 
 
-def replace(source: str, target: str) -> bool:
-    """Whether there was a *target*."""
-    existed = os.path.lexists(target)
-    os.rename(source, target)
-    return existed
+def agrees(environ: Environ, path: str) -> bool:
+    """Whether what is at *path* is what If-Match and If-None-Match ask for."""
+    try:
+        etag = os.getxattr(path, CHECKSUM, follow_symlinks=False).hex()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODATA):
+            raise
+        etag = ''                       # no object
+    if 'HTTP_IF_MATCH' in environ and not (etag and parse_etags(environ['HTTP_IF_MATCH']).contains(etag)):
+        return False
+    return not (etag and parse_etags(environ.get('HTTP_IF_NONE_MATCH')).contains_weak(etag))
+
+
+def replace(source: str, target: str, environ: Environ) -> int:
+    """Return the status to answer with. Nothing is raised: gevent prints what a thread raises."""
+    with NAMES:
+        if not agrees(environ, target):
+            return 412
+        existed = os.path.lexists(target)
+        os.rename(source, target)
+    return 204 if existed else 201
+
+
+def remove(path: str, environ: Environ) -> int:
+    with NAMES:
+        if not agrees(environ, path):
+            return 412
+        os.unlink(path)
+    return 204
 
 
 def page(root: str, prefix: str, after: str, limit: int) -> dict[str, Any]:
@@ -166,7 +195,7 @@ class Store:
             return self._put(environ, path)
         if not stat.S_ISREG(greenaio.os.stat(path, follow_symlinks=False).st_mode):
             raise Refused(404, 'no such object')
-        return self._delete(path) if method == 'DELETE' else self._get(environ, path)
+        return self._delete(environ, path) if method == 'DELETE' else self._get(environ, path)
 
     def _get(self, environ: Environ, path: str) -> Response:
         """The checksum is of the file that is sent, whatever has its name by then."""
@@ -191,13 +220,17 @@ class Store:
             raise Refused(400, f'a list takes a prefix, after, and a limit up to {PAGE_MAX}')
         return answer(200, in_thread(page, self.root, asked.get('prefix', ''), asked.get('after', ''), limit))
 
-    def _delete(self, path: str) -> Response:
-        in_thread(os.unlink, path)
+    def _delete(self, environ: Environ, path: str) -> Response:
+        status = in_thread(remove, path, environ)
+        if status == 412:
+            raise Refused(status, CHANGED)
         self._folder.fsync()
-        return answer(204)
+        return answer(status)
 
     def _put(self, environ: Environ, path: str) -> Response:
         """Who reads meanwhile has the old object, until all of the new one is on the disk."""
+        if 'HTTP_CONTENT_RANGE' in environ:
+            raise Refused(400, 'an object is put as a whole')
         blocks = self._body(environ)
         if not self._uploads.acquire(blocking=False):
             raise Refused(503, 'too many uploads at a time', Retry_After='1')
@@ -205,9 +238,12 @@ class Store:
         try:
             checksum = self._write(unfinished, blocks)
             digest = f'sha-256=:{base64.b64encode(checksum).decode()}:'     # RFC 9530
-            if digest not in environ.get('HTTP_REPR_DIGEST', digest).replace(' ', '').split(','):
+            sent = environ.get('HTTP_REPR_DIGEST', '').replace(' ', '').split(',')
+            if any(one.startswith('sha-256=') and one != digest for one in sent):
                 raise Refused(400, 'the content does not have the Repr-Digest that was sent')
-            existed = in_thread(replace, unfinished, path)
+            status = in_thread(replace, unfinished, path, environ)
+            if status == 412:
+                raise Refused(status, CHANGED)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 in_thread(os.unlink, unfinished)
@@ -215,7 +251,7 @@ class Store:
         finally:
             self._uploads.release()
         self._folder.fsync()                    # the name
-        return answer(204 if existed else 201, ETag=f'"{checksum.hex()}"')
+        return answer(status, ETag=f'"{checksum.hex()}"')
 
     def _write(self, path: str, blocks: Iterator[bytes]) -> bytes:
         """Make a new file, durable but for its name; return its checksum."""
@@ -246,7 +282,7 @@ class Store:
             try:
                 with gevent.Timeout(self.limits.idle_timeout, TimeoutError('timed out')):
                     block = body.read(BLOCK)
-            except OSError as error:            # not all came, or not as chunks should
+            except (OSError, ValueError) as error:      # not all came, or not as chunks should
                 raise Refused(408 if isinstance(error, TimeoutError) else 400, str(error)) from error
             if not block:
                 return

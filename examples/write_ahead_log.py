@@ -61,6 +61,7 @@ class Log:
         """Return the record's number once it is durable. Killed before that, it may be in the log or not.
 
         After an OSError every append raises that one: nobody knows any more what the disk has."""
+        record = memoryview(record).tobytes()       # an array's len() counts its items
         room = self._segment - HEADER.size - WORD.size
         frame = WORD.pack(len(record)) + record
         if len(frame) > room:
@@ -80,7 +81,7 @@ class Log:
         while self._committer:
             self._committer.join()
         self._durable.set_exception(ValueError('the log is closed'))
-        self._spare.kill()
+        self._spare.join()      # not killed: what it had asked for would go on, and hold the folder's lock
         if self._file:
             self._file.close()
         self._directory.close()

@@ -133,6 +133,41 @@ def test_file_that_vanishes_or_cannot_be_read_costs_its_own_line(folder, example
     assert sum(copied) == 14
 
 
+def test_what_is_no_oserror_costs_its_own_line_too(folder, example, monkeypatch):
+    source, target = os.path.join(folder, 'source'), os.path.join(folder, 'target')
+    os.mkdir(source)
+    pathlib.Path(source, 'file').touch()
+
+    def copy_without_a_thread(*args, **kwargs):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(example.greenaio, 'copyfile', copy_without_a_thread)
+    count, failed = example.copy_tree(source, target, print)
+    assert (count, failed) == (1, [f'RuntimeError("can\'t start new thread"): {source + "/file"!r}'])
+
+
+def test_tree_deeper_than_the_stack(disk_folder):
+    try:
+        for depth in range(1201):
+            os.mkdir(f'{disk_folder}/source' + '/d' * depth)
+        pathlib.Path(f'{disk_folder}/source' + '/d' * 1200, 'file').write_bytes(b'content')
+        done = copy_tree('source', 'target', cwd=disk_folder)
+        assert (done.returncode, done.stdout, done.stderr) == (0, '1 files, 0 errors\n', '')
+        assert pathlib.Path(f'{disk_folder}/target' + '/d' * 1200, 'file').read_bytes() == b'content'
+    finally:                            # what the fixture would do with it recurses
+        subprocess.run(['rm', '-r', f'{disk_folder}/source', f'{disk_folder}/target'], check=True)
+
+
+def test_target_above_a_link_is_where_the_kernel_finds_it(folder):
+    source, elsewhere = pathlib.Path(folder, 'source'), pathlib.Path(folder, 'else', 'where')
+    (source / 'sub').mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    pathlib.Path(folder, 'link').symlink_to(elsewhere)
+    assert copy_tree('source', 'link/../new', cwd=folder).returncode == 0
+    assert_same(source, elsewhere.parent / 'new')
+    assert not os.path.exists(os.path.join(folder, 'new'))
+
+
 def test_progress_adds_up_to_what_was_copied(disk_folder, example):
     source, target = os.path.join(disk_folder, 'source'), os.path.join(disk_folder, 'target')
     os.mkdir(source)
@@ -179,3 +214,10 @@ def test_bad_arguments(disk_folder, args):
     assert 'usage: ' in done.stderr
     assert 'Traceback' not in done.stderr
     assert names_in(disk_folder) == before
+
+
+def test_root_is_not_copied_into_itself(disk_folder, example, monkeypatch):
+    monkeypatch.setattr(example, 'copy_tree', lambda *args: (0, []))    # if it is, then not here
+    monkeypatch.setattr(sys, 'argv', ['copy_tree.py', '/', os.path.join(disk_folder, 'new')])
+    with pytest.raises(SystemExit, match='2'):
+        example.main()

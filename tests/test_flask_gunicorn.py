@@ -99,6 +99,50 @@ def test_ranges_return_what_was_promised(server, cold):
     assert (part.status_code, part.content) == (200, data)
 
 
+@pytest.mark.parametrize('data', [b'', os.urandom(1_000_001)], ids=['empty', 'large'])
+def test_takes_chunks(server, data):
+    url, files = server
+    parts = iter([data[:7], data[7:]] if data else [])
+    assert requests.put(f'{url}/file', data=parts, timeout=30).status_code == 201
+    assert (files / 'file').read_bytes() == data
+
+
+def test_chunks_that_are_too_many_leave_nothing(server):
+    url, files = server
+    with contextlib.suppress(requests.ConnectionError):         # reset, before the answer was read
+        assert requests.put(f'{url}/big', data=iter([bytes(1 << 20)] * 65), timeout=30).status_code == 413
+    end = time.monotonic() + 5
+    while os.listdir(files) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert os.listdir(files) == []
+
+
+def test_torn_chunks_leave_nothing(server):
+    url, files = server
+    host, port = url.removeprefix('http://').split(':')
+    for rest in (b'', b'5\r\nab', b'zz\r\n', b'\r\n'):
+        with socket.create_connection((host, int(port)), timeout=10) as torn:
+            torn.sendall(b'PUT /torn HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+                         b'3\r\nabc\r\n' + rest)
+            torn.shutdown(socket.SHUT_WR)
+            assert not torn.recv(100).startswith(b'HTTP/1.1 201'), rest
+    end = time.monotonic() + 5
+    while os.listdir(files) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert os.listdir(files) == []
+
+
+def test_neither_a_part_nor_a_folder_is_replaced(server):
+    url, files = server
+    (files / 'file').write_bytes(b'0123456789')
+    (files / 'folder').mkdir()
+    part = {'Content-Range': 'bytes 5-9/10'}
+    assert requests.put(f'{url}/file', data=b'ABCDE', headers=part, timeout=10).status_code == 400
+    assert requests.put(f'{url}/folder', data=b'x', timeout=10).status_code == 409
+    assert (files / 'file').read_bytes() == b'0123456789'
+    assert sorted(os.listdir(files)) == ['file', 'folder']
+
+
 def test_refuses_and_leaves_nothing(server):
     url, files = server
     assert requests.get(f'{url}/no-such-file', timeout=10).status_code == 404
@@ -108,6 +152,9 @@ def test_refuses_and_leaves_nothing(server):
     with socket.create_connection((host, int(port)), timeout=10) as big:
         big.sendall(b'PUT /big HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n')
         assert big.recv(100).startswith(b'HTTP/1.1 413')
+    with socket.create_connection((host, int(port)), timeout=10) as endless:
+        endless.sendall(b'PUT /endless HTTP/1.1\r\nHost: x\r\n\r\n')
+        assert endless.recv(100).startswith(b'HTTP/1.1 400')
     with socket.create_connection((host, int(port))) as torn:
         torn.sendall(b'PUT /torn HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n' + bytes(1000))
     end = time.monotonic() + 5

@@ -263,6 +263,16 @@ def negotiated(server, name=b''):
     return sock
 
 
+def option(sock, number, data=b''):
+    """The type of the last reply to it: 1 is an ACK, those of errors have the highest bit."""
+    sock.sendall(b'IHAVEOPT' + struct.pack('>II', number, len(data)) + data)
+    kind = 0
+    while kind != 1 and not kind >> 31:
+        _, _, kind, length = struct.unpack('>QIII', receive(sock, 20))
+        receive(sock, length)
+    return kind
+
+
 def receive(sock, n):
     data = b''
     while len(data) < n:
@@ -280,6 +290,31 @@ def reply(sock):
     magic, error, cookie = struct.unpack('>IIQ', receive(sock, 16))
     assert magic == 0x67446698
     return error, cookie
+
+
+ALLOCATION = struct.pack('>III15s', 0, 1, 15, b'base:allocation')
+
+
+@pytest.mark.parametrize('failing, error', [
+    (struct.pack('>I4sI', 4, b'none', 0), 6), (b'nonsense', 3), (bytes(17 << 10), 9)],
+    ids=['unknown export', 'nonsense', 'too big'])
+def test_contexts_that_could_not_be_set_replace_those_before(server, failing, error):
+    with server.connect() as sock:
+        receive(sock, 18)
+        sock.sendall(struct.pack('>I', 3))
+        assert option(sock, 8) == option(sock, 10, ALLOCATION) == 1
+        assert option(sock, 10, failing) == (1 << 31) + error
+        assert option(sock, 7, bytes(6)) == 1
+        sock.sendall(request(7, 0, 4096))
+        assert struct.unpack('>IHHQI', receive(sock, 20))[2] == (1 << 15) + 1   # an error, no block status
+
+
+def test_structured_replies_are_asked_for_without_data(server):
+    with server.connect() as sock:
+        receive(sock, 18)
+        sock.sendall(struct.pack('>I', 3))
+        assert option(sock, 8, b'data') == option(sock, 10, ALLOCATION) == (1 << 31) + 3
+        assert option(sock, 8) == option(sock, 10, ALLOCATION) == 1
 
 
 def test_errors_are_told_and_the_connection_goes_on(server):

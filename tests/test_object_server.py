@@ -301,13 +301,51 @@ def test_list_is_bounded(server):
 def test_checksum_of_the_client_is_verified(server, stored):
     new = os.urandom(1000)
     digest = base64.b64encode(hashlib.sha256(new).digest()).decode()
-    for wrong in (f'sha-256=:{digest[::-1]}:', 'sha-256=', 'md5=:eA==:', ''):
+    for wrong in (f'sha-256=:{digest[::-1]}:', 'sha-256=', f'md5=:eA==:, sha-256=:{digest[::-1]}:'):
         assert server('PUT', '/object', data=new, headers={'Repr-Digest': wrong}).status_code == 400
         assert server.unfinished() == []
     assert server('GET', '/object').content == stored
     both = f'md5=:eA==:, sha-256=:{digest}:'
     assert server('PUT', '/object', data=new, headers={'Repr-Digest': both}).status_code == 204
     assert server('GET', '/object').content == new
+    for other in ('sha-512=:eA==:', ''):        # of others it knows nothing, and RFC 9530 lets it
+        assert server('PUT', '/object', data=new, headers={'Repr-Digest': other}).status_code == 204
+
+
+def test_part_does_not_replace_the_object(server, stored):
+    part = {'Content-Range': 'bytes 5-9/1000001'}
+    assert server('PUT', '/object', data=b'parts', headers=part).status_code == 400
+    assert server('GET', '/object').content == stored
+
+
+def test_conditions_on_what_is_replaced_or_deleted(server):
+    def put(content, **headers):
+        done = server('PUT', '/object', data=content, headers={name.replace('_', '-'): value
+                                                               for name, value in headers.items()})
+        return done.status_code, done.headers.get('ETag')
+
+    assert put(b'1', If_Match='*') == (412, None)
+    status, first = put(b'1', If_None_Match='*')
+    assert status == 201
+    for unmet in ('*', first, f'"x", W/{first}'):
+        assert put(b'2', If_None_Match=unmet) == (412, None)
+    for unmet in ('"x"', f'W/{first}', ''):
+        assert put(b'2', If_Match=unmet) == (412, None)
+    assert server('GET', '/object').content == b'1'
+    assert server.unfinished() == []
+    status, second = put(b'2', If_Match=f'"x", {first}', If_None_Match='"y"')
+    assert status == 204
+    for unmet in ({'If-Match': first}, {'If-None-Match': second}, {'If-None-Match': '*'}):
+        assert server('DELETE', '/object', headers=unmet).status_code == 412
+    assert server('DELETE', '/object', headers={'If-Match': second}).status_code == 204
+
+
+def test_one_of_many_makes_an_object_that_was_not_there(server):
+    def put(i):
+        return server('PUT', '/object', data=str(i), headers={'If-None-Match': '*'}).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        assert sorted(threads.map(put, range(32))) == [201] + [412] * 31
 
 
 # Clients that go away ----------------------------------------------------------------------------
@@ -321,13 +359,15 @@ def torn(how, content):
         return put_head('/object', len(content) + 1) + content
     head = put_head('/object', 0).replace(b'Content-Length: 0', b'Transfer-Encoding: chunked')
     return head + {'no last chunk': chunk, 'half a chunk': chunk[:len(content) // 2],
-                   'no number': chunk + b'zz\r\n', 'no end of a chunk': chunk[:-2] + b'xx0\r\n\r\n',
+                   'no number': chunk + b'zz\r\n', 'an empty number': chunk + b'\r\n',
+                   'no end of a chunk': chunk[:-2] + b'xx0\r\n\r\n',
                    'a huge number': b'f' * 17 + b'\r\n'}[how]
 
 
 @pytest.mark.parametrize('closed', ['closed', 'half closed', 'reset'])
 @pytest.mark.parametrize('how', ['half the body', 'a Content-Length too large by one', 'no last chunk',
-                                 'half a chunk', 'no number', 'no end of a chunk', 'a huge number'])
+                                 'half a chunk', 'no number', 'an empty number', 'no end of a chunk',
+                                 'a huge number'])
 def test_torn_upload_leaves_nothing(server, stored, how, closed):
     fds = server.fds_at_rest()
     data = torn(how, os.urandom(300_000))

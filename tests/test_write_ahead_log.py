@@ -1,5 +1,6 @@
 """The write-ahead log of the examples: nothing acknowledged is lost, whoever is killed and whatever fails."""
 
+import array
 import contextlib
 import errno
 import os
@@ -146,6 +147,15 @@ def test_empty_records_are_records(folder):
     with opened(folder) as log:
         assert [log.append(b''), log.append(b''), log.append(b'x')] == [1, 2, 3]
     assert replayed(folder) == {1: b'', 2: b'', 3: b'x'}
+
+
+def test_record_is_its_bytes_whatever_holds_them(folder):
+    numbers = array.array('I', [1, 2])
+    with opened(folder) as log:
+        append_all(log, [b'1', numbers, bytearray(b'3'), memoryview(b'4.')[::2], b'5'])
+        with pytest.raises(TypeError):
+            log.append([1, 2])
+    assert replayed(folder) == {1: b'1', 2: numbers.tobytes(), 3: b'3', 4: b'4', 5: b'5'}
 
 
 def test_numbers_go_on_when_it_is_opened_again(folder):
@@ -530,10 +540,25 @@ def test_close_waits_for_what_was_appended_and_refuses_the_rest(folder):
 
 def test_log_that_is_closed_makes_no_more_segments(folder, capfd):
     Log(folder).close()
+    made = os.listdir(folder)
     for _ in range(50):
         gevent.sleep(0.001)
-    assert os.listdir(folder) == []
+    assert os.listdir(folder) == made
     assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('call', ['pwrite', 'fsync'])
+def test_log_that_is_closed_has_nothing_in_flight(folder, disk, call):
+    """Or that would keep the folder's lock, or make a segment under the next log."""
+    log = Log(folder)
+    disk.held[call] = Event()
+    disk.began.wait()
+    closing = gevent.spawn(log.close)
+    gevent.idle()
+    assert not closing.ready()
+    disk.held.pop(call).set()
+    closing.get()
+    Log(folder).close()
 
 
 def test_folder_has_one_log_at_a_time(folder):
