@@ -248,7 +248,8 @@ def readv(fd: int, buffers: Sequence[Any]) -> int:
     if _is_stored(mode):
         return _at_position(fd, lambda at: _file.preadv(fd, buffers, at))
     with using(fd):
-        _wait(fd, mode, READ)
+        if _nbytes(buffers) > 0:
+            _wait(fd, mode, READ)
         return posix.readv(fd, buffers)
 
 
@@ -275,8 +276,13 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
     with using(fd):
         if stat.S_ISFIFO(mode) and os.get_blocking(fd):
             return _write_all(fd, mode, memoryview(b''.join(buffers)))
-        _wait(fd, mode, WRITE)
+        if _nbytes(buffers) > 0:
+            _wait(fd, mode, WRITE)
         return posix.writev(fd, buffers)
+
+
+def _nbytes(buffers: Sequence[Any]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 def _is_stored(mode: int) -> bool:
@@ -286,7 +292,7 @@ def _is_stored(mode: int) -> bool:
 def _write_all(fd: int, mode: int, data: memoryview) -> int:
     """As a blocking write, in pieces that a pipe which is ready takes without waiting."""
     written = 0
-    while _wait(fd, mode, WRITE) and os.get_blocking(fd) and len(data) - written > PIPE_BUF:
+    while len(data) and _wait(fd, mode, WRITE) and os.get_blocking(fd) and len(data) - written > PIPE_BUF:
         try:
             written += posix.write(fd, data[written:written + PIPE_BUF])
         except OSError:

@@ -52,8 +52,23 @@ Opener = Callable[[Any, int], int]
 
 FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
          'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
+OURS = ('greenaio.fileobject', 'greenaio.monkey')
+STORED = (stat.S_IFREG, stat.S_IFBLK)   # kinds that never wait for anybody but a disk
 
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
+
+
+def _refuse_pickle(self: object, _: Any) -> Any:
+    # Protocols 0 and 1 would make one of io's around it, which closes it.
+    raise TypeError(f'cannot pickle {type(self).__name__!r} object')
+
+
+def _level_of_caller() -> int:
+    """The stacklevel, for `warnings.warn`, of the first frame that is not ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get('__name__') in OURS and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class FileIO(io.FileIO):
@@ -68,6 +83,7 @@ class FileIO(io.FileIO):
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
     _appends = False                    # each write goes to the end, which is ours to find
+    _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
     _piece = 0                          # bytes at most in one write, if the layers above look how many went
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
@@ -88,7 +104,7 @@ class FileIO(io.FileIO):
     def _stream(self, prefetch: int | None) -> None:
         gevent.get_hub()                # it is asked for by name, in a thread that has none as well
         file = self.file
-        if self.readable() and file.kind in (stat.S_IFREG, stat.S_IFBLK):
+        if self.readable() and file.kind in STORED:
             self._ahead = ReadAhead(file, prefetch or streams.DEPTH, eager=prefetch is not None)
         in_order = fcntl.fcntl(self._fd, fcntl.F_GETFL) & (os.O_APPEND | os.O_DSYNC)
         if self.writable() and file.direct and not in_order:
@@ -97,7 +113,7 @@ class FileIO(io.FileIO):
     def _open(self, file: Any, mode: str, closefd: bool, opener: Opener | None, more: int) -> int:
         if not closefd:
             raise ValueError('Cannot use closefd=False with file name')
-        flags = FLAGS.get(mode.replace('b', '').replace('+', ''), 0) | os.O_CLOEXEC | more
+        flags = FLAGS.get(mode.replace('b', '').replace('+', '', 1), 0) | os.O_CLOEXEC | more
         if '+' in mode:
             flags = flags & ~os.O_WRONLY | os.O_RDWR
         elif flags & os.O_DIRECT and flags & os.O_WRONLY:
@@ -228,6 +244,8 @@ class FileIO(io.FileIO):
         if self._can_wait():
             return self._wait(True, self._write, data)
         with self._plain():
+            if self._ahead is not None:
+                self._ahead.stop()
             if self._appends:
                 os.lseek(self._fd, 0, os.SEEK_END)
             return posix.write(self._fd, data)
@@ -253,7 +271,7 @@ class FileIO(io.FileIO):
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
-        stored = self.file.kind in (stat.S_IFREG, stat.S_IFBLK)
+        stored = self.file.kind in STORED
         if stored and not self._turn.finalizing and not sys.is_finalizing():
             return _position.turn_of(self._fd)
         return contextlib.nullcontext()
@@ -373,7 +391,11 @@ class FileIO(io.FileIO):
 
     def _dealloc_warn(self, source: object) -> None:
         if self._fd >= 0 and self._closes and self._owner is None:
-            warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source, stacklevel=2)
+            try:
+                warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source,
+                              stacklevel=_level_of_caller())
+            except Warning as error:    # the layers of io above would drop it
+                self._unsaid = error.with_traceback(None)       # which has us
 
     def __del__(self) -> None:
         if self._file is None:          # nor is there a turn, perhaps
@@ -384,6 +406,10 @@ class FileIO(io.FileIO):
                 self._dealloc_warn(self)
         finally:
             self.close()
+        if self._unsaid is not None:
+            raise self._unsaid
+
+    __reduce_ex__ = _refuse_pickle
 
     def __repr__(self) -> str:
         kind = f'{type(self).__module__}.{type(self).__qualname__}'
@@ -469,6 +495,8 @@ class _Shared:
                 setattr(cls, name, _in_turn(getattr(cls, name)))
         cls.close = _close_in_turn(cls.close)       # type: ignore[attr-defined]
 
+    __reduce_ex__ = _refuse_pickle
+
     def _raw(self) -> Any:
         layer: Any = self
         return getattr(layer, 'buffer', layer).raw
@@ -487,20 +515,29 @@ class _Writes:
     def write(self, data: Any, /) -> Any:
         if not self._is_below_text:
             return super().write(data)  # type: ignore[misc]
-        self._kept = (*self._kept, bytes(data))
+        if type(data) is not bytes:
+            with memoryview(data) as view:
+                if not view.c_contiguous:
+                    raise BufferError('memoryview: underlying buffer is not C-contiguous')
+                data = view.tobytes()
+        self._kept = (*self._kept, data)
         self._write_kept()
         return len(data)
 
     def _write_kept(self) -> None:
         # Of what its buffer can hold io takes all or nothing; of more it can't say how much went.
-        piece = self.raw._piece         # type: ignore[attr-defined]
+        piece = getattr(self.raw, '_piece', 0)  # type: ignore[attr-defined]  # None once detached
+        taken = 0                       # of the last of them
         try:
             while self._kept:
                 data = self._kept[0]
                 n = min(piece or len(data), len(data))
                 super().write(data[:n])                     # type: ignore[misc]
+                taken = taken + n if n < len(data) else 0
                 self._kept = (data[n:], *self._kept[1:]) if n < len(data) else self._kept[1:]
         except BaseException as error:
+            if isinstance(error, BlockingIOError):
+                error.characters_written += taken
             if is_told_by_the_kernel(error):
                 self._kept = ()         # as io: who wrote it knows
             raise
@@ -546,6 +583,8 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
     elif direct or dsync:
         raise ValueError('direct and dsync are for a path, not for a file that is open')
     buffering = operator.index(buffering)
+    if encoding is None and isinstance(mode, str) and 'b' not in mode:
+        encoding = io.text_encoding(None, _level_of_caller())   # it may warn
     _check_arguments(mode, buffering, encoding, errors, newline)
     flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
     raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags, prefetch=prefetch)
@@ -562,10 +601,11 @@ def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: st
     for value, kind, what in ((mode, str, 'mode'), (buffering, int, 'buffering')):
         if not isinstance(value, kind):
             raise TypeError(f'open() argument {what!r} must be {kind.__name__}, not {type(value).__name__}')
-    _are_accepted(mode, buffering == 0, encoding, errors, newline)
+    with contextlib.suppress(OSError):      # no /dev/null, or no fd: then opening it will say
+        _are_accepted(mode, buffering == 0, encoding, errors, newline)
     if buffering == 1 and 'b' in mode:
         warnings.warn("line buffering (buffering=1) isn't supported in binary mode, the default buffer size "
-                      'will be used', RuntimeWarning, stacklevel=3)
+                      'will be used', RuntimeWarning, stacklevel=_level_of_caller())
 
 
 @functools.lru_cache(256)
@@ -588,7 +628,7 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         if raw._behind is not None:
             _writers.add(raw)
         return raw
-    if raw.file.kind not in (stat.S_IFREG, stat.S_IFBLK):
+    if raw.file.kind not in STORED:
         raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
     layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)
@@ -608,9 +648,11 @@ _writers: weakref.WeakSet[Any] = weakref.WeakSet()
 def _flush_all() -> None:
     """While there is a Python to do it: those that are still there when the modules go could not."""
     for file in list(_writers):
-        with contextlib.suppress(OSError, ValueError):      # as `io`, which can tell nobody either
+        with contextlib.suppress(Exception):    # as `io`, which can tell nobody either
             if file._turn.owner is None:
                 file._turn.finalizing = True
+            elif isinstance(file, _Shared) and file._raw().file.kind not in STORED:
+                continue                # whoever has it may wait for ever, for the reader of a pipe
             file.flush()
 
 
@@ -639,16 +681,21 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[type-arg]
 
     def opened(self) -> Any:
         if self._opened is None:
-            raw: Any = self.opened_raw()
-            if not isinstance(raw, _Shared):
-                self._opened = _layers(raw, self.mode, self.buffering, self.encoding, self.errors,
-                                       self.newline)
-            elif self.binary or isinstance(raw, TextIOWrapper):
-                self._opened = raw
-            else:
-                self._opened = TextIOWrapper(raw, self.encoding, self.errors, self.newline,
-                                             self.buffering == 1)
+            raw = self.opened_raw()
+            try:
+                self._opened = self._layers_on(raw)
+            except BaseException:
+                if raw is not self._fobj:
+                    raw.close()
+                raise
         return self._opened
+
+    def _layers_on(self, raw: Any) -> Any:
+        if not isinstance(raw, _Shared):
+            return _layers(raw, self.mode, self.buffering, self.encoding, self.errors, self.newline)
+        if self.binary or isinstance(raw, TextIOWrapper):
+            return raw
+        return TextIOWrapper(raw, self.encoding, self.errors, self.newline, self.buffering == 1)
 
 
 class FileObject(FileObjectBase):                   # type: ignore[type-arg]

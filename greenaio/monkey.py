@@ -14,7 +14,7 @@ import os
 import pathlib
 import posix
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent.util
@@ -61,6 +61,8 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
     return fileobject.open(file, mode, buffering, encoding, errors, newline, closefd, opener)
 
 
+_open.__module__ = 'io'         # for pickle, which looks for them where they stand
+
 class _Os:
     """What gevent's `patch_module` copies into `os`."""
 
@@ -72,6 +74,8 @@ for _name in _Os.__implements__:
         setattr(_Os, _name, staticmethod(_cooperative(_name)))
 _Os.close = staticmethod(_close)                    # type: ignore[attr-defined]
 _Os.lstat = staticmethod(_lstat)                    # type: ignore[attr-defined]
+for _name in _Os.__implements__:
+    getattr(_Os, _name).__module__ = 'os'           # not posix
 
 
 class _Builtins:
@@ -84,6 +88,17 @@ class _Builtins:
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
     patch_module(os, _Os)           # type: ignore[arg-type]
+    for ours, names in _supported():
+        names.add(ours)
+
+
+def _supported() -> Iterator[tuple[Any, set[Any]]]:
+    """Each of ours and the sets of `os` that say what it can, in which `shutil` and others look it up."""
+    for name in _Os.__implements__:
+        for names in (os.supports_dir_fd, os.supports_effective_ids, os.supports_fd,
+                      os.supports_follow_symlinks):
+            if get_original('os', name) in names:
+                yield getattr(_Os, name), names
 
 
 def patch_builtins() -> None:
@@ -132,6 +147,8 @@ def unpatch_all() -> None:
         return
     for name in _Os.__implements__:
         setattr(os, name, get_original('os', name))
+    for ours, names in _supported():
+        names.discard(ours)
     for module in _modules():
         module.open = get_original(module.__name__, 'open')
     _patch_pathlib(get_original('io', 'open'))

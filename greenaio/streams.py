@@ -276,24 +276,31 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
     The kernel copies, in threads, while it reads ahead and begins to write back. *progress* is called with
     the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
     """
-    import shutil  # it imports archives and compression
-
     src = os.fspath(src)
+    one = _checked(src)
     if not follow_symlinks and os.path.islink(src):
+        _refuse_same(one, src, dst)
         os.symlink(posix.readlink(src), os.fspath(dst))     # type: ignore[type-var, arg-type]
         return dst
-    one = _checked(src)
     with File(src) as source:
+        if source.kind == stat.S_IFDIR:     # before the target is emptied
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
         try:
             target = File(dst, NEW | os.O_EXCL)     # there is nothing to look at, and that costs nothing
         except FileExistsError:
-            other = _checked(dst)
-            if one and other and os.path.samestat(one, other):
-                raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file') from None
+            _refuse_same(one, src, dst)
             target = File(dst, NEW | os.O_TRUNC)
         with target:
             _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
     return dst
+
+
+def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath) -> None:
+    import shutil  # it imports archives and compression
+
+    other = _checked(dst)
+    if one and other and os.path.samestat(one, other):
+        raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file') from None
 
 
 def _checked(name: StrPath) -> os.stat_result | None:

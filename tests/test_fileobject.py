@@ -1,6 +1,9 @@
 """Files for gevent servers: as `io` has them, cooperative, shared, and safe to close."""
 
+import array
+import contextlib
 import ctypes
+import fcntl
 import gc
 import os
 import pathlib
@@ -10,11 +13,12 @@ import subprocess
 import sys
 import threading
 import unittest
+import warnings
 
 import gevent
 import gevent.fileobject
 import pytest
-from conftest import MIB, pattern, run_python
+from conftest import MIB, missing, pattern, run_python
 from gevent.tests import test__fileobject as theirs
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -702,3 +706,232 @@ time.sleep(20)
     holder.wait(10)
     holder.stdout.close()
     assert len(ticks) > 50
+
+
+@pytest.mark.parametrize('code, status', [
+    ("file = greenaio.open(writer, 'wb'); gevent.spawn(file.write, b'x' * 1000000)", 0),
+    ("file = greenaio.open(writer, 'w'); gevent.spawn(print, 'x' * 1000000, file=file)", 0),
+    ("gevent.spawn(greenaio.open(path, 'w').write, 'x' * 1000000)", 7),
+])
+def test_process_ends_though_a_greenlet_waits_in_a_write_to_a_pipe(tmp_path, code, status):
+    path = tmp_path / 'fifo'
+    os.mkfifo(path)
+    done = run_python(f'''
+import gevent, greenaio, os, sys
+path = sys.argv[1]
+reader, writer = os.pipe()
+other = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+also = greenaio.open(path + '-beside', 'w')
+also.write('beside')
+{code}
+gevent.sleep(0.1)
+sys.exit({status})
+''', path, timeout=20, check=False, env={'PYTHONWARNINGS': 'ignore'})
+    assert (done.returncode, done.stderr) == (status, '')
+    assert pathlib.Path(f'{path}-beside').read_text() == 'beside'
+
+
+def test_detached_it_is_as_ios_and_holds_up_nobody_at_the_end(folder):
+    path = os.path.join(folder, 'file')
+    for mode in ('wb', 'w+b'):
+        file = greenaio.open(path, mode)
+        with file.detach(), pytest.raises(ValueError, match='raw stream has been detached'):
+            file.flush()
+    run_python('''
+        import greenaio, sys
+        detached = greenaio.open('/dev/null', 'wb')
+        raw = detached.detach()
+        class Last:
+            def __init__(self):
+                self.me = self          # a cycle: it goes after the modules
+                self.files = [greenaio.open(f'{sys.argv[1]}{i}', 'w') for i in range(12)]
+        sys.last_thing = Last()
+        for file in sys.last_thing.files:
+            file.write('flushed')
+    ''', path, env={'PYTHONWARNINGS': 'ignore'})
+    assert [os.path.getsize(f'{path}{i}') for i in range(12)] == [7] * 12
+
+
+@pytest.mark.parametrize('data', [array.array('I', [1, 2]), 5, [65, 66], memoryview(b'abcdefgh').cast('I'),
+                                  memoryview(b'abcdefgh')[::2], bytearray(b'abc'), 'text', b''])
+def test_buffer_of_a_text_file_takes_what_ios_takes(folder, data):
+    outcomes = []
+    for opener in (open, greenaio.open):
+        path = os.path.join(folder, opener.__module__)
+        with opener(path, 'w') as file:
+            try:
+                outcomes.append(file.buffer.write(data))
+            except Exception as error:
+                outcomes.append(type(error))
+        outcomes.append(pathlib.Path(path).read_bytes())
+    assert outcomes[:2] == outcomes[2:]
+
+
+@pytest.mark.parametrize('mode', ['w', 'wb'])
+def test_who_resumes_a_pipe_that_would_block_writes_nothing_twice(mode):
+    reader, writer = os.pipe()
+    for fd in (reader, writer):
+        os.set_blocking(fd, False)
+    fcntl.fcntl(writer, 1031, 4096)     # F_SETPIPE_SZ
+    lines = left = b''.join(b'%07d\n' % i for i in range(2500))
+    received = b''
+    with greenaio.open(writer, mode) as file, open(reader, 'rb', 0) as other:
+        binary = file if mode == 'wb' else file.buffer
+        while left:
+            try:
+                left = left[binary.write(left):]
+            except BlockingIOError as error:
+                left = left[error.characters_written:]
+                received += other.read(65536) or b''
+            assert len(received) <= len(lines)
+        while len(received) < len(lines):
+            with contextlib.suppress(BlockingIOError):
+                binary.flush()
+            received += other.read(65536) or b''
+    assert received == lines
+
+
+@pytest.mark.parametrize('options', [{'prefetch': 4}, {'direct': True}])
+@pytest.mark.parametrize('buffering', [0, -1])
+@pytest.mark.parametrize('who', ['hub', 'thread'])
+def test_plain_write_is_seen_by_who_reads_ahead(disk_folder, options, buffering, who):
+    path = os.path.join(disk_folder, 'data')
+    pathlib.Path(path).write_bytes(b'o' * (4 * MIB))
+    with greenaio.open(path, 'r+b', buffering, **options) as file:
+        for _ in range(3):
+            file.read(65536)
+        at = file.tell()
+        done = threading.Event()
+
+        def write():
+            file.seek(at + 9000)
+            file.write(b'NEW')
+            file.flush()
+            file.seek(at)
+            done.set()
+
+        if who == 'hub':
+            gevent.get_hub().loop.run_callback(write)
+        else:
+            threading.Thread(target=write).start()
+        while not done.is_set():
+            gevent.sleep(0.001)
+        assert file.read(65536)[9000:9003] == b'NEW'
+
+
+def test_no_bytes_of_a_pipe_take_no_time():
+    (empty, _), (_, full) = pipes = os.pipe(), os.pipe()
+    os.set_blocking(full, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(full, b'.' * 4096)
+    os.set_blocking(full, True)
+    with gevent.Timeout(5), greenaio.open(empty, 'rb', 0, closefd=False) as reader, \
+            greenaio.open(full, 'wb', 0, closefd=False) as writer:
+        assert reader.read(0) == b''
+        assert reader.readinto(bytearray()) == 0
+        assert writer.write(b'') == 0
+        for nothing in ([], [bytearray()]):
+            assert greenaio.os.readv(empty, nothing) == 0
+            assert greenaio.os.writev(full, nothing) == 0
+        assert greenaio.os.write(full, b'') == 0
+    for fd in (*pipes[0], *pipes[1]):
+        os.close(fd)
+
+
+def test_opens_where_there_is_no_null_device(tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    run_python('''
+        import greenaio.fileobject, os, sys
+        os.chroot(sys.argv[1])
+        for mode in ('w', 'r+', 'ab', 'rb'):
+            greenaio.open('/file', mode).close()
+        for wrong in (dict(mode='q'), dict(newline='x'), dict(encoding='nope')):
+            try:
+                greenaio.open('/file', **wrong)
+            except (ValueError, LookupError):
+                pass
+            else:
+                raise AssertionError(wrong)
+    ''', tmp_path)
+
+
+def test_out_of_fds_the_error_names_the_file(data_file):
+    run_python('''
+        import greenaio, os, resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        with greenaio.open(sys.argv[1], 'rb'):
+            pass
+        held = []
+        try:
+            while True:
+                held.append(os.open('/', os.O_RDONLY))
+        except OSError:
+            pass
+        try:
+            greenaio.open(sys.argv[1], 'r')
+        except OSError as error:
+            assert (error.errno, error.filename) == (24, sys.argv[1]), error
+        else:
+            raise AssertionError
+    ''', data_file)
+
+
+@pytest.mark.parametrize('mode, buffering', [('r', -1), ('rb', -1), ('wb', -1), ('r+b', -1), ('rb', 0)])
+def test_forgotten_it_warns_as_io_does(tmp_path, monkeypatch, mode, buffering):
+    """From the line that forgot it; and where that is an error, it is reported."""
+    path = tmp_path / 'file'
+    path.touch()
+    with pytest.warns(ResourceWarning) as caught:
+        greenaio.open(path, mode, buffering)
+        gc.collect()
+    assert [one.filename for one in caught] == [__file__]
+    reported = []
+    monkeypatch.setattr(sys, 'unraisablehook', lambda what: reported.append(what.exc_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ResourceWarning)
+        greenaio.open(path, mode, buffering)
+        gc.collect()
+    assert reported == [ResourceWarning]
+
+
+def test_warnings_about_arguments_are_the_callers(data_file):
+    with pytest.warns(RuntimeWarning, match='line buffering') as caught:
+        greenaio.open(data_file, 'rb', 1).close()
+    assert [one.filename for one in caught] == [__file__]
+    done = subprocess.run([sys.executable, '-X', 'warn_default_encoding', '-c',
+                           'import greenaio, sys; greenaio.open(sys.argv[1]).close()', data_file],
+                          capture_output=True, text=True, check=True)
+    assert done.stderr.startswith('<string>:1: EncodingWarning')
+
+
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+def test_refused_file_object_leaves_nothing_open(data_file):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for wrong in ({'encoding': 'nope'}, {'newline': 'x'}):
+            with pytest.raises((LookupError, ValueError)):
+                FileObject(data_file, 'r', **wrong)
+        gc.collect()
+    assert caught == []
+    with greenaio.open(data_file, 'rb') as inner:
+        with pytest.raises(LookupError):
+            FileObject(inner, 'r', encoding='nope')
+        assert inner.read(8) == pattern(8)      # it is the caller's to close
+
+
+@pytest.mark.parametrize('mode, buffering', [('r', -1), ('rb', -1), ('r+b', -1), ('rb', 0)])
+def test_cannot_be_pickled_and_is_open_after_that(data_file, mode, buffering):
+    with greenaio.open(data_file, mode, buffering) as file:
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with pytest.raises(TypeError, match='cannot pickle'):
+                pickle.dumps(file, protocol)
+        assert not file.closed
+
+
+def test_raw_file_of_a_wrong_mode_is_not_emptied(data_file):
+    for mode in ('w++', 'wr', 'rw+', 'ww', '+'):
+        with pytest.raises(ValueError):
+            FileIO(data_file, mode)
+        assert os.path.getsize(data_file) == MIB

@@ -299,3 +299,56 @@ def test_in_the_hub_and_without_one_the_original_is_called(data_file):
     ''', data_file)
     with io.open(data_file, 'rb') as file:      # noqa: UP020
         assert file.read() == pattern(MIB)
+
+
+def test_patched_os_says_what_it_supports():
+    """`shutil` asks, and takes what is not there for a function that does nothing."""
+    run_python('''
+        import os
+        sets = (os.supports_dir_fd, os.supports_effective_ids, os.supports_fd, os.supports_follow_symlinks)
+        names = ('open', 'stat', 'lstat', 'read')
+        before = [set(one) for one in sets]
+        wanted = [[getattr(os, name) in one for name in names] for one in sets]
+        import greenaio.monkey
+        for _ in range(2):
+            greenaio.monkey.patch_all()
+        assert [[getattr(os, name) in one for name in names] for one in sets] == wanted
+        greenaio.monkey.unpatch_all()
+        assert [set(one) for one in sets] == before
+    ''')
+
+
+def test_patched_the_state_of_a_symlink_is_copied(folder):
+    run_python('''
+        import greenaio.monkey, os, sys
+        greenaio.monkey.patch_all()
+        import shutil
+        os.chdir(sys.argv[1])
+        os.symlink('nowhere', 'one')
+        shutil.copy2('one', 'two', follow_symlinks=False)
+        assert os.readlink('two') == 'nowhere'
+        assert shutil.rmtree.avoids_symlink_attacks
+    ''', folder)
+
+
+def test_what_is_patched_can_be_pickled():
+    run_python('''
+        import greenaio.monkey, os, pickle
+        greenaio.monkey.patch_all()
+        for name in greenaio.monkey._Os.__implements__:
+            assert pickle.loads(pickle.dumps(getattr(os, name))) is getattr(os, name), name
+        assert pickle.loads(pickle.dumps(open)) is open
+    ''')
+
+
+def test_patched_open_warns_from_the_line_that_called_it(data_file):
+    run_python('''
+        import greenaio.monkey, sys, warnings
+        greenaio.monkey.patch_all()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            open(sys.argv[1], 'rb', 1).close()
+            open(sys.argv[1], 'rb')
+        assert [(one.category, one.filename) for one in caught] == [
+            (RuntimeWarning, '<string>'), (ResourceWarning, '<string>')], caught
+    ''', data_file)

@@ -340,6 +340,30 @@ def test_copy_refuses_what_shutil_refuses(folder):
     assert os.readlink(source + '3') == source
 
 
+def test_copy_of_a_folder_leaves_the_target_alone(folder):
+    target = make(folder, 10)
+    with pytest.raises(IsADirectoryError) as caught:
+        greenaio.copyfile(folder, target)
+    assert (caught.value.errno, caught.value.filename) == (errno.EISDIR, folder)
+    assert os.path.getsize(target) == 10
+    with pytest.raises(IsADirectoryError):
+        greenaio.copyfile(folder, target + '2')
+    assert not os.path.exists(target + '2')
+
+
+def test_copy_of_a_link_refuses_what_shutil_refuses(folder):
+    source = make(folder, 10)
+    os.mkfifo(source + '-fifo')
+    for name in (source, source + '-fifo'):
+        os.symlink(name, name + '-link')
+    for src, dst in (('-link', ''), ('-link', '-link'), ('-fifo-link', '-new'), ('-link', '-fifo')):
+        with pytest.raises(Exception) as wanted:
+            shutil.copyfile(source + src, source + dst, follow_symlinks=False)
+        with pytest.raises(wanted.type):
+            greenaio.copyfile(source + src, source + dst, follow_symlinks=False)
+    assert not os.path.lexists(source + '-new')
+
+
 def test_copy_to_a_full_disk(small_disk, disk_folder):
     source = make(disk_folder, 6 * MIB)
     target = os.path.join(small_disk, 'copy')
