@@ -291,8 +291,9 @@ def test_closed_while_in_flight_harms_no_request(held_disk):  # noqa: F811
     held_disk.hold()
     depth = _hub.get_driver().engine.depth
     greenlets = [gevent.spawn(file.pread, 4096, (i % 1024) * 4096) for i in range(depth + 50)]
-    gevent.sleep(0.05)
-    assert len(_hub.get_driver().engine.queued(fd)) > 0
+    with gevent.Timeout(60):
+        while len(_hub.get_driver().engine.requests()) < depth + 50:
+            gevent.sleep(0.001)
     file.close()
     with pytest.raises(ValueError):
         file.pread(4096, 0)
