@@ -277,8 +277,9 @@ def test_range_of_a_greenlet_that_can_never_go_on_is_given_back(disk_folder, how
         made.write(bytes(4 * MIB))
         os.fsync(made.fileno())
     run_python('''
-        import os, sys, threading, time, gevent
+        import os, sys, threading, time, warnings, gevent
         from greenaio import File, aligned_buffer, alignment
+        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
         path, how = sys.argv[1:]
         file = File(path, os.O_RDWR | os.O_DIRECT)
         begun, go_on = threading.Event(), threading.Event()

@@ -224,9 +224,10 @@ def test_sendfile_that_waits_for_the_socket_keeps_its_file(folder):
 def test_fd_that_nobody_was_given_yet_is_closed(disk_folder, ends):
     """A thread has opened it, and no pass has handed it over."""
     run_python('''
-        import os, sys, time, gevent
+        import os, sys, time, warnings, gevent
         import greenaio.os
         from greenaio import _hub
+        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
         path, ends = sys.argv[1:]
         greenaio.os.stat('/')
 
