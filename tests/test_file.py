@@ -243,6 +243,13 @@ def test_pool_of_the_hub_is_not_touched(data_file):
 # What the kernel may still write ----------------------------------------------------------------
 
 
+def until_asked(count):
+    """Wait until all have begun, however slow the machine."""
+    with gevent.Timeout(60):
+        while len(_hub.get_driver().engine.requests()) < count:
+            gevent.sleep(0.001)
+
+
 def test_killed_in_flight_on_a_held_disk_keeps_the_buffer(held_disk):  # noqa: F811
     """Kill 64 readers, drop everything, allocate the same sizes, release the disk: nothing is hurt."""
     with File(held_disk.file, os.O_RDONLY | os.O_DIRECT) as file:
@@ -251,7 +258,7 @@ def test_killed_in_flight_on_a_held_disk_keeps_the_buffer(held_disk):  # noqa: F
         abandoned_before = len(driver.engine.in_flight)
         greenlets = [gevent.spawn(file.preadv, [aligned_buffer(4096)], i * 4096) for i in range(64)]
         greenlets += [gevent.spawn(file.pread, 4096, i * 4096) for i in range(64)]
-        gevent.sleep(0.05)
+        until_asked(128 + abandoned_before)
         assert len(driver.engine.in_flight) - abandoned_before > 100
         gevent.killall(greenlets, timeout=5)
         assert all(greenlet.ready() for greenlet in greenlets)
@@ -291,9 +298,7 @@ def test_closed_while_in_flight_harms_no_request(held_disk):  # noqa: F811
     held_disk.hold()
     depth = _hub.get_driver().engine.depth
     greenlets = [gevent.spawn(file.pread, 4096, (i % 1024) * 4096) for i in range(depth + 50)]
-    with gevent.Timeout(60):
-        while len(_hub.get_driver().engine.requests()) < depth + 50:
-            gevent.sleep(0.001)
+    until_asked(depth + 50)
     file.close()
     with pytest.raises(ValueError):
         file.pread(4096, 0)
