@@ -215,7 +215,8 @@ def settings(source: Path, mode: str, reports: Path) -> dict[str, str]:
         # own log does not work beside libasan's. Python never frees a good part of its memory: test_leaks.py
         # counts instead.
         env['LD_PRELOAD'] = f"{library('libasan.so')} {library('libstdc++.so')}"      # greenlet throws
-        env['ASAN_OPTIONS'] = f'detect_leaks=0:handle_abort=2:handle_segv=2:log_path={reports}/report'
+        env['ASAN_OPTIONS'] = ('detect_leaks=0:handle_abort=2:handle_segv=2:allocator_may_return_null=1:'
+                               f'log_path={reports}/report')
         env['UBSAN_OPTIONS'] = 'abort_on_error=1'
     return env
 

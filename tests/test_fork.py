@@ -264,17 +264,14 @@ reader.kill()
 
 
 @pytest.mark.parametrize('cached', ['all', 'a part'])
-def test_reader_killed_in_the_child_leaves_the_parent_its_position(disk_folder, cached):
+def test_reader_killed_in_the_child_leaves_the_parent_its_position(held_disk, cached):  # noqa: F811
     """They share it. Who is killed gives back what the page cache had; not so a copy of it."""
-    path = os.path.join(disk_folder, 'data')
-    with open(path, 'wb') as file:
-        file.write(pattern(1 << 20))
-        os.fsync(file.fileno())
     run_python(COMMON + '''
 import time
 from greenaio.fileobject import FileIO
-content = os.pread(os.open(path, os.O_RDONLY), 1 << 20, 0)
+content = os.pread(os.open(path, os.O_RDONLY), 1 << 22, 0)
 shared = FileIO(path)
+hold, release = (command.format(me=os.getpid()) for command in sys.argv[3:])
 fd = shared.fileno()
 
 def position():
@@ -297,12 +294,14 @@ else:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.pread(fd, 4096, 0)
         os.lseek(fd, 0, os.SEEK_SET)
+        os.system(hold)                 # or the thread is done before we look
         reader = gevent.spawn(read_two)
         gevent.sleep(0)
-        if not reader.ready() and position() == 4096:       # 8192: the thread was done before we looked
+        if not reader.ready():
             break
-        reader.get()
+        os.system(release)
         gevent.sleep(0.01)
+    assert position() == 4096
 assert not reader.ready()
 
 def child():
@@ -314,7 +313,8 @@ assert reader.get() == wanted
 at = position()
 wait(pid)
 assert position() == at == len(wanted)
-''', path, cached)
+os.system(release)
+''', held_disk.file, cached, *held_disk.commands())
 
 
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])
