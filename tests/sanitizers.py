@@ -35,7 +35,7 @@ DESELECTED = {
         'tests/test_stress.py::test_every_place_of_a_batch_may_be_bad': 'has memory that nobody may read',
         'tests/test_stress.py::test_million_requests_do_not_grow_the_process': 'what is freed stays',
         'tests/test_libuv.py::test_on_the_other_loop[test_stress]': 'the same',
-        'tests/test_block.py::test_what_is_refused_waits_for_nothing_and_costs_nothing': 'has to get no memory',
+        'tests/test_block.py::test_what_is_refused_waits_for_nothing_and_costs_nothing': 'wants too much',
         'tests/test_memory.py::test_ten_thousand_waiting_greenlets_cost_at_most_a_kibibyte_each': 'red zones',
     },
     'valgrind': {

@@ -305,7 +305,9 @@ else:
 assert not reader.ready()
 
 def child():
-    time.sleep(0.2)                     # the parent is past it
+    end = time.monotonic() + 20
+    while position() != len(wanted) and time.monotonic() < end:
+        time.sleep(0.01)                # until the parent is past it
     reader.kill()
 
 pid = in_child(child)
