@@ -234,7 +234,7 @@ def read(fd: int, n: int) -> bytes:
         data = _file.pread(fd, n, at)
         return len(data)
 
-    if _is_stored(mode):
+    if is_stored(mode):
         _at_position(fd, reading)
         return data
     with using(fd):
@@ -245,7 +245,7 @@ def read(fd: int, n: int) -> bytes:
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
     mode = _calls.facts(fd)[0]
-    if _is_stored(mode):
+    if is_stored(mode):
         return _at_position(fd, lambda at: _file.preadv(fd, buffers, at))
     with using(fd):
         if _nbytes(buffers) > 0:
@@ -259,7 +259,7 @@ def write(fd: int, data: Any) -> int:
     def writing(at: int) -> int:
         return _file.pwrite(fd, data, at)
 
-    if _is_stored(mode):
+    if is_stored(mode):
         return _at_position(fd, writing)
     with using(fd):
         return _write_all(fd, mode, flat(data))
@@ -271,7 +271,7 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
     def writing(at: int) -> int:
         return _file.pwritev(fd, buffers, at)
 
-    if _is_stored(mode):
+    if is_stored(mode):
         return _at_position(fd, writing)
     with using(fd):
         if stat.S_ISFIFO(mode) and os.get_blocking(fd):
@@ -285,7 +285,8 @@ def _nbytes(buffers: Sequence[Any]) -> int:
     return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
-def _is_stored(mode: int) -> bool:
+def is_stored(mode: int) -> bool:
+    """Whether it never waits for anybody but a disk. *mode* may be the type alone."""
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 

@@ -53,7 +53,6 @@ Opener = Callable[[Any, int], int]
 FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
          'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
 OURS = ('greenaio.fileobject', 'greenaio.monkey')
-STORED = (stat.S_IFREG, stat.S_IFBLK)   # kinds that never wait for anybody but a disk
 
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
 
@@ -104,7 +103,7 @@ class FileIO(io.FileIO):
     def _stream(self, prefetch: int | None) -> None:
         gevent.get_hub()                # it is asked for by name, in a thread that has none as well
         file = self.file
-        if self.readable() and file.kind in STORED:
+        if self.readable() and _position.is_stored(file.kind):
             self._ahead = ReadAhead(file, prefetch or streams.DEPTH, eager=prefetch is not None)
         in_order = fcntl.fcntl(self._fd, fcntl.F_GETFL) & (os.O_APPEND | os.O_DSYNC)
         if self.writable() and file.direct and not in_order:
@@ -271,7 +270,7 @@ class FileIO(io.FileIO):
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
-        stored = self.file.kind in STORED
+        stored = _position.is_stored(self.file.kind)
         if stored and not self._turn.finalizing and not sys.is_finalizing():
             return _position.turn_of(self._fd)
         return contextlib.nullcontext()
@@ -628,7 +627,7 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         if raw._behind is not None:
             _writers.add(raw)
         return raw
-    if raw.file.kind not in STORED:
+    if not _position.is_stored(raw.file.kind):
         raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
     layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)
@@ -651,7 +650,7 @@ def _flush_all() -> None:
         with contextlib.suppress(Exception):    # as `io`, which can tell nobody either
             if file._turn.owner is None:
                 file._turn.finalizing = True
-            elif isinstance(file, _Shared) and file._raw().file.kind not in STORED:
+            elif isinstance(file, _Shared) and not _position.is_stored(file._raw().file.kind):
                 continue                # whoever has it may wait for ever, for the reader of a pipe
             file.flush()
 

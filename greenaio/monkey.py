@@ -63,6 +63,7 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
 
 _open.__module__ = 'io'         # for pickle, which looks for them where they stand
 
+
 class _Os:
     """What gevent's `patch_module` copies into `os`."""
 
