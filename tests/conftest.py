@@ -7,9 +7,11 @@ import configparser
 import contextlib
 import ctypes
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from greenaio._context import Context
 
 MIB = 1 << 20
 IN_CI = bool(os.environ.get('CI'))
+EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 
 
 def missing(reason):
@@ -281,6 +284,19 @@ def run_python(code, *args, env=None, timeout=60, check=True):
         assert done.returncode == 0, done.stderr
         assert done.stderr == '', done.stderr
     return done
+
+
+def run_example(name, *args, cwd=None, text=False, timeout=60):
+    """Run an example as a user would; return the finished process, its output as bytes unless *text*."""
+    return subprocess.run([sys.executable, EXAMPLES / f'{name}.py', *args], capture_output=True, text=text,
+                          cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture
+def example(request, monkeypatch):
+    """The example that the test's module is about, imported."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(request.module.__name__.removeprefix('test_'))
 
 
 def path_of_tests():

@@ -10,22 +10,12 @@ import stat
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 
 import pytest
+from conftest import EXAMPLES, run_example
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
-
-
-def copy_tree(*args, cwd=None):
-    return subprocess.run([sys.executable, EXAMPLES / 'copy_tree.py', *args], capture_output=True, text=True,
-                          cwd=cwd, timeout=60)
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import copy_tree
-    return copy_tree
+copy_tree = partial(run_example, 'copy_tree', text=True)
 
 
 def names_in(root):

@@ -99,6 +99,13 @@ def test_ranges_return_what_was_promised(server, cold):
     assert (part.status_code, part.content) == (200, data)
 
 
+def assert_soon_empty(files):
+    end = time.monotonic() + 5
+    while os.listdir(files) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert os.listdir(files) == []
+
+
 @pytest.mark.parametrize('data', [b'', os.urandom(1_000_001)], ids=['empty', 'large'])
 def test_takes_chunks(server, data):
     url, files = server
@@ -111,10 +118,7 @@ def test_chunks_that_are_too_many_leave_nothing(server):
     url, files = server
     with contextlib.suppress(requests.ConnectionError):         # reset, before the answer was read
         assert requests.put(f'{url}/big', data=iter([bytes(1 << 20)] * 65), timeout=30).status_code == 413
-    end = time.monotonic() + 5
-    while os.listdir(files) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert os.listdir(files) == []
+    assert_soon_empty(files)
 
 
 def test_torn_chunks_leave_nothing(server):
@@ -126,10 +130,7 @@ def test_torn_chunks_leave_nothing(server):
                          b'3\r\nabc\r\n' + rest)
             torn.shutdown(socket.SHUT_WR)
             assert not torn.recv(100).startswith(b'HTTP/1.1 201'), rest
-    end = time.monotonic() + 5
-    while os.listdir(files) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert os.listdir(files) == []
+    assert_soon_empty(files)
 
 
 def test_neither_a_part_nor_a_folder_is_replaced(server):
@@ -157,8 +158,5 @@ def test_refuses_and_leaves_nothing(server):
         assert endless.recv(100).startswith(b'HTTP/1.1 400')
     with socket.create_connection((host, int(port))) as torn:
         torn.sendall(b'PUT /torn HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n' + bytes(1000))
-    end = time.monotonic() + 5
-    while os.listdir(files) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert os.listdir(files) == []
+    assert_soon_empty(files)
     assert os.listdir(files.parent) == ['files']

@@ -106,20 +106,28 @@ def test_open_file_is_sent_and_closed(data_file, asked):
     assert files[0].closed
 
 
+def sends_what_changes(path, direct, change):
+    """An application that sends 100 bytes, which *change* makes more or less once it has looked."""
+    def app(environ, start):
+        with open(path, 'wb') as file:
+            file.write(pattern(104)[:100])
+        response = send_file(environ, greenaio.open(path, 'rb', 0, direct=direct))
+        change()
+        return response(environ, start)
+
+    return app
+
+
 @pytest.mark.parametrize('asked', [None, 'bytes=90-'])
 @pytest.mark.parametrize('direct', [False, True])
 def test_file_that_grows_is_sent_as_long_as_was_said(folder, direct, asked):
     path = os.path.join(folder, 'log.txt')
 
-    def app(environ, start):
-        with open(path, 'wb') as file:
-            file.write(pattern(104)[:100])
-        response = send_file(environ, greenaio.open(path, 'rb', 0, direct=direct))
+    def grow():
         with open(path, 'ab') as file:
             file.write(b'HTTP/1.1 200 OK\r\n\r\nforged')
-        return response(environ, start)
 
-    with serving(app) as port:
+    with serving(sends_what_changes(path, direct, grow)) as port:
         status, headers, body = ask(port, **({'Range': asked} if asked else {}))
     assert (status, body) == ((206, pattern(104)[90:100]) if asked else (200, pattern(104)[:100]))
     assert int(headers['Content-Length']) == len(body)
@@ -129,14 +137,7 @@ def test_file_that_grows_is_sent_as_long_as_was_said(folder, direct, asked):
 @pytest.mark.parametrize('direct', [False, True])
 def test_file_that_shrinks_ends_the_connection(folder, direct, asked):
     path = os.path.join(folder, 'log.txt')
-
-    def app(environ, start):
-        with open(path, 'wb') as file:
-            file.write(pattern(104)[:100])
-        response = send_file(environ, greenaio.open(path, 'rb', 0, direct=direct))
-        os.truncate(path, 50)
-        return response(environ, start)
-
+    app = sends_what_changes(path, direct, lambda: os.truncate(path, 50))
     with serving(app) as port:          # else this waits until it has no more time
         body = ask(port, Connection='keep-alive', **({'Range': asked} if asked else {}))[2]
     assert body == pattern(104)[10 if asked else 0:50]
