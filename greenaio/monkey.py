@@ -31,6 +31,24 @@ except ImportError:
 
 __all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_os', 'unpatch_all']
 
+class _Builtin(staticmethod):       # type: ignore[type-arg]
+    """A function that behaves as a built-in one of *module*: no method of a class that keeps it.
+
+    With ``open = os.open`` in the body of a class, ``self.open(path, flags)`` does not pass *self*. The base
+    is `staticmethod` because that forwards a call in C; a ``__call__`` of our own would cost a frame.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: str) -> None:
+        function.__module__ = module
+        super().__init__(function)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self
+
+    def __reduce__(self) -> str:
+        return self.__name__            # pickle looks for it in its module
+
+
 def _cooperative(name: str) -> Callable[..., Any]:
     original, ours = getattr(posix, name), getattr(greenaio.os, name)
 
@@ -61,8 +79,6 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
     return fileobject.open(file, mode, buffering, encoding, errors, newline, closefd, opener)
 
 
-_open.__module__ = 'io'         # for pickle, which looks for them where they stand
-
 
 class _Os:
     """What gevent's `patch_module` copies into `os`."""
@@ -70,20 +86,16 @@ class _Os:
     __implements__ = [name for name in greenaio.os.__all__ if hasattr(posix, name)] + ['lstat']
 
 
+_OWN: dict[str, Callable[..., Any]] = {'close': _close, 'lstat': _lstat}
 for _name in _Os.__implements__:
-    if _name not in ('close', 'lstat'):
-        setattr(_Os, _name, staticmethod(_cooperative(_name)))
-_Os.close = staticmethod(_close)                    # type: ignore[attr-defined]
-_Os.lstat = staticmethod(_lstat)                    # type: ignore[attr-defined]
-for _name in _Os.__implements__:
-    getattr(_Os, _name).__module__ = 'os'           # not posix
+    setattr(_Os, _name, _Builtin(_OWN.get(_name) or _cooperative(_name), 'os'))
 
 
 class _Builtins:
     """What it copies into `builtins` and `io`."""
 
     __implements__ = ['open']
-    open = staticmethod(_open)
+    open = _Builtin(_open, 'io')
 
 
 def patch_os() -> None:
@@ -158,7 +170,7 @@ def unpatch_all() -> None:
 
 def is_patched() -> bool:
     """Whether `patch_os` or `patch_builtins` was called, and not undone."""
-    return os.read is _Os.read or io.open is _open          # type: ignore[attr-defined]
+    return os.read is _Os.read or io.open is _Builtins.open          # type: ignore[attr-defined]
 
 
 def _did_patch_all(event: Any) -> None:

@@ -5,6 +5,7 @@ import os
 import py_compile
 import subprocess
 import sys
+import textwrap
 import zipfile
 
 import pytest
@@ -352,3 +353,27 @@ def test_patched_open_warns_from_the_line_that_called_it(data_file):
         assert [(one.category, one.filename) for one in caught] == [
             (RuntimeWarning, '<string>'), (ResourceWarning, '<string>')], caught
     ''', data_file)
+
+
+def test_patched_functions_kept_as_class_attributes_do_not_bind():
+    run_python(PATCHED + textwrap.dedent("""
+        import builtins, inspect
+        class Storage:
+            open, os_open, read, stat, close = builtins.open, os.open, os.read, os.stat, os.close
+        class Derived(Storage):
+            read_through_the_class = Storage.read
+        def use():
+            storage = Derived()
+            fd = storage.os_open(sys.executable, os.O_RDONLY)
+            assert storage.read(fd, 4) + storage.read_through_the_class(fd, 0) == b'\\x7fELF'
+            storage.close(fd)
+            assert storage.stat('/').st_ino == os.lstat('/').st_ino
+            with storage.open(sys.executable, 'rb') as file:
+                assert file.read(4) == b'\\x7fELF'
+        gevent.spawn(use).get()
+        for name in greenaio.monkey._Os.__implements__:
+            one, plain = getattr(os, name), gevent.monkey.get_original('os', name)
+            assert getattr(type('Kept', (), {name: one})(), name) is one
+            assert (one.__name__, one.__qualname__, one.__doc__) == (name, name, plain.__doc__)
+            assert inspect.signature(one) == inspect.signature(plain)
+    """))
