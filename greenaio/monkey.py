@@ -103,6 +103,7 @@ def patch_os() -> None:
     patch_module(os, _Os)           # type: ignore[arg-type]
     for ours, names in _supported():
         names.add(ours)
+    _replace_copies()
 
 
 def _supported() -> Iterator[tuple[Any, set[Any]]]:
@@ -119,17 +120,26 @@ def patch_builtins() -> None:
     Twice is fine."""
     for module in _modules():
         patch_module(module, _Builtins)     # type: ignore[arg-type]
-    _patch_pathlib(fileobject.open)
+    _replace_copies()
 
 
 def _modules() -> list[Any]:
     return [sys.modules['builtins'], io]
 
 
-def _patch_pathlib(opener: Any) -> None:
-    accessor = getattr(pathlib, '_NormalAccessor', None)    # Python 3.10 keeps the one that it found
+# Modules of the standard library that keep a copy of a name from their import on. gevent's look-up of plugins
+# imports some of them, so that even a program whose first line patches would find the old functions there.
+_COPIES = [('bz2', '_builtin_open'), ('tarfile', 'bltn_open'), ('tokenize', '_builtin_open')]
+
+
+def _replace_copies() -> None:
+    """Have those that keep a copy keep one of what `os` and `io` have now."""
+    for module, name in _COPIES:
+        if module in sys.modules:
+            setattr(sys.modules[module], name, io.open)
+    accessor = getattr(pathlib, '_NormalAccessor', None)    # of Python 3.10
     if accessor is not None:
-        accessor.open = staticmethod(opener)
+        accessor.open, accessor.stat = io.open, os.stat
 
 
 # Its stub says that it returns nothing.
@@ -164,7 +174,7 @@ def unpatch_all() -> None:
         names.discard(ours)
     for module in _modules():
         module.open = get_original(module.__name__, 'open')
-    _patch_pathlib(get_original('io', 'open'))
+    _replace_copies()
     gevent.util.format_run_info = _plain_run_info  # type: ignore[assignment]
 
 

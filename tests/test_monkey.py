@@ -377,3 +377,29 @@ def test_patched_functions_kept_as_class_attributes_do_not_bind():
             assert (one.__name__, one.__qualname__, one.__doc__) == (name, name, plain.__doc__)
             assert inspect.signature(one) == inspect.signature(plain)
     """))
+
+
+def test_copies_of_open_that_modules_keep_are_replaced(tmp_path):
+    """bz2 is there before the patch: gevent's look-up of plugins imports it."""
+    run_python("""
+        import bz2, io, os, pathlib, sys, tarfile, tokenize
+        before = bz2._builtin_open, tarfile.bltn_open, tokenize._builtin_open, open
+        assert len(set(before)) == 1
+        import greenaio.monkey, gevent
+        greenaio.monkey.patch_all()
+        gevent.get_hub()
+        assert [bz2._builtin_open, tarfile.bltn_open, tokenize._builtin_open] == 3 * [io.open]
+        accessor = getattr(pathlib, '_NormalAccessor', None)
+        assert accessor is None or [accessor.open, accessor.stat] == [io.open, os.stat]
+        def use():
+            with bz2.open(sys.argv[1], 'w') as file:
+                file.write(b'data')
+            with bz2.open(sys.argv[1]) as file:
+                assert type(file._fp) is greenaio.fileobject.BufferedReader
+                assert file.read() == b'data'
+            assert pathlib.Path(sys.argv[1]).stat().st_size == os.path.getsize(sys.argv[1])
+        gevent.spawn(use).get()
+        greenaio.monkey.unpatch_all()
+        assert (bz2._builtin_open, tarfile.bltn_open, tokenize._builtin_open, open) == before
+        assert accessor is None or [accessor.open, accessor.stat] == [io.open, os.stat]
+    """, tmp_path / 'packed')
