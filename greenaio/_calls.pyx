@@ -9,6 +9,9 @@ import os
 import posix            # for what may be patched in os
 import sys
 
+from gevent._hub_local import get_hub_if_exists
+from greenlet import getcurrent
+
 from cpython.number cimport PyIndex_Check
 from libc.errno cimport EAGAIN, EBADF
 from libc.stdint cimport int64_t, uint64_t
@@ -280,8 +283,8 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     return result
 
 
-def close(fd, *, bint may_wait=True):
-    close_file(c_int(fd), may_wait)
+def close(fd, *, bint may_wait=True, bint is_forgotten=False):
+    close_file(c_int(fd), may_wait, is_forgotten)
 
 
 cdef enum:
@@ -291,10 +294,25 @@ cdef int _left[LEFT_MAX]                # fds that there was no memory to close 
 cdef int _left_count = 0                # ... which the next close does
 
 
-cdef int close_file(int fd, bint may_wait) except -1:
-    """Close *fd*. What is queued on it is submitted first. What may have something to write or somebody to
-    tell is closed by a thread, for which this greenlet waits if it can and *may_wait*: in the hub and in
-    finalizers it does not."""
+cdef bint _close_waits(Known known) except -1:
+    """Whether closing the file, which has a name, may write data or ask a server."""
+    return not in_line(known, 0) and (known.kind & WRITABLE or not known.device.is_local)
+
+
+def _driver_to_close_with():
+    try:
+        return current_driver()
+    except (OSError, RuntimeError):     # no eventfd is to be had, or the interpreter ends
+        return None
+
+
+cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
+    """Close *fd*. What is queued on it is submitted first.
+
+    A thread closes it where the close may have data to write, a server to tell, or the blocks of a file without
+    a name to free. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain
+    call instead. A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread
+    that frees a file without a name may close it later, and the finalizer waits for nothing."""
     global _left_count
     cdef Request request = None
     cdef Pool pool = None
@@ -307,16 +325,19 @@ cdef int close_file(int fd, bint may_wait) except -1:
             driver.submit_now()
         queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
         is_used = bool(queued) or _fallback.in_use(fd)
-        if is_used or may_wait and driver is not None and not (<Driver>driver).in_hub():
+        hub = get_hub_if_exists()
+        may_wait = may_wait and hub is not None and getcurrent() is not hub
+        if is_used or may_wait or is_forgotten and not sys.is_finalizing():
             try:
                 known = _open_file(fd)
             except OSError as error:
                 if error.errno == EBADF:
                     raise
                 known = None            # xfs that is shut down tells nothing, and has nothing to wait for
-            is_slow = known is not None and not in_line(known, 0) and (
-                known.kind & WRITABLE or not known.device.is_local)
-            if is_slow and not is_used:
+            is_slow = known is not None and (known.is_nameless or (is_used or may_wait) and _close_waits(known))
+            if is_slow and may_wait and not is_used and driver is None:
+                driver = _driver_to_close_with()    # the hub is newer than the file, and this its first wait
+            if is_slow and may_wait and not is_used and driver is not None:
                 pool = known.device.pool()
                 request = new_call(-1, None, SYS_close, fd)     # on no fd: its own number is not to stay taken
                 request.must_run = True

@@ -214,13 +214,15 @@ class Closer:
         posix.close(self.fd)
 
 
-def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_slow: bool = False) -> None:
+def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_slow: bool = False,
+          is_forgotten: bool = False) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
-    to mean another file. *pending* are such operations besides our own. Waits for nobody."""
+    to mean another file. *pending* are such operations besides our own. Waits for nobody: a close that
+    *is_slow* has a thread."""
     check_open(fd)
     ours: list[_Job | _Use] = [*_jobs, *_uses]
     queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)
-    if not queued:
+    if not queued and not is_slow:
         posix.close(fd)
         return
     closer = Closer(fd, is_slow)

@@ -342,18 +342,18 @@ cdef class File:
 
     def close(self):
         """Close the file; twice is fine. Waits for no request: those in flight go on to their end. Waits for
-        the close itself where the file was open for writing, for that may have something to write; but not
-        in the hub."""
-        self._close(True)
+        the close itself where that may write data or free the file's blocks: the file was open for writing, or
+        it has no name left. In the hub it makes the plain call."""
+        self._close(True, False)
 
     def _stalled(self, uint64_t ns):
         self._known.stalled(ns)
 
-    cdef int _close(self, bint may_wait) except -1:
+    cdef int _close(self, bint may_wait, bint is_forgotten) except -1:
         cdef int fd = self._fd
         self._fd = CLOSED
         if fd >= 0 and self._closefd:
-            close_file(fd, may_wait)
+            close_file(fd, may_wait, is_forgotten)
         return 0
 
     def __enter__(self):
@@ -368,7 +368,7 @@ cdef class File:
             try:
                 warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self)
             finally:                    # a warning may be an error
-                self._close(False)
+                self._close(False, True)
 
     def __repr__(self):
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'

@@ -47,6 +47,7 @@ cdef class Known:
     cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
     cdef unsigned int align_memory
     cdef uint64_t inode
+    cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
     cdef Device device
 
     cdef bint is_demoted(self) except -1

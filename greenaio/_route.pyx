@@ -40,7 +40,7 @@ cdef extern from *:
 
     /* What the kernel has in memory of a file: DONT_SYNC, for a frozen FUSE or network file system would
        have to be asked else. */
-    struct facts { uint64_t device, inode, size; unsigned mode, align, align_memory; };
+    struct facts { uint64_t device, inode, size; unsigned mode, links, align, align_memory; };
 
     static inline int facts_of(int dir, const char *path, struct facts *f)
     {
@@ -52,6 +52,7 @@ cdef extern from *:
                     0x7ffu | 0x2000u /* STATX_BASIC_STATS, STATX_DIOALIGN: Linux 6.1 */, &st) < 0)
             return -errno;
         f->mode = st.mode;
+        f->links = st.nlink;
         f->inode = st.ino;
         f->size = st.size;
         f->device = S_ISBLK(st.mode) ? makedev(st.rdev_major, st.rdev_minor)
@@ -107,6 +108,7 @@ cdef extern from *:
         uint64_t inode
         uint64_t size
         unsigned int mode
+        unsigned int links
         unsigned int align
         unsigned int align_memory
     int facts_of(int dir, const char *path, facts *found)
@@ -351,6 +353,7 @@ cdef Known know(int fd, object name):
     known.mode = found.mode
     known.inode = found.inode
     known.device = device_of(found.device)
+    known.is_nameless = found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
     if known.kind & DIRECT:
         known.align = found.align or _sector_size(fd, found.mode)
         known.align_memory = found.align_memory or known.align

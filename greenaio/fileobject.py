@@ -353,7 +353,7 @@ class FileIO(io.FileIO):
             super().close()
             try:
                 if self._closes and fd >= 0 and self._owner is None:
-                    _calls.close(fd, may_wait=waits)
+                    _calls.close(fd, may_wait=waits, is_forgotten=self._turn.finalizing)
             finally:
                 owner, self._owner = self._owner, None
                 if owner is not None and self._closes:

@@ -125,7 +125,8 @@ def fstat(fd: int) -> _os.stat_result:
 def close(fd: int) -> None:
     """Close *fd*. What is queued on it is submitted first, and goes on to its end.
 
-    Waits for the close itself where the file was open for writing, but not in the hub. Raises OSError.
+    Waits for the close itself where the file was open for writing or has no name left, but not in the hub.
+    Raises OSError.
     """
     _calls.close(fd)
 

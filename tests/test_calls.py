@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import posix
 import socket
@@ -14,6 +15,7 @@ import pytest
 from conftest import MIB, pattern, run_python
 from gevent import socket as gsocket
 
+import greenaio
 import greenaio.os
 from greenaio import File, _fallback, _hub
 
@@ -351,6 +353,112 @@ def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, monke
     with _fallback.using(fd):
         file.close()
         assert closed == []
+    with gevent.Timeout(10):
+        while not closed:
+            gevent.sleep(0.001)
+    assert closed[0][0] == fd and closed[0][1] != get_ident()
+
+
+def without_a_name(folder, kind):
+    """An fd of a file that only its fds keep: to close the last one frees its blocks."""
+    path = os.path.join(folder, 'nameless')
+    if kind == 'directory':
+        os.mkdir(path)
+        fd = os.open(path, os.O_RDONLY)
+        os.rmdir(path)
+        return fd
+    if kind == 'O_TMPFILE':
+        writer = os.open(folder, os.O_RDWR | os.O_TMPFILE)
+    else:
+        writer = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(writer, MIB)
+    fd = os.open(f'/proc/self/fd/{writer}', os.O_PATH if kind == 'O_PATH' else os.O_RDONLY)
+    os.close(writer)
+    if kind == 'replaced':
+        with open(path + '-new', 'w'):
+            pass
+        os.rename(path + '-new', path)
+    elif kind != 'O_TMPFILE':
+        os.unlink(path)
+    return fd
+
+
+def closed_by_file(fd):
+    File.from_fd(fd, closefd=True).close()
+
+
+def closed_by_with(fd):
+    with greenaio.open(fd, 'rb', 0):
+        pass
+
+
+def closed_as_a_duplicate(fd):
+    greenaio.os.close(os.dup(fd))
+    os.close(fd)
+
+
+@pytest.mark.parametrize('close', [greenaio.os.close, closed_by_file, closed_by_with, closed_as_a_duplicate])
+@pytest.mark.parametrize('kind', ['unlinked', 'replaced', 'O_TMPFILE', 'directory', 'O_PATH'])
+def test_close_of_a_file_without_a_name_is_left_to_a_thread(folder, kind, close):
+    fd = without_a_name(folder, kind)
+    if kind == 'directory' and (close is closed_by_with or folder.startswith('/dev/shm')):
+        os.close(fd)
+        pytest.skip('a directory is no file object, and in memory it has next to nothing to free')
+    if kind == 'O_PATH' and close is closed_by_with:
+        os.close(fd)
+        pytest.skip('io takes no O_PATH')
+    engine = _hub.get_driver().engine
+    before = engine.lent_total
+    close(fd)
+    assert engine.lent_total == before + 1
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_close_that_is_the_first_call_of_its_hub_is_left_to_a_thread(disk_folder):
+    run_python('''
+        import os, sys, gevent, greenaio
+        path = sys.argv[1] + '/unlinked'
+        with open(path, 'wb') as file:
+            file.write(b'x')
+        file = greenaio.open(path, 'rb')        # no thread has a hub so far: this is the plain call
+        os.unlink(path)
+        gevent.get_hub()
+        file.close()
+        assert greenaio._hub.get_driver().engine.lent_total == 1
+    ''', disk_folder)
+
+
+def test_close_of_a_small_file_in_memory_without_a_name_takes_no_thread():
+    path = f'/dev/shm/greenaio-small-{os.getpid()}'
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.unlink(path)
+    os.write(fd, b'spooled')
+    engine = _hub.get_driver().engine
+    before = engine.lent_total
+    greenaio.os.close(fd)
+    assert engine.lent_total == before
+
+
+def test_close_in_the_hub_of_a_file_without_a_name_is_the_plain_one(disk_folder):
+    fd = without_a_name(disk_folder, 'unlinked')
+    seen = []
+    gevent.get_hub().loop.run_callback(lambda: (greenaio.os.close(fd), seen.append(outcome(os.fstat, fd))))
+    gevent.sleep(0.01)
+    assert seen[0][1] == errno.EBADF
+
+
+@pytest.mark.parametrize('make', [lambda fd: File.from_fd(fd, closefd=True),
+                                  lambda fd: greenaio.open(fd, 'rb', 0), lambda fd: greenaio.open(fd, 'rb')],
+                         ids=['File', 'raw', 'buffered'])
+def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, monkeypatch, make):
+    closed, close = [], posix.close
+    file = make(without_a_name(disk_folder, 'unlinked'))
+    fd = file.fileno()
+    monkeypatch.setattr(posix, 'close', lambda fd: closed.append((fd, get_ident())) or close(fd))
+    with pytest.warns(ResourceWarning):
+        del file
+        gc.collect()
     with gevent.Timeout(10):
         while not closed:
             gevent.sleep(0.001)
