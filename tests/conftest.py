@@ -39,6 +39,11 @@ def missing(reason):
     pytest.skip(reason)
 
 
+def known_fault(reason, raises=AssertionError):
+    """Mark a test that has to pass one day, and must fail until then: in this way, and for this reason."""
+    return pytest.mark.xfail(strict=True, raises=raises, reason=reason)
+
+
 # Nothing inside a process ends a system call that a frozen disk holds. So another process looks on: it is
 # told of each test that begins and each disk that is made, and where none has begun for long enough, thaws
 # the disks and has the tests print where they are and die.

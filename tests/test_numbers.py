@@ -1,0 +1,221 @@
+"""The number of a file: one way to close it, and after a fork it is the child's own.
+
+Each `known_fault` is one of today's code. The rebuilt handle has to make these tests pass.
+"""
+
+import os
+
+import pytest
+from conftest import FreezableDisk, known_fault, missing, run_python
+
+
+@pytest.fixture
+def frozen_ext4(tmp_path):
+    if os.geteuid() != 0:
+        missing('needs root')
+    disk = FreezableDisk(str(tmp_path), 'ext4', '64M')
+    yield disk
+    disk.close()
+
+
+CLOSED_TWICE = '''
+import errno, os, subprocess, sys
+import gevent, greenaio.os
+folder, freeze, thaw = sys.argv[1:]
+
+def made(name, nbytes=65536):
+    fd = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT)
+    os.write(fd, bytes(nbytes))
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return fd
+
+def outcome(call, *args):
+    try:
+        with gevent.Timeout(0.2):
+            call(*args)
+        return 'done'
+    except gevent.Timeout:
+        return 'timeout'
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+cold, large, victim = made('cold'), made('large', 16 << 20), made('victim')
+subprocess.run(freeze, shell=True, check=True)
+reader = gevent.spawn(greenaio.os.pread, cold, 4096, 0)     # the one thread of the disk
+gevent.sleep(0.1)
+'''
+
+
+@known_fault('a number stays open until its close has run')
+def test_number_that_is_being_closed_is_closed_for_new_calls(frozen_ext4):
+    done = run_python(CLOSED_TWICE + '''
+first = gevent.spawn(outcome, greenaio.os.close, victim)
+gevent.sleep(0.05)
+print(outcome(greenaio.os.fstat, victim), outcome(greenaio.os.pread, victim, 1, 0))
+first.join()
+print(outcome(greenaio.os.close, victim))
+subprocess.run(thaw, shell=True, check=True)
+reader.join()
+''', frozen_ext4.path, *frozen_ext4.commands(), env={'GREENAIO_THREADS': '1'})
+    assert done.stdout.split() == ['EBADF', 'EBADF', 'EBADF']
+
+
+@known_fault('each close of a number is queued, and carried out')
+def test_close_that_is_tried_again_closes_no_other_file(frozen_ext4):
+    done = run_python(CLOSED_TWICE + '''
+outcome(greenaio.os.close, victim)
+between = [gevent.spawn(greenaio.os.pread, large, 1 << 20, i << 20) for i in range(16)]
+gevent.sleep(0)
+outcome(greenaio.os.close, victim)
+subprocess.run(thaw, shell=True, check=True)
+others = []
+while not all(job.ready() for job in between):
+    others.append(os.open(os.devnull, os.O_RDONLY))
+    gevent.sleep(0)
+print(len(others) - len(set(others)))       # a number that was given out twice was closed by greenaio
+''', frozen_ext4.path, *frozen_ext4.commands(), env={'GREENAIO_THREADS': '1'})
+    assert done.stdout.split() == ['0']
+
+
+@known_fault('a forked child closes the number under which its parent had the mount table open')
+def test_number_that_is_no_longer_greenaios_own_is_left_alone():
+    """A daemon closes all numbers, and opens its files on them."""
+    run_python('''
+import os, sys, tempfile
+import gevent, greenaio, greenaio.os
+greenaio.os.stat('.')
+os.closerange(3, 256)
+files = [tempfile.TemporaryFile() for _ in range(32)]
+before = [os.fstat(file.fileno()).st_ino for file in files]
+pid = os.fork()
+if pid == 0:
+    numbers = [file.fileno() for file in files]
+    kept = [os.path.exists(f'/proc/self/fd/{fd}') and os.fstat(fd).st_ino for fd in numbers]
+    os._exit(kept != before)
+assert os.waitpid(pid, 0)[1] == 0, 'a file of the program was closed in the child'
+''')
+
+
+# Forks -------------------------------------------------------------------------------------------
+
+@known_fault('a close waits in the child for an operation that stayed with the parent')
+@pytest.mark.parametrize('user', ['greenlet', 'thread'])
+def test_child_closes_a_number_that_the_parent_was_using(user):
+    run_python('''
+import os, sys, threading, time, warnings
+warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
+import gevent, greenaio.os
+reading, writing = os.pipe()
+
+def use():
+    greenaio.os.read(reading, 1)
+
+if sys.argv[1] == 'greenlet':
+    gevent.spawn(use)
+    gevent.sleep(0.05)
+else:
+    threading.Thread(target=use, daemon=True).start()
+    time.sleep(0.2)
+pid = os.fork()
+if pid == 0:
+    gevent.reinit()
+    greenaio.os.close(reading)
+    gevent.sleep(0.1)
+    os._exit(os.path.exists(f'/proc/self/fd/{reading}'))
+status = os.waitpid(pid, 0)[1]
+os.write(writing, b'x')
+assert status == 0, 'the number is open in the child'
+''', user)
+
+
+FORKED_BY_C = '''
+import ctypes, os, signal, sys, threading, time
+import gevent, greenaio, greenaio.os
+libc = ctypes.PyDLL(None)
+
+def finish(pid):
+    """Wait for the child, for 5 s at most."""
+    for _ in range(500):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        gevent.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 'hangs'
+'''
+
+
+@known_fault('a fork in C is not noticed by the turns')
+def test_file_that_a_thread_used_can_be_used_or_refuses_in_a_child_forked_by_c():
+    run_python(FORKED_BY_C + '''
+reading, writing = os.pipe()
+file = greenaio.open(reading, 'rb')
+
+def use():
+    gevent.get_hub()
+    file.read(1)
+
+threading.Thread(target=use, daemon=True).start()
+time.sleep(0.2)
+gevent.get_hub()
+pid = libc.fork()
+if pid == 0:
+    try:
+        file.read(1)
+    except OSError:
+        pass
+    os._exit(0)
+status = finish(pid)
+os.write(writing, b'xx')
+assert status == 0, status
+''')
+
+
+@known_fault('a fork in C is not noticed by the sector ranges')
+def test_sectors_that_a_thread_was_writing_can_be_written_in_a_child_forked_by_c(frozen_ext4):
+    """The child writes the sector on which a thread of the parent waits for the disk."""
+    done = run_python(FORKED_BY_C + '''
+import subprocess
+folder, freeze, thaw = sys.argv[1:]
+path = os.path.join(folder, 'data')
+with open(path, 'wb') as file:
+    file.write(bytes(1 << 20))
+    os.fsync(file.fileno())
+file = greenaio.File(path, os.O_RDWR | os.O_DIRECT)
+gevent.get_hub()
+subprocess.run(freeze, shell=True, check=True)
+
+def use():
+    gevent.get_hub()
+    file.pwrite(b'parent', 100)
+
+threading.Thread(target=use, daemon=True).start()
+time.sleep(0.3)
+pid = libc.fork()
+if pid == 0:
+    file.pwrite(b'child', 200)
+    os._exit(0)
+subprocess.run(thaw, shell=True, check=True)
+status = finish(pid)
+print(status)
+''', frozen_ext4.path, *frozen_ext4.commands())
+    assert done.stdout.split() == ['0']
+
+
+@known_fault('a fork in C is not noticed by the jobs of a number')
+def test_number_that_a_job_was_using_can_be_closed_in_a_child_forked_by_c():
+    run_python(FORKED_BY_C + '''
+reading, writing = os.pipe()
+gevent.spawn(greenaio.os.read, reading, 1)
+gevent.sleep(0.05)
+pid = libc.fork()
+if pid == 0:
+    greenaio.os.close(reading)
+    os._exit(os.path.exists(f'/proc/self/fd/{reading}'))
+status = finish(pid)
+os.write(writing, b'x')
+gevent.sleep(0.05)
+assert status == 0, status
+''')
