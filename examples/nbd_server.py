@@ -5,8 +5,8 @@
 
 Speaks the fixed newstyle protocol of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, with
 structured replies and base:allocation. The requests of a connection run concurrently; the replies that are
-ready at the same time leave in one system call. A client that breaks the protocol is dropped, and nobody else
-notices.
+ready at the same time leave in one system call. The requests of all clients share a fixed amount of memory.
+A client that breaks the protocol or stalls is dropped; the other clients do not notice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import ssl
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import gevent
 import gevent.ssl
 from gevent import socket
-from gevent.event import AsyncResult, Event
+from gevent.event import Event
 from gevent.lock import Semaphore
 from gevent.pool import Group, Pool
 from gevent.server import StreamServer
@@ -38,11 +39,16 @@ REQUEST_MAX = 32 << 20          # bytes: what clients assume where nobody tells 
 TOGETHER_MAX, EACH_MAX = 32, 64 << 10   # requests that one greenlet serves together, and their bytes each
 IN_FLIGHT_MAX = 128             # requests of a connection: then nothing more is received from it ...
 HELD_MAX = 64 << 20             # ... and likewise with so many bytes
+REQUEST_COST = 16 << 10         # bytes of a request without its data: a greenlet, most of it
+MISALIGNED = 3                  # copies of misaligned data, at most: O_DIRECT needs aligned ones
+MEMORY_MIN = 128                # MiB: more than the dearest request
+MIB = 1 << 20
 OPTION_MAX = 16 << 10           # bytes
 OPTIONS_MAX = 1000              # of a client that can't make up its mind
 NEGOTIATION_MAX = 10            # seconds
 INPUT = 256 << 10               # bytes: received at once, at most
 IOV_MAX = 1024                  # buffers that the kernel sends at once
+TLS_RECORD = 16 << 10           # bytes
 
 # Negotiation
 NBDMAGIC, IHAVEOPT, REPLY_MAGIC = 0x4e42444d41474943, 0x49484156454f5054, 0x3e889045565a9
@@ -83,6 +89,54 @@ class Gone(Broken):
 Data = bytes | memoryview
 
 
+class Memory:
+    """Bytes for the requests of all clients together.
+
+    A request takes its bytes before its data is read or received, and gives them back when its reply has
+    left. If too few bytes are free, the request waits; requests are served in the order in which they came.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.free = nbytes
+        self._waiting: deque[tuple[int, Event]] = deque()
+
+    def has(self, nbytes: int) -> bool:
+        """Whether `take` would return at once."""
+        return nbytes <= self.free and not self._waiting
+
+    def take(self, nbytes: int) -> None:
+        if self.has(nbytes):
+            self.free -= nbytes
+            return
+        turn = nbytes, Event()
+        self._waiting.append(turn)
+        try:
+            turn[1].wait()
+        except BaseException:                   # killed, perhaps when the bytes were granted already
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                self.give_back(0)
+            else:
+                self.give_back(nbytes)
+            raise
+
+    def give_back(self, nbytes: int) -> None:
+        self.free += nbytes
+        while self._waiting and self._waiting[0][0] <= self.free:
+            granted, turn = self._waiting.popleft()
+            self.free -= granted
+            turn.set()
+
+
+class Limits(NamedTuple):
+    memory: Memory
+    seconds: float                      # to send a request, and to send or take each MiB of data
+
+    def patience(self) -> gevent.Timeout:
+        """A context that a client must not outlast."""
+        return gevent.Timeout(self.seconds, Broken('it takes too long'))
+
+
 class Export(NamedTuple):
     name: str
     device: BlockDevice
@@ -98,8 +152,8 @@ class Export(NamedTuple):
 class Input:
     """What the client sends, received in large pieces."""
 
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock
+    def __init__(self, sock: Any, limits: Limits) -> None:
+        self.sock, self._limits = sock, limits
         self._is_tls = isinstance(sock, gevent.ssl.SSLSocket)
         self._memory = memoryview(bytearray(INPUT))
         self._begin = self._end = 0
@@ -109,13 +163,16 @@ class Input:
         return self._memory[self._begin:min(self._begin + n, self._end)]
 
     def take(self, n: int) -> memoryview:
-        """The next *n* bytes, for as long as nothing else is taken."""
+        """The next *n* bytes, for as long as nothing else is taken. Wait for the first byte for ever, for the
+        others as long as the limits allow."""
         if self._end - self._begin < n:
             left = self._end - self._begin
             self._memory[:left] = self._memory[self._begin:self._end]
-            self._begin, self._end = 0, left
-            while self._end < n:
-                self._end += self._receive(self._memory[self._end:])
+            self._begin, self._end = 0, left or self._receive(self._memory)
+            if self._end < n:
+                with self._limits.patience():
+                    while self._end < n:
+                        self._end += self._receive(self._memory[self._end:])
         self._begin += n
         return self._memory[self._begin - n:self._begin]
 
@@ -131,7 +188,10 @@ class Input:
         n = min(len(target), self._end - self._begin)
         target[:n] = self.take(n)
         while n < len(target):
-            n += self._receive(target[n:])
+            end = min(n + MIB, len(target))
+            with self._limits.patience():
+                while n < end:
+                    n += self._receive(target[n:end])
 
     def _receive(self, target: memoryview) -> int:
         n: int = self.sock.recv_into(target)
@@ -145,9 +205,10 @@ class Input:
 class Negotiation:
     """Until a client has chosen an export: `run` returns that."""
 
-    def __init__(self, sock: Any, exports: dict[str, Export], tls: ssl.SSLContext | None) -> None:
-        self.sock, self.exports, self.tls = sock, exports, tls
-        self.input = Input(sock)
+    def __init__(self, sock: Any, exports: dict[str, Export], limits: Limits,
+                 tls: ssl.SSLContext | None) -> None:
+        self.sock, self.exports, self.limits, self.tls = sock, exports, limits, tls
+        self.input = Input(sock, limits)
         self.structured = False
         self.context: str | None = None         # the export for which base:allocation is wanted
 
@@ -270,7 +331,7 @@ class Negotiation:
             return
         self._reply(option, ACK)
         self.sock = self.tls.wrap_socket(self.sock, server_side=True)
-        self.input = Input(self.sock)   # nothing that came in clear counts any more
+        self.input = Input(self.sock, self.limits)      # nothing that came in clear counts any more
         self.tls, self.structured, self.context = None, False, None
 
 
@@ -282,7 +343,7 @@ class Request(NamedTuple):
     cookie: int
     offset: int
     length: int
-    held: int                           # bytes of memory
+    held: int                           # bytes taken from the memory
     data: memoryview | None
 
 
@@ -292,11 +353,13 @@ class Transmission:
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
         self.size = device.size
+        self.limits, self.memory = negotiated.limits, negotiated.limits.memory
         self.structured, self.has_context = negotiated.structured, negotiated.context is not None
         self._workers, self._idle = Group(), 0
         self._turn = Semaphore(0)       # to receive
         self._readable = gevent.get_hub().loop.io(self.sock.fileno(), 1)
-        self._end: Any = AsyncResult()
+        self._end = Event()             # nothing more will be received
+        self._failure = ''              # why the client is dropped; not the exception, which refers to us
         self._in_flight = self._held = 0        # requests, and their bytes, until their replies have left
         self._room = Event()
         self._replies: list[Data] = []
@@ -305,15 +368,31 @@ class Transmission:
         self._ready = Event()
 
     def run(self) -> None:
+        """Serve the client until it disconnects. Raises Broken if it is dropped.
+
+        In either case the requests in flight come to their end first: one that was killed would leave its
+        buffer to the kernel, and the memory of an impatient client's requests would be counted no more."""
         sender = gevent.spawn(self._send_what_is_ready)
         try:
             self._let_receive()
-            self._end.get()
-            self._in_flight_is(0)       # what was asked for before a disconnect is answered
+            self._end.wait()
+            self._in_flight_is(0)
         finally:
-            self._readable.close()
-            sender.kill()
+            self._readable.stop()
             self._workers.kill()
+            sender.kill()
+            self._readable.close()
+            self.memory.give_back(self._held)
+        if self._failure:
+            raise Broken(self._failure)
+
+    def _fail(self, error: object) -> None:
+        """Drop the client: replies are thrown away from now on."""
+        self._failure = self._failure or str(error) or repr(error)
+        self._end.set()
+        # The greenlet that receives sees an end. By SSLSocket.shutdown it would see a ValueError.
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def _let_receive(self) -> None:
         self._readable.stop()
@@ -322,31 +401,35 @@ class Transmission:
         self._turn.release()
 
     def _work(self) -> None:
-        while True:
+        while not self._end.is_set():
             self._idle += 1
             self._turn.acquire()        # which nobody has again after the last request
             self._idle -= 1
-            try:
-                request = self._receive()
-            except (Broken, OSError) as error:
-                self._end.set_exception(error)
-                return
-            if request is None:
-                self._end.set()
-                return
+            self._receive_and_serve()   # a call: a greenlet that waits for its turn refers to no request
+
+    def _receive_and_serve(self) -> None:
+        try:
+            request = self._receive()
+        except (Broken, OSError, MemoryError) as error:
+            self._fail(error)
+            return
+        if request is None:
+            self._end.set()
+            return
+        try:
             requests = self._more_like(request)
             if self.input.has_more():
                 self._let_receive()
             else:                       # so a client that asks for one thing at a time has one greenlet here
                 self._readable.start(self._let_receive)
-            try:
-                if len(requests) > 1:
-                    self._serve_together(requests)
-                else:
-                    self._serve(request)
-            except Exception as error:  # a fault of ours: the client is dropped, not left to wait
-                self._end.set_exception(error)
-                raise
+            if len(requests) > 1:
+                self._serve_together(requests)
+            else:
+                self._serve(request)
+        except Exception as error:      # a fault of ours: the client is dropped, not left to wait
+            self._in_flight = 0
+            self._fail(f'a fault of the server: {error!r}')
+            raise
 
     def _receive(self) -> Request | None:
         try:
@@ -360,17 +443,30 @@ class Transmission:
             raise Broken('no request')
         if command == DISCONNECT:
             return None
-        data, held = None, length if command in (READ, WRITE) and length <= REQUEST_MAX else 0
-        if self._in_flight >= IN_FLIGHT_MAX or self._held + held > HELD_MAX:
-            self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - held)
-        if command == WRITE:
-            if length > REQUEST_MAX:
-                raise Broken('a write that is too large')
-            data = aligned_buffer(length)
-            self.input.fill(data)
+        if command == WRITE and length > REQUEST_MAX:
+            raise Broken('a write that is too large')
+        data, cost = None, self._cost(command, offset, length)
+        if self._in_flight >= IN_FLIGHT_MAX or self._held + cost > HELD_MAX:
+            self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - cost)
+        self.memory.take(cost)
+        try:
+            if command == WRITE:
+                data = aligned_buffer(length)
+                self.input.fill(data)
+        except BaseException:
+            self.memory.give_back(cost)
+            raise
         self._in_flight += 1
-        self._held += held
-        return Request(flags, command, cookie, offset, length, held, data)
+        self._held += cost
+        return Request(flags, command, cookie, offset, length, cost, data)
+
+    def _cost(self, command: int, offset: int, length: int) -> int:
+        """Bytes of memory that a request needs until its reply has left."""
+        if command not in (READ, WRITE) or length > REQUEST_MAX:
+            return REQUEST_COST
+        if (offset | length) % self.device.alignment:
+            length *= MISALIGNED
+        return REQUEST_COST + length
 
     def _more_like(self, first: Request) -> list[Request]:
         """It, and others that have come with it: if it is an ordinary read or write, and they are, too."""
@@ -379,18 +475,14 @@ class Transmission:
             return found
         while len(found) < TOGETHER_MAX and len(self.input) >= REQUEST.size:
             magic, flags, command, cookie, offset, length = REQUEST.unpack(self.input.peek(REQUEST.size))
-            request = Request(flags, command, cookie, offset, length, length, None)
+            cost = self._cost(command, offset, length)
+            request = Request(flags, command, cookie, offset, length, cost, None)
             if (magic != REQUEST_MAGIC or not self._is_ordinary(first.command, *request)
-                    or self._in_flight >= IN_FLIGHT_MAX or self._held + length > HELD_MAX
+                    or self._in_flight >= IN_FLIGHT_MAX or self._held + cost > HELD_MAX
+                    or not self.memory.has(cost)
                     or command == WRITE and len(self.input) < REQUEST.size + length):
                 break
-            if command == WRITE:
-                found.append(self._receive())       # type: ignore[arg-type]  # it is here, whole
-            else:
-                self.input.take(REQUEST.size)
-                self._in_flight += 1
-                self._held += length
-                found.append(request)
+            found.append(self._receive())       # type: ignore[arg-type]  # it is here, whole
         return found
 
     def _is_ordinary(self, kind: int, flags: int, command: int, cookie: int, offset: int, length: int,
@@ -406,14 +498,15 @@ class Transmission:
             results = self.device.pread_each([(request.length, request.offset) for request in requests])
         else:
             results = self.device.pwrite_each([(request.data, request.offset) for request in requests])
+        held, last = sum(request.held for request in requests), requests[-1]
         for request, result in zip(requests, results, strict=True):
             if isinstance(result, OSError):
-                parts = self._failure(request.cookie, result)
+                parts = self._error(request.cookie, result)
             elif isinstance(result, int):
                 parts = [SIMPLE.pack(SIMPLE_MAGIC, 0, request.cookie)]
             else:
                 parts = self._data(request.cookie, request.offset, result)
-            self._reply(request.length, parts)
+            self._reply(held if request is last else 0, parts)      # they have one piece of memory together
 
     def _in_flight_is(self, wanted: int, held: int = HELD_MAX) -> None:
         """Wait until it is, at most."""
@@ -424,8 +517,8 @@ class Transmission:
     def _serve(self, request: Request) -> None:
         try:
             reply = self._perform(request)
-        except OSError as error:
-            self._reply(request.held, self._failure(request.cookie, error))
+        except (OSError, MemoryError) as error:
+            self._reply(request.held, self._error(request.cookie, error))
         else:
             self._reply(request.held, reply)
 
@@ -443,7 +536,7 @@ class Transmission:
         if command == READ:
             if length > REQUEST_MAX:
                 raise OSError(errno.EINVAL, 'too large')
-            return self._data(cookie, offset, device.pread(length, offset))
+            return self._data(cookie, offset, self._read(length, offset))
         if command == BLOCK_STATUS:
             return self._block_status(request)
         if command == WRITE:
@@ -458,6 +551,13 @@ class Transmission:
                 device.flush()
         # CACHE: O_DIRECT has no cache to bring it into.
         return [SIMPLE.pack(SIMPLE_MAGIC, 0, cookie)]
+
+    def _read(self, length: int, offset: int) -> Data:
+        if length <= EACH_MAX:
+            return self.device.pread(length, offset)
+        data = aligned_buffer(length)       # the bytes of pread would be a second copy
+        self.device.preadv([data], offset)
+        return data
 
     def _block_status(self, request: Request) -> list[Data]:
         if not self.has_context or not request.length:
@@ -477,7 +577,7 @@ class Transmission:
             return [DATA_CHUNK.pack(CHUNK_MAGIC, DONE, DATA, cookie, 8 + len(data), offset), data]
         return [SIMPLE.pack(SIMPLE_MAGIC, 0, cookie), data]
 
-    def _failure(self, cookie: int, error: Exception) -> list[Data]:
+    def _error(self, cookie: int, error: Exception) -> list[Data]:
         code = TOLD.get(getattr(error, 'errno', None) or 0, EIO)
         if self.structured:
             return [CHUNK.pack(CHUNK_MAGIC, DONE, ERROR, cookie, 6), struct.pack('>IH', code, 0)]
@@ -485,6 +585,7 @@ class Transmission:
 
     def _reply(self, held: int, parts: list[Data]) -> None:
         self._replies += parts
+        parts.clear()                   # the caller's frame refers to it for longer than it is counted
         self._unsent += 1
         self._unsent_bytes += held
         if self._in_flight == self._unsent:
@@ -501,35 +602,58 @@ class Transmission:
     def _send(self) -> None:
         if self._sending:
             return                      # it looks for more
+        parts, n, held = self._replies, self._unsent, self._unsent_bytes
+        self._replies, self._unsent, self._unsent_bytes = [], 0, 0
         self._sending = True
         try:
-            while parts := self._replies:
-                n, held = self._unsent, self._unsent_bytes
-                self._replies, self._unsent, self._unsent_bytes = [], 0, 0
+            if not self._failure:
                 self._send_all(parts)
-                self._in_flight -= n
-                self._held -= held
-                self._room.set()
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)    # the receiver sees an end
-            self._in_flight = self._held = 0
-            self._room.set()
+        except (Broken, OSError) as error:
+            self._fail(error)
         finally:
             self._sending = False
+        parts.clear()
+        self._in_flight -= n
+        self._held -= held
+        self.memory.give_back(held)
+        self._room.set()
+        if self._unsent:
+            self._ready.set()
 
     def _send_all(self, parts: list[Data]) -> None:
+        send: Callable[[list[Data]], int] = self.sock.sendmsg
         if isinstance(self.sock, gevent.ssl.SSLSocket):
-            self.sock.sendall(b''.join(parts))
-            return
-        place = 0
-        while place < len(parts):
-            sent = self.sock.sendmsg(parts[place:place + IOV_MAX])
-            while sent and sent >= len(parts[place]):
-                sent -= len(parts[place])
-                place += 1
-            if sent:
-                parts[place] = memoryview(parts[place])[sent:]
+            send = self._send_tls
+        else:                           # usually the kernel takes everything at once: that needs no timer
+            with contextlib.suppress(BlockingIOError):
+                forget(parts, self.sock.sendmsg(parts[:IOV_MAX], (), socket.MSG_DONTWAIT))
+        while parts:
+            left = MIB
+            with self.limits.patience():
+                while parts and left > 0:
+                    sent = send(parts[:IOV_MAX])
+                    forget(parts, sent)
+                    left -= sent
+
+    def _send_tls(self, parts: list[Data]) -> int:
+        """Send the first parts in one record if they are small, and as they are if the first is large."""
+        n = size = 0
+        while n < len(parts) and size + len(parts[n]) <= TLS_RECORD:
+            size += len(parts[n])
+            n += 1
+        sent: int = self.sock.send(b''.join(parts[:n]) if n else parts[0][:MIB])
+        return sent
+
+
+def forget(parts: list[Data], sent: int) -> None:
+    """Remove the first *sent* bytes from *parts*."""
+    n = 0
+    while n < len(parts) and sent >= len(parts[n]):
+        sent -= len(parts[n])
+        n += 1
+    del parts[:n]
+    if sent:
+        parts[0] = memoryview(parts[0])[sent:]
 
 
 # The server --------------------------------------------------------------------------------------
@@ -537,11 +661,11 @@ class Transmission:
 class Server:
     """Serves *exports* by name; *tls* is then the only way."""
 
-    def __init__(self, exports: dict[str, Export], tls: ssl.SSLContext | None = None) -> None:
-        self.exports, self.tls = exports, tls
+    def __init__(self, exports: dict[str, Export], limits: Limits, tls: ssl.SSLContext | None = None) -> None:
+        self.exports, self.limits, self.tls = exports, limits, tls
 
     def __call__(self, sock: Any, address: Any) -> None:
-        negotiation = Negotiation(sock, self.exports, self.tls)
+        negotiation = Negotiation(sock, self.exports, self.limits, self.tls)
         try:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -566,6 +690,16 @@ def address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'{text!r} is no HOST:PORT')
     return host, int(port)
+
+
+def number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
+    """The type of an argument: a number from *least* to *most*."""
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:.15g} to {most:.15g}')
+    return parse
 
 
 def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -600,9 +734,15 @@ def main() -> int:
                        help='(%(default)s)')
     add('--tls', nargs=2, metavar=('CERT', 'KEY'), help='and no client without it')
     add('--read-only', action='store_true')
-    add('--iops', type=float, help='operations a second of each export, at most')
-    add('--bps', type=float, help='bytes a second, likewise')
-    add('--connections', type=int, default=100, help='at a time (%(default)s); more wait')
+    add('--iops', type=number(float, 0.1, 1e9), help='operations a second of each export, at most')
+    add('--bps', type=number(float, 1, 1e15), help='bytes a second, likewise')
+    add('--connections', type=number(int, 1, 100_000), default=100, metavar='N',
+        help='at a time (%(default)s), of 0.5 MiB each; more wait')
+    add('--memory', type=number(int, MEMORY_MIN, 1 << 20), default=256, metavar='MIB',
+        help='for the requests of all connections together (%(default)s); more requests wait')
+    add('--timeout', type=number(float, 0.1, 86400), default=30, metavar='SECONDS',
+        help='for a client to send a request that it has begun, and to send or take each MiB of data '
+        '(%(default)s); between two requests it has any time')
     arguments = parser.parse_args()
     exports: dict[str, Export] = {}
     try:
@@ -625,9 +765,10 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f'nbd_server.py: {error}', file=sys.stderr)
         return 1
-    server = StreamServer(sock, Server(exports, tls), spawn=Pool(arguments.connections))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, server.close)
+    limits = Limits(Memory(arguments.memory * MIB), arguments.timeout)
+    server = StreamServer(sock, Server(exports, limits, tls), spawn=Pool(arguments.connections))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(signum, server.close)
     print(uri, flush=True)
     server.serve_forever()
     for device in {export.device for export in exports.values()}:

@@ -1,6 +1,8 @@
 """examples/nbd_server.py, started as a user would, driven by the clients that its users have."""
 
+import contextlib
 import filecmp
+import gc
 import json
 import os
 import pathlib
@@ -12,10 +14,13 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 
+import gevent
+import gevent.socket
 import pytest
-from conftest import MIB, missing, pattern, run
+from conftest import MIB, missing, pattern, real_disk, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +35,9 @@ def need(*tools):
 
 
 class Server:
-    def __init__(self, *args, where=None):
-        self.process = subprocess.Popen([sys.executable, SERVER, *(where or ('--tcp', '127.0.0.1:0')), *args],
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *args, where=None, program=(SERVER,)):
+        command = [sys.executable, *program, *(where or ('--tcp', '127.0.0.1:0')), *args]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.uri = self.process.stdout.readline().strip()
         assert self.uri, self.process.stderr.read()
         self.port = int(self.uri.rstrip('/').rpartition(':')[2]) if where is None else None
@@ -44,6 +49,11 @@ class Server:
         """MiB."""
         with open(f'/proc/{self.process.pid}/statm') as file:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / MIB
+
+    def peak(self):
+        """MiB: the most that it ever had."""
+        with open(f'/proc/{self.process.pid}/status') as file:
+            return next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) >> 10
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -394,6 +404,225 @@ def test_who_has_sent_all_still_gets_its_replies(server):
         sock.shutdown(socket.SHUT_WR)
         data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
     assert len(data) == 100 * (16 + 65536)
+
+
+# What clients can take from each other -----------------------------------------------------------
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def stalled(server, asked):
+    """A client that asks and takes nothing."""
+    sock = negotiated(server)
+    sock.sendall(asked)
+    return sock
+
+
+def without_gc(*args):
+    """A server whose memory is only that which is referred to."""
+    code = '''
+import gc, runpy, sys
+gc.disable()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+    return Server(*args, program=('-c', code, SERVER))
+
+
+@pytest.fixture(scope='module')
+def disk_image():
+    with tempfile.TemporaryDirectory(dir=real_disk(), prefix='greenaio-test-') as folder:
+        path = os.path.join(folder, 'disk.img')
+        with open(path, 'wb') as file:
+            file.truncate(SIZE)
+        yield path
+
+
+@pytest.fixture(scope='module')
+def impatient(disk_image):
+    server = Server('--memory', '128', '--timeout', '0.5', disk_image)
+    yield server
+    assert 'it takes too long' in server.stop()
+
+
+@pytest.mark.parametrize('clients, asked', [
+    (16, request(0, 0, 32 * MIB) * 2), (40, request(0, 0, 64 << 10) * 128), (20, request(0, 1, MIB) * 32)],
+    ids=['large', 'medium', 'misaligned'])
+def test_clients_that_take_nothing_share_the_memory_and_leave_none(disk_image, clients, asked):
+    server = without_gc('--memory', '128', disk_image)
+    try:
+        assert_alive(server)
+        before = server.rss()
+        socks = [stalled(server, asked) for _ in range(clients)]
+        time.sleep(0.5)
+        for sock in socks:
+            sock.close()
+        until(lambda: server.rss() < before + 40)       # MiB; forty buffers of the input are 10
+        assert server.peak() - before < 220             # of 128, and what malloc cannot use again
+    finally:
+        server.stop()
+
+
+def test_request_waits_for_memory_until_those_who_hold_it_have_stalled_for_too_long(impatient):
+    socks = [stalled(impatient, request(0, 0, 32 * MIB) * 2) for _ in range(4)]
+    with negotiated(impatient) as other:
+        other.sendall(request(0, 0, 32 * MIB))
+        assert reply(other) == (0, 1)
+        assert receive(other, 32 * MIB) == bytes(32 * MIB)
+    for sock in socks:
+        sock.close()
+
+
+def test_client_that_takes_a_little_now_and_then_is_dropped(impatient):
+    with stalled(impatient, request(0, 0, 32 * MIB)) as sock:
+        for _ in range(20):
+            assert len(receive(sock, 1000)) == 1000     # of what the kernel holds
+            time.sleep(0.05)
+        taken = 0
+        with contextlib.suppress(ConnectionResetError):
+            taken = sum(map(len, iter(lambda: sock.recv(MIB), b'')))
+        assert taken < 30 * MIB
+
+
+def test_client_has_any_time_between_two_requests(impatient):
+    with negotiated(impatient) as sock:
+        for _ in range(2):
+            time.sleep(0.8)
+            sock.sendall(request(0, 0, 512))
+            assert reply(sock) == (0, 1)
+            receive(sock, 512)
+
+
+HALVES = {
+    'half a header': [request(0, 0, 512)[:27]], 'no data': [request(1, 0, 4096)],
+    'half the data': [request(1, 0, 4096), bytes(2000)], 'half of much': [request(1, 0, MIB), bytes(400_000)],
+    'a header by bytes': [b'\x25', b'\x60', *[b'\x95'] * 200],
+    'data by bytes': [request(1, 0, 4096), *[b'x'] * 200], 'behind another': [request(0, 0, 512) + bytes(5)]}
+
+
+@pytest.mark.parametrize('pieces', HALVES.values(), ids=HALVES)
+def test_half_a_request_is_not_waited_for_for_ever(impatient, pieces):
+    with negotiated(impatient) as sock:
+        sock.settimeout(0.05)
+        said, began = None, time.monotonic()
+        for piece in [*pieces, *[b''] * 200]:
+            try:
+                sock.sendall(piece)
+                said = sock.recv(10_000)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                said = b''
+            if said == b'':
+                break
+        assert said == b''
+        assert time.monotonic() - began > 0.4
+    assert_alive(impatient)
+
+
+def test_large_and_misaligned_requests_have_the_right_bytes(server, image):
+    content = pattern(4 * MIB)
+    with negotiated(server) as sock:
+        for offset, length in ((0, 2 * MIB), (7, MIB + 3), (4096, MIB), (511, 70_000),
+                               (SIZE - MIB - 1, MIB + 1)):
+            sock.sendall(request(1, offset, length) + content[:length])
+            assert reply(sock) == (0, 1)
+            sock.sendall(request(0, offset, length))
+            assert reply(sock) == (0, 1)
+            assert receive(sock, length) == content[:length]
+
+
+@pytest.mark.parametrize('how', ['disconnect', 'gone', 'reset', 'nonsense', 'stalled', 'half', 'killed'])
+def test_connection_is_freed_when_it_ends_without_the_collector(example, image, how):
+    memory = example.Memory(128 * MIB)
+    device = example.BlockDevice(image)
+    serve = example.Server({'': example.Export('', device)}, example.Limits(memory, 0.2))
+
+    def left():
+        kinds = example.Transmission, example.Negotiation, example.Input
+        return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        ours, theirs = gevent.socket.socketpair()
+        server = gevent.spawn(serve, theirs, None)
+        ours.sendall(struct.pack('>I', 3) + b'IHAVEOPT' + struct.pack('>II', 1, 0))
+        receive(ours, 28)
+        ours.sendall(request(1, 0, 4096) + bytes(4096) + request(0, 0, 4096) + request(0, 0, MIB))
+        receive(ours, 3 * 16 + 4096 + MIB)
+        assert left()
+        if how == 'stalled':
+            ours.sendall(request(0, 0, 16 * MIB) * 4)
+        elif how != 'killed':
+            ours.sendall({'disconnect': request(2, 0, 0), 'nonsense': bytes(28), 'half': bytes(7)}.get(
+                how, request(0, 0, 16 * MIB) * 4))
+        if how in ('gone', 'reset'):
+            gevent.sleep(0.1)
+            if how == 'gone':
+                ours.recv(1000)
+            ours.close()
+        if how == 'killed':
+            server.kill()
+        server.join(10)
+        assert server.ready()
+        del server, theirs
+        gevent.sleep(0)
+        assert memory.free == 128 * MIB
+        assert left() == []
+    finally:
+        gc.enable()
+        ours.close()
+        device.close()
+
+
+def test_memory_is_taken_in_the_order_of_asking(example):
+    memory, order = example.Memory(100), []
+
+    def take(name, nbytes):
+        memory.take(nbytes)
+        order.append(name)
+
+    take('first', 90)
+    waiting = [gevent.spawn(take, name, nbytes) for name, nbytes in (('large', 50), ('small', 5))]
+    gevent.sleep(0)
+    assert not memory.has(5)            # there is enough, but the large request is before it
+    assert order == ['first']
+    memory.give_back(90)
+    gevent.joinall(waiting)
+    assert order == ['first', 'large', 'small']
+    assert memory.free == 45
+
+
+@pytest.mark.parametrize('granted', [False, True])
+def test_memory_of_a_killed_greenlet_is_given_to_the_next(example, granted):
+    memory = example.Memory(100)
+    memory.take(60)
+    killed, following = gevent.spawn(memory.take, 100), gevent.spawn(memory.take, 40)
+    gevent.sleep(0)
+    killed.kill(block=False)
+    if granted:
+        memory.give_back(60)            # before it runs again
+    following.join(5)
+    assert following.successful()
+    memory.give_back(40 if granted else 100)
+    assert memory.free == 100
+
+
+@pytest.mark.parametrize('limit', [
+    ('--connections', '0'), ('--connections', '-1'), ('--connections', 'x'), ('--memory', '127'),
+    ('--memory', '1e3'), ('--timeout', '0'), ('--timeout', '-1'), ('--timeout', 'nan'), ('--timeout', 'inf'),
+    ('--iops', '0'), ('--iops', 'nan'), ('--bps', '-5'), ('--bps', 'inf')], ids=' '.join)
+def test_limit_that_is_none_is_refused(example, monkeypatch, capsys, limit):
+    monkeypatch.setattr(sys, 'argv', ['nbd_server.py', *limit, 'image'])
+    with pytest.raises(SystemExit) as stopped:
+        example.main()
+    assert stopped.value.code == 2
+    assert f"argument {limit[0]}: '{limit[1]}' is no number from" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_export_that_has_its_limit_holds_up_no_other(image, tmp_path):
