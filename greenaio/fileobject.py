@@ -62,7 +62,7 @@ def _refuse_pickle(self: object, _: Any) -> Any:
     raise TypeError(f'cannot pickle {type(self).__name__!r} object')
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The stacklevel, for `warnings.warn`, of the first frame that is not ours."""
     level, frame = 1, sys._getframe(1)
     while frame.f_globals.get('__name__') in OURS and frame.f_back is not None:
@@ -392,7 +392,7 @@ class FileIO(io.FileIO):
         if self._fd >= 0 and self._closes and self._owner is None:
             try:
                 warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source,
-                              stacklevel=_level_of_caller())
+                              stacklevel=level_of_caller())
             except Warning as error:    # the layers of io above would drop it
                 self._unsaid = error.with_traceback(None)       # which has us
 
@@ -583,7 +583,7 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
         raise ValueError('direct and dsync are for a path, not for a file that is open')
     buffering = operator.index(buffering)
     if encoding is None and isinstance(mode, str) and 'b' not in mode:
-        encoding = io.text_encoding(None, _level_of_caller())   # it may warn
+        encoding = io.text_encoding(None, level_of_caller())   # it may warn
     _check_arguments(mode, buffering, encoding, errors, newline)
     flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
     raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags, prefetch=prefetch)
@@ -604,7 +604,7 @@ def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: st
         _are_accepted(mode, buffering == 0, encoding, errors, newline)
     if buffering == 1 and 'b' in mode:
         warnings.warn("line buffering (buffering=1) isn't supported in binary mode, the default buffer size "
-                      'will be used', RuntimeWarning, stacklevel=_level_of_caller())
+                      'will be used', RuntimeWarning, stacklevel=level_of_caller())
 
 
 @functools.lru_cache(256)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import posix
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,11 +50,38 @@ class _Builtin(staticmethod):       # type: ignore[type-arg]
         return self.__name__            # pickle looks for it in its module
 
 
+_USUAL = frozenset({int, str, bytes})
+_IS_PATH = {'open': 'string, bytes or os.PathLike', 'stat': 'string, bytes, os.PathLike or integer',
+            'lstat': 'string, bytes or os.PathLike'}
+_IS_FD = {'stat', 'fsync', 'fdatasync'}     # the others take a bool for a number without a word
+
+
+def _as_usual(name: str, value: Any) -> Any:
+    """Return *value*, the first argument of the call *name*, as an object of one of the usual types if it is
+    one that `os` takes with a warning. Warn as `os` does, from the line of the caller."""
+    if isinstance(value, bool) and name in _IS_FD:
+        if sys.version_info >= (3, 13):
+            warnings.warn('bool is used as a file descriptor', RuntimeWarning,
+                          stacklevel=fileobject.level_of_caller())
+        return int(value)
+    if name in _IS_PATH and sys.version_info < (3, 12) and not hasattr(value, '__fspath__'):
+        try:
+            path = bytes(memoryview(value))
+        except TypeError:
+            return value
+        warnings.warn(f'{name}: path should be {_IS_PATH[name]}, not {type(value).__name__}',
+                      DeprecationWarning, stacklevel=fileobject.level_of_caller())
+        return path
+    return value
+
+
 def _cooperative(name: str) -> Callable[..., Any]:
     original, ours = getattr(posix, name), getattr(greenaio.os, name)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if args and type(args[0]) not in _USUAL:
+            args = _as_usual(name, args[0]), *args[1:]
         if can_wait():
             return ours(*args, **kwargs)
         return original(*args, **kwargs)
@@ -69,7 +97,7 @@ def _close(fd: int) -> None:
 @functools.wraps(posix.lstat)
 def _lstat(path: Any, *, dir_fd: int | None = None) -> os.stat_result:
     stat: Callable[..., os.stat_result] = _Os.stat  # type: ignore[attr-defined]
-    return stat(os.fspath(path), dir_fd=dir_fd, follow_symlinks=False)
+    return stat(os.fspath(_as_usual('lstat', path)), dir_fd=dir_fd, follow_symlinks=False)
 
 
 @functools.wraps(io.open)       # noqa: UP020
@@ -77,7 +105,6 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
           errors: str | None = None, newline: str | None = None, closefd: bool = True,
           opener: fileobject.Opener | None = None) -> Any:
     return fileobject.open(file, mode, buffering, encoding, errors, newline, closefd, opener)
-
 
 
 class _Os:

@@ -3,6 +3,7 @@
 import io
 import os
 import py_compile
+import re
 import subprocess
 import sys
 import textwrap
@@ -403,3 +404,29 @@ def test_copies_of_open_that_modules_keep_are_replaced(tmp_path):
         assert (bz2._builtin_open, tarfile.bltn_open, tokenize._builtin_open, open) == before
         assert accessor is None or [accessor.open, accessor.stat] == [io.open, os.stat]
     """, tmp_path / 'packed')
+
+
+UNUSUAL_ARGUMENTS = '''
+import os, sys, warnings
+TAKE = {'open': [0], 'stat': [], 'lstat': [], 'fsync': [], 'fdatasync': [], 'fstat': [], 'pread': [0, 0]}
+def use():
+    for name, more in TAKE.items():
+        for value in (bytearray(b'/'), memoryview(b'/'), bytearray(b'/nowhere'), 1.5, None, [], True):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter('always')
+                try:
+                    outcome = type(getattr(os, name)(value, *more))
+                except Exception as error:
+                    outcome = type(error), bytes(getattr(error, 'filename', None) or b'')
+            print(name, value, outcome, *[(one.message, one.filename) for one in seen], file=sys.stderr)
+'''
+
+
+def test_patched_unusual_arguments_are_taken_as_by_os():
+    """With the same warnings, from the same line; in a greenlet and where no hub is."""
+    plain, green, alone = (
+        re.sub(' at 0x[0-9a-f]+', '', run_python(code, check=False).stderr)
+        for code in (UNUSUAL_ARGUMENTS + 'use()', PATCHED + UNUSUAL_ARGUMENTS + 'gevent.spawn(use).get()',
+                     PATCHED + UNUSUAL_ARGUMENTS + 'use()'))
+    assert plain.count('\n') == 49
+    assert green.splitlines() == alone.splitlines() == plain.splitlines()
