@@ -84,6 +84,7 @@ class FileIO(io.FileIO):
     _appends = False                    # each write goes to the end, which is ours to find
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
     _piece = 0                          # bytes at most in one write, if the layers above look how many went
+    _killed: weakref.ref[greenlet] | None = None    # the greenlet into which something was thrown in here
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
                  flags: int = 0, prefetch: int | None = None) -> None:
@@ -299,9 +300,12 @@ class FileIO(io.FileIO):
             self._drain()
         turn = _position.turns.get(self._fd)
         if turn is not None and turn.owner is not None and self._can_wait():    # who is about to move it
-            with _position.turn_of(self._fd):
-                return self._seek(offset, whence)
+            return int(self._wait(True, self._seek_in_turn, offset, whence))
         return self._seek(offset, whence)
+
+    def _seek_in_turn(self, fd: int, offset: int, whence: int) -> int:
+        with _position.turn_of(fd):
+            return self._seek(offset, whence)
 
     def _seek(self, offset: int, whence: int) -> int:
         if whence < os.SEEK_END or not can_wait():
@@ -333,10 +337,11 @@ class FileIO(io.FileIO):
         as it needs it."""
         if self.closed:
             return
+        self._killed = None
         try:
             self._drain()
-        except BaseException as error:  # killed, it is not closed: somebody may flush it yet
-            if is_told_by_the_kernel(error):
+        except BaseException:
+            if not self.was_killed():   # else it stays open, because it may be flushed later
                 self._close()
             raise
         self._close()
@@ -350,14 +355,24 @@ class FileIO(io.FileIO):
             if self._ahead is not None:
                 self._ahead.stop()
             self._ahead = self._behind = None
-            super().close()
             try:
-                if self._closes and fd >= 0 and self._owner is None:
-                    _calls.close(fd, may_wait=waits, is_forgotten=self._turn.finalizing)
+                super().close()         # calls `flush`, which a program may have replaced
             finally:
-                owner, self._owner = self._owner, None
-                if owner is not None and self._closes:
-                    owner.close()
+                self._close_fd(fd, waits)
+
+    def _close_fd(self, fd: int, may_wait: bool) -> None:
+        try:
+            if self._closes and fd >= 0 and self._owner is None:
+                _calls.close(fd, may_wait=may_wait, is_forgotten=self._turn.finalizing)
+        finally:
+            owner, self._owner = self._owner, None
+            if owner is not None and self._closes:
+                owner.close()
+
+    def was_killed(self) -> bool:
+        """Return whether the exception that this greenlet handles was thrown into it while it waited in here,
+        as by a kill or a Timeout. `_killed` has to be None before the call that raises it."""
+        return self._killed is not None and self._killed() is getcurrent()
 
     def end_waits(self, writing: bool = True) -> None:
         """Let those who wait for a read, and if *writing* those who wait for a write, get EBADF."""
@@ -379,6 +394,10 @@ class FileIO(io.FileIO):
             return call(self._fd, *args)
         except BlockingIOError:
             return None
+        except BaseException as error:
+            if not is_told_by_the_kernel(error):
+                self._killed = weakref.ref(me)
+            raise
         finally:
             if before is None:
                 del self._waiting[me]
@@ -442,16 +461,23 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     return in_turn
 
 
-def _close_in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Callable[..., Any]:
+    """*method*, the ``close`` of a class of `io`, so that a greenlet that is killed in it loses nothing.
+
+    `io` closes the raw file whatever its flush raises, and drops what is buffered. So *flush*, the one of
+    the class itself, goes first. A flush that the program put in its place is called as `io` calls it.
+    """
     def flush_and_close(self: Any) -> None:
         if not self.closed and self.writable() and not self._turn.finalizing:
+            raw = self._raw()
+            raw._killed = None
             try:
-                self.flush()
-            except BaseException as error:
-                if is_told_by_the_kernel(error):
-                    with contextlib.suppress(OSError):
+                flush(self)
+            except BaseException:
+                if not raw.was_killed():    # else it stays open, because it may be flushed later
+                    with contextlib.suppress(Exception):
                         method(self)
-                raise                   # killed, it is not closed: what is buffered may be flushed yet
+                raise
         method(self)
 
     in_turn = _in_turn(flush_and_close)
@@ -492,7 +518,7 @@ class _Shared:
                      'reconfigure', 'seek', 'tell', 'truncate', 'write', 'writelines'):
             if hasattr(cls, name):
                 setattr(cls, name, _in_turn(getattr(cls, name)))
-        cls.close = _close_in_turn(cls.close)       # type: ignore[attr-defined]
+        cls.close = _close_in_turn(cls.close, cls.flush)    # type: ignore[attr-defined]
 
     __reduce_ex__ = _refuse_pickle
 
@@ -512,7 +538,7 @@ class _Writes:
     _kept: tuple[bytes, ...] = ()       # what the text layer has let go of, and this has not got yet
 
     def write(self, data: Any, /) -> Any:
-        if not self._is_below_text:
+        if not self._is_below_text or self.raw is None:     # type: ignore[attr-defined]
             return super().write(data)  # type: ignore[misc]
         if type(data) is not bytes:
             with memoryview(data) as view:
@@ -525,8 +551,12 @@ class _Writes:
 
     def _write_kept(self) -> None:
         # Of what its buffer can hold io takes all or nothing; of more it can't say how much went.
-        piece = getattr(self.raw, '_piece', 0)  # type: ignore[attr-defined]  # None once detached
+        raw: Any = self.raw             # type: ignore[attr-defined]
+        if raw is None or not self._kept:   # None once detached
+            return
+        piece = raw._piece
         taken = 0                       # of the last of them
+        raw._killed = None
         try:
             while self._kept:
                 data = self._kept[0]
@@ -537,14 +567,14 @@ class _Writes:
         except BaseException as error:
             if isinstance(error, BlockingIOError):
                 error.characters_written += taken
-            if is_told_by_the_kernel(error):
-                self._kept = ()         # as io: who wrote it knows
+            if not raw.was_killed():
+                self._kept = ()         # as io: the greenlet that wrote it knows
             raise
 
     def flush(self) -> None:
         self._write_kept()
         super().flush()                 # type: ignore[misc]
-        self.raw.flush()                # type: ignore[attr-defined]  # it may write behind
+        self.raw._drain()               # type: ignore[attr-defined]
 
 
 class BufferedWriter(_Shared, _Writes, io.BufferedWriter):
@@ -648,6 +678,8 @@ def _flush_all() -> None:
     """While there is a Python to do it: those that are still there when the modules go could not."""
     for file in list(_writers):
         with contextlib.suppress(Exception):    # as `io`, which can tell nobody either
+            if file.closed:
+                continue
             if file._turn.owner is None:
                 file._turn.finalizing = True
             elif isinstance(file, _Shared) and not _position.is_stored(file._raw().file.kind):

@@ -935,3 +935,48 @@ def test_raw_file_of_a_wrong_mode_is_not_emptied(data_file):
         with pytest.raises(ValueError):
             FileIO(data_file, mode)
         assert os.path.getsize(data_file) == MIB
+
+
+@pytest.mark.parametrize('mode', ['wb', 'w', 'r+b', 'r+'])
+@pytest.mark.parametrize('layer', ['the file', 'its buffer', 'its raw file'])
+@pytest.mark.parametrize('kind, args', [(OSError, ['no errno']), (OSError, [5, 'errno']), (ValueError, []),
+                                        (SystemExit, []), (gevent.Timeout, [])])
+def test_closing_a_file_whose_flush_was_replaced_closes_it(tmp_path, mode, layer, kind, args):
+    """It raises what `io` raises; the bytes that `io` would drop are written."""
+    def close(opener):
+        calls = []
+
+        def flush():
+            calls.append(1)
+            raise kind(*args)
+
+        path = tmp_path / 'file'
+        path.write_text('')
+        file = opener(path, mode)
+        buffer = getattr(file, 'buffer', file)
+        {'the file': file, 'its buffer': buffer, 'its raw file': buffer.raw}[layer].flush = flush
+        file.write('data' if 'b' not in mode else b'data')
+        fd = file.fileno()
+        with pytest.raises(kind) as caught:
+            file.close()
+        assert str(caught.value) == str(kind(*args))
+        with pytest.raises(OSError):
+            os.fstat(fd)
+        return file.closed, buffer.closed, buffer.raw.closed, len(calls), path.read_text()
+
+    plain, ours = close(open), close(greenaio.open)
+    assert ours[:3] == plain[:3] == (True, True, True)
+    assert (ours[3] >= plain[3] == 1 or layer == 'its buffer') and ours[4] == 'data'
+
+
+def test_closing_a_file_calls_a_replaced_flush_once(tmp_path):
+    for mode, layer in (('w', 'self'), ('wb', 'self'), ('w', 'raw'), ('wb', 'raw')):
+        calls = []
+        file = greenaio.open(tmp_path / 'file', mode)
+        one = file if layer == 'self' else getattr(file, 'buffer', file).raw
+        plain = one.flush
+        one.flush = lambda: (calls.append(1), plain())      # noqa: B023
+        file.write('data' if mode == 'w' else b'data')
+        file.close()
+        assert calls == [1], (mode, layer)
+        assert (tmp_path / 'file').read_text() == 'data'
