@@ -14,10 +14,12 @@ import os
 import pathlib
 import posix
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent.thread  # type: ignore[import-not-found]
 import gevent.util
 from gevent.monkey import get_original, patch_module
 
@@ -30,7 +32,7 @@ try:
 except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
 
-__all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_os', 'unpatch_all']
+__all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_os', 'unpatch_all']
 
 class _Builtin(staticmethod):       # type: ignore[type-arg]
     """A function that behaves as a built-in one of *module*: no method of a class that keeps it.
@@ -169,6 +171,61 @@ def _replace_copies() -> None:
         accessor.open, accessor.stat = io.open, os.stat
 
 
+# Locks that a module of the library makes when it is imported, and holds over calls that are cooperative now.
+# If the import came before gevent's patch, the lock is a native one: the second greenlet that wants it stops
+# the thread, and with it the greenlet that has it. gevent's search for plugins imports `tempfile`; some
+# programs import the others early. gevent replaces those of `logging`, `threading`, `concurrent.futures`.
+_LOCKS = (
+    ('tempfile', '_once_lock'),
+    ('_pyio', 'Lock'),          # the function that makes them, of which it keeps the native one
+    ('multiprocessing.forkserver', '_forkserver._lock'),
+    ('multiprocessing.heap', 'BufferWrapper._heap._lock'),
+    ('multiprocessing.resource_sharer', '_resource_sharer._lock'),
+    ('multiprocessing.resource_tracker', '_resource_tracker._lock'),
+    ('sysconfig', '_CONFIG_VARS_LOCK'),
+    ('webbrowser', '_lock'),
+)
+_replaced_locks: list[tuple[Any, str, Any]] = []        # where they are: owner, name; and the native lock
+
+
+def patch_locks() -> None:
+    """Replace native locks by gevent's, where a module of the standard library made one before gevent's patch
+    and holds it while it uses files. A lock that is held just now stays. Twice is fine."""
+    for module, path in _LOCKS:
+        *owners, name = path.split('.')
+        try:
+            owner = functools.reduce(getattr, owners, sys.modules[module])
+            lock = getattr(owner, name)
+        except (KeyError, AttributeError):      # not imported, or another version of Python
+            continue
+        cooperative = _cooperative_lock(lock)
+        if cooperative is not None:
+            setattr(owner, name, cooperative)
+            _replaced_locks.append((owner, name, lock))
+
+
+def _cooperative_lock(lock: Any) -> Any:
+    """What to put in the place of *lock*; None if it is not native, or is held."""
+    allocate: Any = get_original('_thread', 'allocate_lock')
+    if lock is allocate:
+        return gevent.thread.allocate_lock
+    if isinstance(lock, type(allocate())):
+        return None if lock.locked() else gevent.thread.allocate_lock()
+    # The recursive one of threads is native where gevent has not patched it.
+    if not isinstance(lock, get_original('_thread', 'RLock')) or isinstance(threading.RLock(), type(lock)):
+        return None
+    if lock._is_owned() or not lock.acquire(False):
+        return None
+    lock.release()
+    return threading.RLock()
+
+
+def _unpatch_locks() -> None:
+    while _replaced_locks:
+        owner, name, lock = _replaced_locks.pop()
+        setattr(owner, name, lock)
+
+
 # Its stub says that it returns nothing.
 _plain_run_info: Callable[..., list[str]] = gevent.util.format_run_info  # type: ignore[assignment]
 
@@ -182,10 +239,11 @@ def _format_run_info(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def patch_all() -> None:
-    """`patch_os` and `patch_builtins`, and `greenaio.events.explain_blocked` for what is not reached. Call
-    ``gevent.monkey.patch_all()`` besides, for sockets and threads. Twice is fine."""
+    """`patch_os`, `patch_builtins` and `patch_locks`, and `greenaio.events.explain_blocked` for what is not
+    reached. Call ``gevent.monkey.patch_all()`` before, for sockets and threads. Twice is fine."""
     patch_os()
     patch_builtins()
+    patch_locks()
     _blocked.explain_blocked()
     gevent.util.format_run_info = _format_run_info  # type: ignore[assignment]
 
@@ -193,6 +251,7 @@ def patch_all() -> None:
 def unpatch_all() -> None:
     """Put back what was there before."""
     _blocked.stop_explaining()
+    _unpatch_locks()
     if not is_patched():
         return
     for name in _Os.__implements__:

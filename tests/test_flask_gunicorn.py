@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import make_plugin_visible
+from conftest import make_plugin_visible, temporary_folder
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 WITH_A_WINDOW = '''
@@ -31,28 +31,62 @@ def server(disk_folder, tmp_path):
     """The address of a gunicorn that serves *disk_folder*/files."""
     files = pathlib.Path(disk_folder, 'files')
     files.mkdir()
-    app = tmp_path / 'app'
-    app.mkdir()
-    (app / 'windowed.py').write_text(WITH_A_WINDOW)
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{probe.getsockname()[1]}'
-    environment = {**os.environ, **make_plugin_visible(tmp_path)}
-    path = os.pathsep.join(filter(None, [str(app), str(EXAMPLES), environment.get('PYTHONPATH')]))
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'gunicorn', '-k', 'gevent', '-w', '2', '--preload', '-b', address,
-         '--log-level', 'error', '--graceful-timeout', '3', 'windowed:app'],
-        env={**environment, 'PYTHONPATH': path, 'GREENAIO_PATCH': '1', 'FILES': str(files)})
-    url = f'http://{address}'
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        with contextlib.suppress(requests.ConnectionError):
-            if requests.get(f'{url}/ping', timeout=5).text == 'pong':
-                break
-        time.sleep(0.1)
-    yield url, files
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 0
+    with serving(tmp_path, WITH_A_WINDOW, '-w', '2', '--preload', FILES=str(files)) as url:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f'{url}/ping', timeout=5).text == 'pong':
+                    break
+            time.sleep(0.1)
+        yield url, files
+
+
+@contextlib.contextmanager
+def serving(tmp_path, app, *options, **environment):
+    """The address of a patched gunicorn that serves the module *app*. The first request is the caller's."""
+    folder = tmp_path / 'app'
+    folder.mkdir()
+    (folder / 'windowed.py').write_text(app)
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(100)            # clients that come before gunicorn does wait there
+        found = {**os.environ, **make_plugin_visible(tmp_path)}
+        path = os.pathsep.join(filter(None, [str(folder), str(EXAMPLES), found.get('PYTHONPATH')]))
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'gunicorn', '-k', 'gevent', '-b', f'fd://{listener.fileno()}',
+             '--log-level', 'error', '--graceful-timeout', '3', *options, 'windowed:app'],
+            env={**found, 'PYTHONPATH': path, 'GREENAIO_PATCH': '1', **environment},
+            pass_fds=[listener.fileno()])
+        address = f'127.0.0.1:{listener.getsockname()[1]}'
+    try:
+        yield f'http://{address}'
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+
+
+TAKES_UPLOADS = '''
+import hashlib
+from flask import Flask, request
+app = Flask(__name__)
+@app.post('/')
+def take():
+    return hashlib.sha256(request.files['file'].read()).hexdigest()
+'''
+
+
+@pytest.mark.parametrize('kind', ['disk', 'memory'])
+def test_first_requests_are_uploads_that_come_at_once(tmp_path, kind):
+    """Each is spooled to a temporary file, the first that the worker makes."""
+    with temporary_folder(kind) as folder, serving(
+            tmp_path, TAKES_UPLOADS, '-w', '1', '--worker-tmp-dir', '/dev/shm', TMPDIR=folder) as url:
+        def upload(i):
+            data = os.urandom(600_000 + i)
+            answer = requests.post(url, files={'file': ('name', data)}, timeout=30)
+            return answer.text == hashlib.sha256(data).hexdigest()
+
+        with ThreadPoolExecutor(50) as pool:
+            assert all(pool.map(upload, range(50)))
 
 
 def test_serves_and_takes_files_patched(server):

@@ -1,0 +1,152 @@
+"""Locks that are not gevent's: which ones `greenaio.monkey` replaces."""
+
+import pytest
+from conftest import make_plugin_visible, run_python
+
+# Each native lock that is left, and why it stops nobody.
+HUNT = '''
+import gevent.monkey
+gevent.monkey.patch_all(greenaio=True)
+import sys, types, _thread
+HARMLESS = (
+    'gevent.',                          # its own
+    'greenaio.monkey._replaced_locks',  # kept for unpatch_all
+    'threading._',                      # held by threads that start and end
+    'logging._lock', 'logging._defaultLastResort.lock',     # gevent's own repair
+    '.lock',    # recursive: of a cached_property until Python 3.11. It stops no greenlet of its thread
+)
+recursive = gevent.monkey.get_original('_thread', 'RLock')
+native = type(gevent.monkey.get_original('_thread', 'allocate_lock')()), recursive
+looked_at, found = {}, []
+
+def look(value, path, depth):
+    if id(value) in looked_at or depth > 7 or isinstance(value, types.ModuleType):
+        return
+    looked_at[id(value)] = value
+    inside = {}
+    if isinstance(value, native):
+        found.append((path, isinstance(value, recursive)))
+    elif isinstance(value, dict):
+        inside = {f'[{str(key)[:40]!r}]': one for key, one in list(value.items())}
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inside = {f'[{i}]': one for i, one in enumerate(list(value)[:1000])}
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            try:
+                inside[f'<{len(inside)}>'] = cell.cell_contents
+            except ValueError:
+                pass
+        inside['<defaults>'] = value.__defaults__
+    elif isinstance(value, type):
+        inside = {f'.{name}': one for name, one in vars(value).items()}
+    else:
+        inside = {f'.{name}': one for name, one in getattr(value, '__dict__', {}).items()}
+        for kind in type(value).__mro__:
+            slots = vars(kind).get('__slots__', ())
+            for name in [slots] if isinstance(slots, str) else slots:
+                inside[f'.{name}'] = getattr(value, name, None)
+    for name, one in inside.items():
+        look(one, path + name, depth + 1)
+
+for name, module in sorted(sys.modules.items()):
+    if module is not None and name != '__main__':
+        for key, value in list(vars(module).items()):
+            look(value, f'{name}.{key}', 0)
+assert len(looked_at) > 5000
+assert any(path.startswith('gevent.') or path.startswith('threading.') for path, _ in found), found
+left = [path for path, is_recursive in found
+        if not path.startswith(HARMLESS[:-1]) and not (is_recursive and path.endswith(HARMLESS[-1]))]
+assert not left, left
+import tempfile
+assert tempfile._once_lock is not None and not isinstance(tempfile._once_lock, native)
+'''
+
+
+def test_no_native_lock_is_left_that_a_greenlet_could_wait_for(tmp_path):
+    """Where a new version of Python or gevent brings another one, this says which."""
+    run_python(HUNT, env=make_plugin_visible(tmp_path))
+
+
+# Modules that are imported, and so make their locks, before gevent patches.
+EARLY = '''
+import _pyio, io, os, sys, tempfile
+import multiprocessing.heap, multiprocessing.resource_tracker, multiprocessing.shared_memory
+import gevent.monkey
+gevent.monkey.patch_all()
+import greenaio.monkey
+greenaio.monkey.patch_all()
+import gevent
+def at_once(work, n=3):
+    gevent.get_hub()
+    jobs = [gevent.spawn(work, i) for i in range(n)]
+    gevent.joinall(jobs, timeout=20, raise_error=True)
+    assert all(job.ready() for job in jobs)
+    return [job.value for job in jobs]
+'''
+
+
+def test_greenlets_make_the_first_temporary_files_at_once(folder):
+    run_python(EARLY + 'at_once(lambda _: tempfile.NamedTemporaryFile().write(b"x" * 100000))',
+               env={'TMPDIR': folder})
+
+
+@pytest.mark.parametrize('work', [
+    'multiprocessing.heap.BufferWrapper(100000)',
+    'multiprocessing.resource_tracker.ensure_running()',
+    'multiprocessing.shared_memory.SharedMemory(create=True, size=100).unlink()',
+])
+def test_first_use_of_multiprocessing_by_greenlets_at_once(disk_folder, work):
+    run_python(EARLY + f'at_once(lambda _: {work})', env={'TMPDIR': disk_folder})
+
+
+def test_greenlets_share_a_buffer_of_pyio(disk_folder):
+    run_python(EARLY + '''
+path = os.path.join(sys.argv[1], 'file')
+with open(path, 'wb') as file:
+    file.write(bytes(200000))
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+with open(path, 'rb', buffering=0) as raw:
+    reader = _pyio.BufferedReader(raw, 4096)
+    assert sum(map(len, at_once(lambda _: reader.read(50000)))) == 150000
+''', disk_folder)
+
+
+def test_greenlets_import_a_module_that_reads_a_file(disk_folder, tmp_path):
+    (tmp_path / 'reads.py').write_text('''
+import os
+with open(os.environ['DATA'], 'rb') as file:
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    size = len(file.read())
+with open(os.environ['DATA'] + '-2', 'wb') as file:
+    file.write(b'x')
+''')
+    with open(f'{disk_folder}/data', 'wb') as file:
+        file.write(bytes(1 << 20))
+    run_python(EARLY + '''
+def work(_):
+    import reads
+    return reads.size
+assert at_once(work) == [1 << 20] * 3
+''', env={'DATA': f'{disk_folder}/data', 'PYTHONPATH': str(tmp_path)})
+
+
+def test_a_lock_that_is_held_is_not_replaced_and_unpatching_puts_back():
+    run_python('''
+        import tempfile, threading, webbrowser
+        import gevent.monkey
+        before = tempfile._once_lock, webbrowser._lock
+        gevent.monkey.patch_all()
+        import greenaio.monkey
+        with before[0], before[1]:
+            greenaio.monkey.patch_all()
+        assert (tempfile._once_lock, webbrowser._lock) == before
+        for _ in range(2):
+            greenaio.monkey.patch_all()
+            greenaio.monkey.patch_all()
+            assert tempfile._once_lock is not before[0] and webbrowser._lock is not before[1]
+            assert isinstance(webbrowser._lock, type(threading.RLock()))
+            greenaio.monkey.unpatch_all()
+            assert (tempfile._once_lock, webbrowser._lock) == before
+    ''')
