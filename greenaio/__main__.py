@@ -28,8 +28,8 @@ COMMANDS = {
 }
 CONFIG = """\
 Print each setting of greenaio.config: its value, its unit, and whether that is the default or came from the
-environment. A variable that is out of range, or that greenaio does not know, ends this as it ends
-every import of greenaio: with an error that names it."""
+environment. A variable that is out of range ends this with status 2 and a line that names it; a variable
+that greenaio does not know is named on standard error."""
 RUN = """\
 Do what ``python script.py args…`` or ``python -m module args…`` does, with gevent and greenaio patched in:
 sockets and files wait in their greenlets."""
@@ -49,6 +49,18 @@ class _Help(argparse.HelpFormatter):
 
 
 def main() -> int:
+    def tell(problem: object) -> None:
+        print(f'python -m greenaio: {problem}', file=sys.stderr)
+
+    try:
+        _config.check_environment(tell)
+    except ValueError as error:
+        tell(error)
+        return 2
+    return _main()
+
+
+def _main() -> int:
     parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')

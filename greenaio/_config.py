@@ -1,10 +1,15 @@
-"""Settings, read from the environment once and changed in place: ``greenaio.config.poll_max_us = 50``."""
+"""Settings, read from the environment once and changed in place: ``greenaio.config.poll_max_us = 50``.
+
+Importing this never fails, because gevent's plugin imports greenaio into each program that patches with
+gevent. `check_environment` reports a mistake when the program itself asks for greenaio.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 DEFAULT, PROGRAM = 'default', 'program'     # where a value came from; else it is the name of a variable
@@ -50,8 +55,11 @@ SETTINGS = (
 )
 
 # Known too, but read where it matters and no attribute.
-OTHER_VARIABLES = {'GREENAIO_PATCH': 'whether gevent.monkey.patch_all() patches os, io and open as well: '
-                                     'empty, 0, no, off and false mean no; see greenaio.monkey'}
+OTHER_VARIABLES = {'GREENAIO_PATCH': 'what gevent.monkey.patch_all() patches as well: 0 for nothing, 1 for '
+                                     'all, or a list of parts such as os,open; see greenaio.monkey'}
+
+# Kubernetes describes each service of a pod's namespace this way, also one that is named greenaio.
+SERVICE = re.compile(r'(.*_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)')
 
 
 def _documentation() -> str:
@@ -59,16 +67,18 @@ def _documentation() -> str:
     return 'What may be set; everything has a default that suits a server.\n\n' + ''.join(
         f'    ``{one.name}`` ({one.variable}, default {one.default} {one.unit}, '
         f'from {one.allowed[0]} to {one.allowed[-1]}):\n{one.description}\n\n' for one in SETTINGS) + """\
-    Raises TypeError for what is not an int, ValueError for one that is out of range; at import ValueError,
-    which names it, for a variable that is out of range, no number, or not known at all.
+    Raises TypeError for a value that is not an int, and ValueError for one that is out of range. A variable
+    that is out of range or no number raises ValueError, which names it, when the program patches or does its
+    first I/O; a variable that greenaio does not know is a RuntimeWarning there.
     """
 
 
 class Config:
     __doc__ = _documentation()
     # Real attributes: poll_max_us is read at each wait.
-    __slots__ = ('_sources', 'depth', 'poll_max_us', 'stuck_after', 'threads')
+    __slots__ = ('_mistake', '_sources', 'depth', 'poll_max_us', 'stuck_after', 'threads')
 
+    _mistake: str                       # in the environment, until it is reported
     _sources: dict[str, str]
     depth: int
     poll_max_us: int
@@ -76,12 +86,18 @@ class Config:
     threads: int
 
     def __init__(self) -> None:
-        _check_names()
         object.__setattr__(self, '_sources', {})
+        object.__setattr__(self, '_mistake', '')
         for setting in SETTINGS:
+            value, source = setting.default, DEFAULT
             text = os.environ.get(setting.variable, '').strip()
-            object.__setattr__(self, setting.name, _parse(setting, text) if text else setting.default)
-            self._sources[setting.name] = setting.variable if text else DEFAULT
+            if text:
+                try:
+                    value, source = _parse(setting, text), setting.variable
+                except ValueError as error:
+                    object.__setattr__(self, '_mistake', self._mistake or str(error))
+            object.__setattr__(self, setting.name, value)
+            self._sources[setting.name] = source
 
     def __setattr__(self, name: str, value: int) -> None:
         setting = _BY_NAME.get(name)
@@ -99,19 +115,36 @@ class Config:
         return self._sources[name]
 
 
-def _check_names() -> None:
-    known = {*OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            raise ValueError(f'{name} is in the environment, but greenaio knows no such variable'
-                             f'{_nearest(name, known)}')
+def _warn(problem: str) -> None:
+    warnings.warn(problem, RuntimeWarning, stacklevel=4)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def check_environment(tell: Callable[[str], object] = _warn) -> None:
+    """Report the mistakes in our variables when the program asks for greenaio: *tell* once of each variable
+    that is not known, and raise ValueError for the first value that cannot be used."""
+    global _is_checked
+    if not _is_checked:
+        _is_checked = True
+        for problem in _unknown_variables():
+            tell(problem)
+    if config._mistake:
+        raise ValueError(config._mistake)
+
+
+def _unknown_variables() -> list[str]:
+    """Return a sentence for each variable of the environment that looks like ours and is not."""
+    known = {name.removeprefix(PREFIX) for name in OTHER_VARIABLES} | {name.upper() for name in _BY_NAME}
+    ours = [name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX)]
+    return [f'{PREFIX}{name} is in the environment, but greenaio knows no such variable'
+            f'{_nearest(name, known, PREFIX)}'
+            for name in ours if name not in known and not SERVICE.fullmatch(name)]
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = '') -> str:
     from difflib import get_close_matches  # only ever for a message
 
     found = get_close_matches(name, sorted(known), 1)
-    return f': did you mean {found[0]}?' if found else ''
+    return f': did you mean {prefix}{found[0]}?' if found else ''
 
 
 def _parse(setting: Setting, text: str) -> int:
@@ -131,10 +164,5 @@ def _check_range(setting: Setting, name: str, value: int) -> None:
 
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
-try:
-    config = Config()
-except ValueError as error:
-    if sys.argv[:1] != ['-m'] or '-m greenaio' not in ' '.join(sys.orig_argv):
-        raise
-    print(f'python -m greenaio: {error}', file=sys.stderr)      # to who typed it a traceback tells nothing
-    raise SystemExit(2) from None
+_is_checked = False
+config = Config()

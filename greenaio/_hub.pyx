@@ -18,7 +18,7 @@ from gevent._hub_local import get_hub_noargs
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.monkey import get_original
 
-from greenaio._config import config
+from greenaio._config import check_environment, config
 from greenaio._describe import describe
 from greenaio._ends import before_destroy, forget
 
@@ -110,6 +110,7 @@ cdef Driver _make_driver():
     global thread_driver
     if sys.is_finalizing():
         raise RuntimeError('the interpreter is shutting down: no greenlet can wait any more')
+    check_environment()
     driver = Driver(get_hub_noargs())
     if thread_driver != NULL and not (<Driver>thread_driver).closed:
         driver.close()                  # another greenlet was here while a handler logged our warning

@@ -1,9 +1,10 @@
 """Patches `os`, `io` and the built-in ``open``, in gevent's own way, so that programs need no change.
 
 ``gevent.monkey.patch_all(greenaio=True)``, or ``GREENAIO_PATCH=1`` in the environment of a program that calls
-``gevent.monkey.patch_all()`` (a gunicorn gevent worker does), or `patch_all` here. What is patched behaves as
-before; where nobody can wait the original is called. Installed but not asked for, it does nothing. What reads
-files in C is untouched: sqlite3, mmap, dbm, the import system.
+``gevent.monkey.patch_all()`` (a gunicorn gevent worker does), or `patch_all` here. ``GREENAIO_PATCH=os`` and
+``GREENAIO_PATCH=open`` patch one part alone, and ``GREENAIO_PATCH=0`` turns all of it off. What is patched
+behaves as before; where no greenlet can wait, the original is called. Installed but not asked for, it does
+nothing. Code in C that reads files by itself is untouched: sqlite3, mmap, dbm, the import system.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gevent.monkey import get_original, patch_module
 
 import greenaio.os
 from greenaio import _blocked, fileobject
+from greenaio._config import check_environment
 from greenaio._position import can_wait
 
 try:
@@ -129,6 +131,7 @@ class _Builtins:
 
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
+    check_environment()
     patch_module(os, _Os)           # type: ignore[arg-type]
     for ours, names in _supported():
         names.add(ours)
@@ -147,6 +150,7 @@ def _supported() -> Iterator[tuple[Any, set[Any]]]:
 def patch_builtins() -> None:
     """Replace the built-in ``open`` and ``io.open``, which `pathlib`, `tempfile`, `logging` and others call.
     Twice is fine."""
+    check_environment()
     for module in _modules():
         patch_module(module, _Builtins)     # type: ignore[arg-type]
     _replace_copies()
@@ -271,9 +275,29 @@ def is_patched() -> bool:
 
 def _did_patch_all(event: Any) -> None:
     """gevent's plugin: called at the end of each ``gevent.monkey.patch_all()``."""
+    named = parts_named(os.environ.get('GREENAIO_PATCH', '').strip())
     asked = event.patch_all_kwargs.get('greenaio')
     if asked is None:
-        asked = os.environ.get('GREENAIO_PATCH', '').lower() not in ('', '0', 'no', 'off', 'false')
-    if asked:
+        asked = bool(named)
+    if not asked or named == []:
+        return
+    if named in (None, [*PARTS]):
         patch_all()
+    else:
+        for part in named:
+            PARTS[part]()
 
+
+PARTS = {'os': patch_os, 'open': patch_builtins}
+
+
+def parts_named(text: str) -> list[str] | None:
+    """Return the parts that a value of GREENAIO_PATCH names: none for ``0``, all for ``1``, else those of a
+    list with commas; None where it is empty. Raises ValueError."""
+    if text in ('', '0', '1'):
+        return {'': None, '0': [], '1': [*PARTS]}[text]
+    parts = [part.strip() for part in text.split(',')]
+    if not set(parts) <= set(PARTS):
+        raise ValueError(f'GREENAIO_PATCH must be 0, 1, or a list of parts ({", ".join(PARTS)}), '
+                         f'not {text!r}')
+    return parts

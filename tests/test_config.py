@@ -1,12 +1,14 @@
-"""Settings come from the environment, say where they came from, and a mistake in one is told at import."""
+"""Settings come from the environment and say where they came from. A program that asked for greenaio learns
+of a mistake, other programs do not."""
 
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
-from conftest import run_python
+from conftest import make_plugin_visible, run_python
 
 from greenaio import _config
 from greenaio._config import SETTINGS, Config
@@ -28,7 +30,7 @@ def test_defaults_suit_a_server(environment):
 
 def test_each_setting_is_an_attribute_a_variable_and_a_paragraph():
     assert [setting.name for setting in SETTINGS] != []
-    assert {setting.name for setting in SETTINGS} == set(Config.__slots__) - {'_sources'}
+    assert {setting.name for setting in SETTINGS} == set(Config.__slots__) - {'_mistake', '_sources'}
     for setting in SETTINGS:
         assert setting.default in setting.allowed and setting.unit
         assert (f'``{setting.name}`` ({setting.variable}, default {setting.default} {setting.unit}'
@@ -60,29 +62,65 @@ def test_a_value_knows_where_it_came_from(environment):
     ('GREENAIO_STUCK_AFTER', '1.5', "GREENAIO_STUCK_AFTER must be a whole number of s, not '1.5'"),
     ('GREENAIO_STUCK_AFTER', '86401', 'GREENAIO_STUCK_AFTER must be from 0 to 86400 s, not 86401'),
     ('GREENAIO_POLL_MAX_US', '-1', 'GREENAIO_POLL_MAX_US must be from 0 to 1000000 µs, not -1'),
-    ('GREENAIO_DEPHT', '64', 'GREENAIO_DEPHT is in the environment, but greenaio knows no such variable: '
-                             'did you mean GREENAIO_DEPTH?'),
-    ('GREENAIO_PACTH', '1', 'GREENAIO_PACTH is in the environment, but greenaio knows no such variable: '
-                            'did you mean GREENAIO_PATCH?'),
-    ('GREENAIO_ZQXJ', '', 'GREENAIO_ZQXJ is in the environment, but greenaio knows no such variable'),
 ])
 def test_a_mistake_in_a_variable_is_named(environment, variable, text, complaint):
     environment.setenv(variable, text)
-    with pytest.raises(ValueError) as caught:
-        Config()
-    assert complaint in str(caught.value)
+    config = Config()
+    environment.setattr(_config, 'config', config)
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            _config.check_environment()
+        assert complaint in str(caught.value)
+    assert {config.source(setting.name) for setting in SETTINGS} == {'default'}
 
 
-def test_a_mistake_in_a_variable_is_told_at_import():
-    done = run_python('import greenaio', env={'GREENAIO_POLL_MAX_U': '5'}, check=False)
+@pytest.mark.parametrize('variable, complaint', [
+    ('GREENAIO_DEPHT', 'GREENAIO_DEPHT is in the environment, but greenaio knows no such variable: '
+                       'did you mean GREENAIO_DEPTH?'),
+    ('GREENAIO_PACTH', 'GREENAIO_PACTH is in the environment, but greenaio knows no such variable: '
+                       'did you mean GREENAIO_PATCH?'),
+    ('GREENAIO_ZQXJ', 'GREENAIO_ZQXJ is in the environment, but greenaio knows no such variable'),
+])
+def test_an_unknown_variable_is_a_warning_once(environment, variable, complaint):
+    environment.setenv(variable, '1')
+    environment.setattr(_config, '_is_checked', False)
+    with pytest.warns(RuntimeWarning) as caught:
+        _config.check_environment()
+        _config.check_environment()
+    assert [str(one.message) for one in caught] == [complaint]
+
+
+@pytest.mark.parametrize('variable', [
+    'GREENAIO_SERVICE_HOST', 'GREENAIO_SERVICE_PORT', 'GREENAIO_SERVICE_PORT_HTTP', 'GREENAIO_PORT',
+    'GREENAIO_API_PORT_8080_TCP', 'GREENAIO_PORT_53_UDP_ADDR', 'GREENAIO_DEPTH_SERVICE_HOST'])
+def test_variables_of_a_service_that_is_named_greenaio_are_no_mistake(environment, variable):
+    environment.setenv(variable, 'tcp://10.0.0.1:8080')
+    environment.setattr(_config, '_is_checked', False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        _config.check_environment()
+
+
+MISTAKES = {'GREENAIO_DEPTH': 'deep', 'GREENAIO_ZQXJ': '1'}
+FIRST_READ = 'import greenaio.os, os; greenaio.os.pread(os.open("/etc/hostname", 0), 1, 0)'
+
+
+@pytest.mark.parametrize('program', [
+    'import greenaio', 'import gevent.monkey; gevent.monkey.patch_all()'], ids=['imports', 'patches'])
+def test_program_that_does_not_use_greenaio_hears_of_no_mistake(program, tmp_path):
+    run_python(program, env={**MISTAKES, **make_plugin_visible(tmp_path)})
+
+
+@pytest.mark.parametrize('program', [
+    'import greenaio.monkey; greenaio.monkey.patch_all()',
+    'import greenaio.monkey; greenaio.monkey.patch_os()',
+    'import greenaio.monkey; greenaio.monkey.patch_builtins()',
+    'import gevent.monkey; gevent.monkey.patch_all(greenaio=True)', FIRST_READ])
+def test_program_that_asks_for_greenaio_hears_of_a_mistake(program, tmp_path):
+    done = run_python(program, env={**MISTAKES, **make_plugin_visible(tmp_path)}, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('ValueError: GREENAIO_POLL_MAX_U is in the environment')
-
-
-@pytest.mark.parametrize('value', ['perhaps', '0', 'off', ''])
-def test_whatever_greenaio_patch_says_is_no_mistake(environment, value):
-    environment.setenv('GREENAIO_PATCH', value)
-    Config()
+    assert "ValueError: GREENAIO_DEPTH must be a whole number of requests, not 'deep'" in done.stderr
+    assert 'RuntimeWarning: GREENAIO_ZQXJ is in the environment' in done.stderr
 
 
 @pytest.mark.parametrize('name, value, error', [
@@ -182,17 +220,15 @@ def test_reader_of_the_output_may_go():
     os.close(writing)
 
 
-def test_mistake_in_the_environment_is_one_line_on_the_command_line():
-    """In a program it is the ValueError of its import."""
-    environment = {**os.environ, 'GREENAIO_DEPHT': '3'}
+@pytest.mark.parametrize('variable, value, status, told', [
+    ('GREENAIO_DEPTH', 'deep', 2, "GREENAIO_DEPTH must be a whole number of requests, not 'deep'"),
+    ('GREENAIO_DEPHT', '3', 0, 'GREENAIO_DEPHT is in the environment, but greenaio knows no such variable: '
+                               'did you mean GREENAIO_DEPTH?')])
+def test_mistake_in_the_environment_is_one_line_on_the_command_line(variable, value, status, told):
     done = subprocess.run([sys.executable, '-m', 'greenaio', 'config'], capture_output=True, text=True,
-                          timeout=60, env=environment)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == ('python -m greenaio: GREENAIO_DEPHT is in the environment, but greenaio knows no '
-                           'such variable: did you mean GREENAIO_DEPTH?\n')
-    done = subprocess.run([sys.executable, '-c', 'import greenaio', '-m', 'greenaio'], capture_output=True,
-                          text=True, timeout=60, env=environment)
-    assert done.returncode == 1 and 'Traceback' in done.stderr
+                          timeout=60, env={**os.environ, variable: value})
+    assert (done.returncode, bool(done.stdout)) == (status, status == 0)
+    assert done.stderr == f'python -m greenaio: {told}\n'
 
 
 @pytest.mark.parametrize('arguments', [['config'], ['doctor', '/etc/passwd']], ids=lambda words: words[0])

@@ -62,6 +62,8 @@ def test_each_part_alone():
     ('patch_all(greenaio=True)', {}, True), ('patch_all()', {'GREENAIO_PATCH': '1'}, True),
     ('patch_all()', {}, False), ('patch_all()', {'GREENAIO_PATCH': '0'}, False),
     ('patch_all(greenaio=False)', {'GREENAIO_PATCH': '1'}, False),
+    ('patch_all(greenaio=True)', {'GREENAIO_PATCH': '0'}, False),
+    ('patch_all()', {'GREENAIO_PATCH': ' '}, False), ('patch_all()', {'GREENAIO_PATCH': 'os, open'}, True),
 ])
 def test_plugin_does_it_when_asked(tmp_path, call, environment, patched):
     run_python(f'''
@@ -75,6 +77,27 @@ def test_plugin_does_it_when_asked(tmp_path, call, environment, patched):
         import greenaio.monkey
         assert greenaio.monkey.is_patched() is {patched}
     ''', env={**make_plugin_visible(tmp_path), **environment})
+
+
+@pytest.mark.parametrize('part, call', [('os', 'patch_all()'), ('open', 'patch_all()'),
+                                        ('open', 'patch_all(greenaio=True)')])
+def test_environment_names_the_part_to_be_patched(tmp_path, part, call):
+    run_python(f'''
+        import builtins, gevent.monkey, os
+        before = os.read, builtins.open
+        gevent.monkey.{call}
+        changed = os.read is not before[0], builtins.open is not before[1]
+        assert changed == ({part == 'os'}, {part == 'open'})
+    ''', env={**make_plugin_visible(tmp_path), 'GREENAIO_PATCH': part})
+
+
+@pytest.mark.parametrize('value', ['yes', 'on', 'os,files', 'os,', '2'])
+def test_other_values_of_the_variable_are_refused(tmp_path, value):
+    done = run_python('import gevent.monkey; gevent.monkey.patch_all()', check=False,
+                      env={**make_plugin_visible(tmp_path), 'GREENAIO_PATCH': value})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f'ValueError: GREENAIO_PATCH must be 0, 1, or a list of parts (os, open), not {value!r}')
 
 
 LIBRARY = '''
