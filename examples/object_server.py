@@ -20,8 +20,10 @@ import fcntl
 import hashlib
 import heapq
 import hmac
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -62,6 +64,15 @@ METRICS = '/metrics'    # is no object
 STATUS = {errno.ENOENT: 404, errno.ELOOP: 404, errno.ENODATA: 404, errno.ENOSPC: 507, errno.EDQUOT: 507}
 
 Environ = dict[str, Any]
+
+# The grammar of RFC 9110 and 9112. No line may end in a bare LF or contain a bare CR or a NUL.
+TOKEN, TEXT = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb'[\t\x20-\x7e\x80-\xff]*'
+REQUEST_LINE = re.compile(rb'%s [\x21-\x7e]+ HTTP/([0-9])\.[0-9]\r\n' % TOKEN)
+FIELD = re.compile(rb'(%s):(%s)\r\n' % (TOKEN, TEXT))
+HOST = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=%:\[\]]*")
+EXTENSION = rb'[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\%s)*"))?' % (
+    TOKEN, TOKEN, TEXT[:-1])
+CHUNK = re.compile(rb'([0-9A-Fa-f]{1,16})(?:%s)*\r\n' % EXTENSION)
 
 
 class Refused(Exception):
@@ -266,10 +277,8 @@ class Store:
         return digest.digest()
 
     def _body(self, environ: Environ) -> Iterator[bytes]:
-        length, coding = environ.get('CONTENT_LENGTH'), environ.get('HTTP_TRANSFER_ENCODING')
-        if coding is not None and coding.lower() != 'chunked':
-            raise Refused(501, 'no Transfer-Encoding but chunked')
-        if coding is None and length is None:
+        length = environ.get('CONTENT_LENGTH')
+        if length is None and 'HTTP_TRANSFER_ENCODING' not in environ:
             raise Refused(411, 'a Content-Length is needed')
         if int(length or 0) > self.limits.object_size:
             raise Refused(413, 'the object is too large')
@@ -292,22 +301,96 @@ class Store:
             yield block
 
 
+class BadRequest(ValueError):
+    """The client has sent no request: it is answered with *status*, and the connection is closed."""
+
+    def __init__(self, why: str, status: str = '400 Bad Request') -> None:
+        super().__init__(why)
+        self.status = status
+
+
 class Head:
-    """A request's header lines, as long as there are not too many."""
+    """A request's header lines, or the trailers of its body, as long as each is well-formed and there are not
+    too many. http.client would take the value of a folded line, or what follows a bare CR, for a field."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._left = file, HEAD_MAX
+        self.fields: list[tuple[bytes, bytes]] = []
 
     def readline(self, limit: int) -> bytes:
         line: bytes = self._file.readline(min(limit, self._left + 1))
         self._left -= len(line)
         if self._left < 0:
-            raise ValueError('the header is too large')
+            raise BadRequest('the header is too large', '431 Request Header Fields Too Large')
+        if line != b'\r\n':
+            field = FIELD.fullmatch(line)
+            if not field:
+                raise BadRequest(f'a line is no header field: {line[:100]!r}')
+            self.fields.append((field[1].lower(), field[2].strip(b' \t')))
         return line
+
+    def check(self, version: str) -> None:
+        """Refuse a request whose length or host two servers might read differently (RFC 9112, 3.2 and 6)."""
+        def values(name: bytes) -> list[bytes]:
+            return [value for key, value in self.fields if key == name]
+
+        hosts, lengths = values(b'host'), values(b'content-length')
+        codings = [coding.strip(b' \t').lower() for value in values(b'transfer-encoding')
+                   for coding in value.split(b',')]
+        if len(hosts) > 1 or not hosts and version != 'HTTP/1.0' or hosts and not HOST.fullmatch(hosts[0]):
+            raise BadRequest('no Host, or more than one, or none that can be')
+        if len(lengths) > 1 or lengths and not re.fullmatch(rb'[0-9]+', lengths[0]):
+            raise BadRequest('a Content-Length is no number, or there are several')
+        if codings and (lengths or version == 'HTTP/1.0'):
+            raise BadRequest('a Transfer-Encoding beside a Content-Length, or in HTTP/1.0')
+        if codings and (codings[-1] != b'chunked' or codings.count(b'chunked') > 1):
+            raise BadRequest('the last Transfer-Encoding is not chunked, or it is not the only chunked one')
+        if len(codings) > 1:
+            raise BadRequest('no Transfer-Encoding but chunked', '501 Not Implemented')
+
+
+class Chunks:
+    """A body with Transfer-Encoding: chunked (RFC 9112, 7.1). pywsgi's takes any bytes for an extension of a
+    chunk or for the value of a trailer. *waiting* is the socket of a client that waits for "100 Continue"."""
+
+    def __init__(self, file: Any, waiting: Any) -> None:
+        self._file, self._waiting = file, waiting
+        self._left: int | None = None           # bytes of this chunk; None before the first
+
+    def read(self, size: int) -> bytes:
+        """Return *size* bytes, or fewer at the end. Raises ValueError."""
+        if self._waiting:
+            self._waiting.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._waiting = None
+        blocks: list[bytes] = []
+        while size and self._left != 0:
+            if self._left is None:
+                self._left = self._begin()
+                continue
+            block = self._file.read(min(size, self._left))
+            self._left -= len(block)
+            size -= len(block)
+            blocks.append(block)
+            if not block or not self._left and self._file.read(2) != b'\r\n':
+                raise ValueError('a chunk is incomplete, or longer than it says')
+            self._left = self._left or None
+        return b''.join(blocks)
+
+    def _begin(self) -> int:
+        """Return the size of the next chunk; of the last one, which has none, read the trailers."""
+        line = CHUNK.fullmatch(self._file.readline(HEAD_MAX))
+        if not line:
+            raise ValueError('a chunk has no size, or an extension that is none')
+        size = int(line[1], 16)
+        trailers = Head(self._file)
+        while not size and trailers.readline(HEAD_MAX) != b'\r\n':
+            pass
+        return size
 
 
 class Handler(pywsgi.WSGIHandler):
-    """pywsgi's, which bounds neither the header, nor the time that a client takes."""
+    """pywsgi's, which bounds neither the header nor the time that a client takes, and reads a request from
+    much that is none. A request that is refused is the last one of its connection."""
 
     ignored_socket_errors: Any = (*pywsgi.WSGIHandler.ignored_socket_errors, errno.ETIMEDOUT, 'timed out')
 
@@ -319,22 +402,43 @@ class Handler(pywsgi.WSGIHandler):
 
     def read_requestline(self) -> str:
         with gevent.Timeout(self._timeout, TimeoutError('timed out')):
-            return super().read_requestline()
+            line = super().read_requestline()
+            return super().read_requestline() if line == '\r\n' else line      # RFC 9112, 2.2
 
     def read_request(self, line: str) -> Any:
+        match = REQUEST_LINE.fullmatch(line.encode('latin-1'))
+        if not match:
+            raise BadRequest(f'no request line: {line[:100]!r}')
+        if match[1] != b'1':
+            raise BadRequest(f'no such version: {line[:100]!r}', '505 HTTP Version Not Supported')
         try:
             with gevent.Timeout(self._timeout, TimeoutError('timed out')):
-                return super().read_request(line)
-        except Exception as error:              # pywsgi prints a traceback of all but ValueError
-            raise ValueError(str(error)) from error
+                super().read_request(line)
+        except http.client.HTTPException as error:
+            raise BadRequest(str(error), '431 Request Header Fields Too Large') from error
+        except OSError as error:                # pywsgi prints a traceback of all but ValueError
+            raise BadRequest(str(error)) from error
+        options = ','.join(self.headers.get_all('Connection', [])).lower().replace(' ', '').split(',')
+        self.close_connection = self.close_connection or 'close' in options     # not alone, to pywsgi
+        return True
 
     def MessageClass(self, file: Any, *args: Any) -> Any:
         head: Any = Head(file)
-        return super().MessageClass(head, *args)
+        message = super().MessageClass(head, *args)
+        head.check(self.request_version)
+        return message
+
+    def _handle_client_error(self, error: Exception) -> tuple[str, bytes]:
+        super()._handle_client_error(error)     # type: ignore[misc]  # a line in the log
+        status = getattr(error, 'status', '400 Bad Request')
+        return status[:3], f'HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'.encode()
 
     def get_environ(self) -> Environ:
         environ = super().get_environ()
         environ['wsgi.input'] = self.wsgi_input     # not the bare socket, if the client says "Upgrade"
+        if 'HTTP_TRANSFER_ENCODING' in environ:
+            expects = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
+            environ['wsgi.input'] = Chunks(self.rfile, self.socket if expects else None)
         # And of this one pywsgi reads what the application did not, as long as the client sends. Now a client
         # that is refused may see a reset instead of the answer; "Expect: 100-continue" is for that.
         self.wsgi_input = pywsgi.Input(self.rfile, 0)

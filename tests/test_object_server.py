@@ -24,6 +24,7 @@ pytest.importorskip('werkzeug')
 PROGRAM = pathlib.Path(__file__).parent.parent / 'examples' / 'object_server.py'
 TOKEN = 'the token'
 AUTHORIZATION = {'Authorization': f'Bearer {TOKEN}'}
+GET_OBJECT = f'GET /object HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'.encode()
 MIB = 1 << 20
 
 
@@ -246,8 +247,8 @@ def test_conditions(server, stored):
 
 def test_head_has_no_body(server, stored):
     for path, status, length in (('/object', 200, '1000001'), ('/missing', 404, None), ('/', 200, None)):
-        head = f'HEAD {path} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nConnection: close\r\n\r\n'
-        answer = server.raw(head.encode())
+        head = ('HEAD {} HTTP/1.1', 'Host: x', f'Authorization: Bearer {TOKEN}', 'Connection: close', '', '')
+        answer = server.raw('\r\n'.join(head).format(path).encode())
         head, _, body = answer.partition(b'\r\n\r\n')
         assert int(answer.split()[1]) == status
         assert body == b''
@@ -398,7 +399,7 @@ def test_clients_gone_while_they_download(server):
     socks = []
     for _ in range(10):
         sock = server.connect()
-        sock.sendall(f'GET /object HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'.encode())
+        sock.sendall(GET_OBJECT)
         assert sock.recv(1000).startswith(b'HTTP/1.1 200')
         socks.append(sock)
     until(lambda: server.fds() >= fds + 20)     # a connection and a file each
@@ -430,7 +431,7 @@ def test_sigterm_ends_it_in_the_middle_of_transfers(base):
     with serving(base / 'ended') as server:
         server('PUT', '/object', data=os.urandom(MIB) * 16)
         with server.connect() as download, server.connect() as upload:
-            download.sendall(f'GET /object HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'.encode())
+            download.sendall(GET_OBJECT)
             download.recv(1000)
             upload.sendall(put_head('/new', MIB) + bytes(1000))
             until(server.unfinished)
@@ -510,11 +511,11 @@ def test_what_is_no_object_is_not_followed_and_not_waited_for(server, secret):
     f'Authorization: Bearer x\r\nAuthorization: Bearer {TOKEN}', 'Authorization: Bearer \u20ac'])
 def test_without_the_token_nothing(server, stored, header):
     for line in ('GET /object', 'HEAD /object', 'GET /missing', 'GET /', 'DELETE /object', 'FOO /'):
-        answer = server.raw(f'{line} HTTP/1.1\r\nConnection: close\r\n{header}\r\n\r\n'.encode())
+        answer = server.raw(f'{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n\r\n'.encode())
         assert answer.split()[1] == b'401', line
     # Before anything is read: the body is not even asked for.
-    head = f'PUT /object HTTP/1.1\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n{header}\r\n\r\n'
-    answer = server.raw(head.encode())
+    head = ('PUT /object HTTP/1.1', 'Host: x', 'Content-Length: 1000', 'Expect: 100-continue', header, '', '')
+    answer = server.raw('\r\n'.join(head).encode())
     assert answer.split()[1] == b'401'
     assert server('GET', '/object').content == stored
 
@@ -542,8 +543,8 @@ def test_too_large_in_chunks_is_refused_once_it_is(strict):
 
 
 @pytest.mark.parametrize('headers, status', [
-    ([], 411), (['Transfer-Encoding: gzip, chunked'], 501), (['Transfer-Encoding: identity'], 501),
-    (['Transfer-Encoding: gzip', 'Content-Length: 5'], 501), (['Content-Length: -1'], 400),
+    ([], 411), (['Transfer-Encoding: gzip, chunked'], 501), (['Transfer-Encoding: identity'], 400),
+    (['Transfer-Encoding: gzip', 'Content-Length: 5'], 400), (['Content-Length: -1'], 400),
     (['Content-Length: x'], 400), (['Content-Length: 1e3'], 400)])
 def test_body_of_unknown_length(server, headers, status):
     assert server.ask('PUT /object HTTP/1.1', *headers, body=b'hello') == status
@@ -618,7 +619,7 @@ def test_slow_reader_is_dropped(base):
         server('PUT', '/object', data=os.urandom(MIB) * 32)
         fds = server.fds_at_rest()
         with server.connect() as sock:
-            sock.sendall(f'GET /object HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'.encode())
+            sock.sendall(GET_OBJECT)
             until(lambda: server.fds() >= fds + 2)
             until(lambda: server.fds() <= fds, 5)
             assert len(everything(sock)) < 32 * MIB
@@ -626,12 +627,12 @@ def test_slow_reader_is_dropped(base):
 
 @pytest.mark.parametrize('bomb, status', [
     (b'GET /' + b'x' * 9000 + b' HTTP/1.1\r\n\r\n', 414),
-    (b'GET / HTTP/1.1\r\nX: ' + b'y' * 20_000 + b'\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\n' + b'X: y\r\n' * 101 + b'\r\n', 400),
-    (b'GET / HTTP/1.1\r\n' + (b'X: ' + b'y' * 1000 + b'\r\n') * 17 + b'\r\n', 400),
+    (b'GET / HTTP/1.1\r\nX: ' + b'y' * 20_000 + b'\r\n\r\n', 431),
+    (b'GET / HTTP/1.1\r\n' + b'X: y\r\n' * 101 + b'\r\n', 431),
+    (b'GET / HTTP/1.1\r\n' + (b'X: ' + b'y' * 1000 + b'\r\n') * 17 + b'\r\n', 431),
     (b'GET / HTTP/1\r\n\r\n', 400), (b'GET / HTTP/x\r\n\r\n', 400), (b'GET\r\n\r\n', 400),
     (b'\0\xff\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nno colon\r\n\r\n', 401)])
+    (b'GET / HTTP/1.1\r\nno colon\r\n\r\n', 400)])
 def test_header_bomb(server, bomb, status):
     assert server.raw(bomb, half_close=True).split()[1] == str(status).encode()
 
@@ -639,15 +640,180 @@ def test_header_bomb(server, bomb, status):
 def test_body_of_a_refused_request_is_not_read(server):
     """The server hangs up on a client that would send for ever."""
     for method, status in (('GET', b'404'), ('DELETE', b'404'), ('POST', b'405')):
-        head = f'{method} /missing HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n'
+        head = f'{method} /missing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n'
         with server.connect() as sock:
             sock.sendall(head.encode() + b'Transfer-Encoding: chunked\r\n\r\n')
             assert everything(sock).split()[1] == status
 
 
+# RFC 9112 ----------------------------------------------------------------------------------------
+
+CHUNKED, ONE = b'Transfer-Encoding: chunked', b'1\r\nx\r\n'
+HOST, AUTHORIZED = b'Host: x', f'Authorization: Bearer {TOKEN}'.encode()
+
+
+def put(*fields, body=b'', line=b'PUT /new HTTP/1.1', host=HOST):
+    return b'\r\n'.join((line, *([host] if host else []), AUTHORIZED, *fields, b'', b'')) + body
+
+
+def get(line=b'GET /object HTTP/1.1', *fields):
+    return put(*fields, line=line)
+
+
+def chunked(body):
+    return put(CHUNKED, body=body)
+
+
+REFUSED = {
+    # Section 2.2: lines end in CRLF, and contain no CR and no NUL.
+    'request line with a bare LF': (get().replace(b'\r\n', b'\n', 1), 400),
+    'field with a bare LF': (get().replace(b'x\r\n', b'x\n', 1), 400),
+    'every line with a bare LF': (get().replace(b'\r\n', b'\n'), 400),
+    'bare CR in the request line': (get(b'GET /object\rx HTTP/1.1'), 400),
+    'bare CR in a field': (put(b'X: y\rContent-Length: 0'), 400),
+    'NUL in the request line': (get(b'GET /obj\0ect HTTP/1.1'), 400),
+    'NUL in a field': (put(b'X: y\0', b'Content-Length: 0'), 400),
+    'control character in a field': (put(b'X: y\x0b', b'Content-Length: 0'), 400),
+    'blanks before the first field': (get(b'GET /object HTTP/1.1\r\n X: y'), 400),
+    'no end of the header': (get()[:-2], 400),
+    # Section 2.3 and 3: the request line.
+    'HTTP/0.9': (b'GET /object\r\n', 400),
+    'HTTP/2': (get(b'GET /object HTTP/2.0'), 505),
+    'version of one digit': (get(b'GET /object HTTP/1'), 400),
+    'version of three digits': (get(b'GET /object HTTP/1.10'), 400),
+    'version with a sign': (get(b'GET /object HTTP/1.+1'), 400),
+    'version in small letters': (get(b'GET /object http/1.1'), 400),
+    'version of another protocol': (get(b'GET /object HTTPS/1.1'), 400),
+    'two blanks': (get(b'GET  /object HTTP/1.1'), 400),
+    'tab for a blank': (get(b'GET\t/object HTTP/1.1'), 400),
+    'vertical tab for a blank': (get(b'GET\x0b/object HTTP/1.1'), 400),
+    'no-break space for a blank': (get(b'GET\xa0/object HTTP/1.1'), 400),
+    'blank before the method': (get(b' GET /object HTTP/1.1'), 400),
+    'blank behind the version': (get(b'GET /object HTTP/1.1 '), 400),
+    'blank in the target': (get(b'GET /obj ect HTTP/1.1'), 400),
+    'method that is no token': (get(b'G(T /object HTTP/1.1'), 400),
+    'no method': (get(b' /object HTTP/1.1'), 400),
+    'no target': (get(b'GET HTTP/1.1'), 400),
+    'target that is not ASCII': (get(b'GET /\xe4 HTTP/1.1'), 400),
+    'too long a target': (get(b'GET /' + b'x' * 9000 + b' HTTP/1.1'), 414),
+    # Section 3.2: Host.
+    'no Host': (put(b'Content-Length: 0', host=None), 400),
+    'two Hosts': (put(HOST, b'Content-Length: 0'), 400),
+    'Host with a path': (put(b'Content-Length: 0', host=b'Host: x/y'), 400),
+    'Host with a blank': (put(b'Content-Length: 0', host=b'Host: x y'), 400),
+    'Host with a user': (put(b'Content-Length: 0', host=b'Host: u@x'), 400),
+    # Section 5: fields.
+    'blank before the colon': (put(b'Content-Length : 0'), 400),
+    'tab before the colon': (put(b'Content-Length\t: 0'), 400),
+    'no colon': (put(b'Content-Length', b'Content-Length: 0'), 400),
+    'no name': (put(b': x', b'Content-Length: 0'), 400),
+    'name that is no token': (put(b'X(y): z', b'Content-Length: 0'), 400),
+    'name that is not ASCII': (put(b'\xe4: z', b'Content-Length: 0'), 400),
+    'folded field': (put(b'X: y\r\n z', b'Content-Length: 0'), 400),
+    'folded by a tab': (put(b'X: y\r\n\tz', b'Content-Length: 0'), 400),
+    'folded length': (put(b'Content-Length:\r\n 0'), 400),
+    'folded Transfer-Encoding': (put(b'X: y\r\n ' + CHUNKED, b'Content-Length: 0'), 400),
+    'too large a field': (put(b'X: ' + b'y' * (16 << 10)), 431),
+    'too many fields': (put(*[b'X: y'] * 120), 431),
+    # Section 6: how long the body is.
+    'both lengths': (put(CHUNKED, b'Content-Length: 5', body=b'0\r\n\r\n'), 400),
+    'both lengths, the other way round': (put(b'Content-Length: 5', CHUNKED, body=b'0\r\n\r\n'), 400),
+    'different lengths': (put(b'Content-Length: 0', b'Content-Length: 5', body=b'hello'), 400),
+    'the same length twice': (put(b'Content-Length: 5', b'content-length: 5', body=b'hello'), 400),
+    'list of lengths': (put(b'Content-Length: 5, 5', body=b'hello'), 400),
+    'Transfer-Encoding in HTTP/1.0': (put(CHUNKED, line=b'PUT /new HTTP/1.0', body=ONE + b'0\r\n\r\n'), 400),
+    'chunked is not the last': (put(b'Transfer-Encoding: chunked, gzip', body=b'0\r\n\r\n'), 400),
+    'chunked twice': (put(b'Transfer-Encoding: chunked, chunked', body=b'0\r\n\r\n'), 400),
+    'chunked in two fields': (put(CHUNKED, CHUNKED, body=b'0\r\n\r\n'), 400),
+    'chunked and another field': (put(CHUNKED, b'Transfer-Encoding: identity', body=b'0\r\n\r\n'), 400),
+    'coding before chunked': (put(b'Transfer-Encoding: gzip, chunked', body=b'0\r\n\r\n'), 501),
+    'empty Transfer-Encoding': (put(b'Transfer-Encoding:', b'Content-Length: 0'), 400),
+    'GET with both lengths': (get(b'GET /object HTTP/1.1', CHUNKED, b'Content-Length: 0'), 400),
+    # Section 7: chunks, their extensions and trailers.
+    'trailer that is none': (chunked(ONE + b'0\r\nno colon\r\n\r\n'), 400),
+    'trailer with a bare LF': (chunked(ONE + b'0\r\nX: y\nZ: z\r\n\r\n'), 400),
+    'trailer with a bare CR': (chunked(ONE + b'0\r\nX: y\rZ: z\r\n\r\n'), 400),
+    'trailer with a NUL': (chunked(ONE + b'0\r\nX: \0\r\n\r\n'), 400),
+    'trailer with a blank before the colon': (chunked(ONE + b'0\r\nX : y\r\n\r\n'), 400),
+    'folded trailer': (chunked(ONE + b'0\r\nX: y\r\n z\r\n\r\n'), 400),
+    'end of the trailers with a bare LF': (chunked(ONE + b'0\r\n\n'), 400),
+    'too large a trailer': (chunked(ONE + b'0\r\nX: ' + b'y' * 15_000 + b'\r\nX: ' + b'y' * 1400), 400),
+    'data longer than the chunk': (chunked(b'1\r\nxy\r\n0\r\n\r\n'), 400),
+    'data with a bare LF behind it': (chunked(b'1\r\nx\n0\r\n\r\n'), 400),
+    'data with a bare CR behind it': (chunked(b'1\r\nx\r0\r\n\r\n'), 400),
+}
+REFUSED |= {f'Content-Length {value[:9]!r}': (
+    put(b'Content-Length: ' + value, body=b'hello'), 400) for value in (
+    b'', b'+5', b'-5', b'5_0', b'0x5', b'5.0', b'5e0', b'5 5', b'5,', b'five', b'\xb2', b'"5"', b'9' * 5000)}
+REFUSED |= {f'Transfer-Encoding {value!r}': (
+    put(b'Transfer-Encoding: ' + value, body=b'0\r\n\r\n'), 400) for value in (
+    b'xchunked', b'chunked;q=1', b'"chunked"', b'identity', b'chunked,', b'gzip', b'chunked\x0b',
+    b'chunked x')}
+REFUSED |= {f'chunk size {size[:9]!r}': (chunked(size + b'\r\nx\r\n0\r\n\r\n'), 400) for size in (
+    b'', b'+1', b'-1', b'0x1', b'1_', b' 1', b'1 ', b'g', b'\xb2', b'1\n', b'1\r', b'\n1', b'f' * 17)}
+REFUSED |= {f'chunk extension {extension[:9]!r}': (
+    chunked(b'1' + extension + b'\r\nx\r\n0\r\n\r\n'), 400) for extension in (
+    b';', b';a=', b';=b', b';a b', b';a="b', b';a\nb', b';a\rb', b';a\0', b';a="\n"', b';a,b',
+    b';' + b'x' * 17_000)}
+
+
+@pytest.fixture
+def small_object(server):
+    assert server('PUT', '/object', data=b'content').status_code == 201
+
+
+@pytest.mark.parametrize('request_, status', REFUSED.values(), ids=REFUSED)
+def test_request_that_rfc_9112_refuses(server, small_object, request_, status):
+    """It has one answer, and what follows it is not taken for the next request."""
+    with server.connect() as sock:
+        sock.sendall(request_ + put(line=b'DELETE /object HTTP/1.1'))
+        said = everything(sock)
+    assert [int(line.split()[1]) for line in said.splitlines() if line.startswith(b'HTTP/1.1 ')] == [status]
+    assert b'\r\nconnection: close\r\n' in said.lower()
+    assert os.listdir(server.root) == ['object']
+
+
+ACCEPTED = {
+    'empty line before it': (b'\r\n' + put(b'Content-Length: 0'), b''),
+    'blanks around a value': (put(b'Content-Length: \t 5 \t'), b'hello'),
+    'no blank before a value': (put(b'Content-Length:5'), b'hello'),
+    'zeros before a length': (put(b'Content-Length: 005'), b'hello'),
+    'value that is not ASCII': (put(b'X: \xe4\t\xff', b'Content-Length: 0'), b''),
+    'empty value': (put(b'X:', b'Content-Length: 0'), b''),
+    'Host with a port': (put(b'Content-Length: 0', host=b'Host: [::1]:80'), b''),
+    'empty Host': (put(b'Content-Length: 0', host=b'Host:'), b''),
+    'Transfer-Encoding in capitals': (put(b'TRANSFER-ENCODING: Chunked', body=b'1\r\nx\r\n0\r\n\r\n'), b'x'),
+    'chunks': (chunked(b'2\r\nhe\r\n003\r\nllo\r\n00\r\n\r\n'), b'hello'),
+    'size in capitals': (chunked(b'A\r\n0123456789\r\n0\r\n\r\n'), b'0123456789'),
+    'chunk extensions': (chunked(b'5;a;b=c ; d = "e\\"; \\\\"\r\nhello\r\n0;x\r\n\r\n'), b'hello'),
+    'trailers': (chunked(b'5\r\nhello\r\n0\r\nX: y\r\nContent-Length: 7\r\n\r\n'), b'hello')}
+
+
+@pytest.mark.parametrize('request_, content', ACCEPTED.values(), ids=ACCEPTED)
+def test_request_that_only_looks_strange_is_followed_by_the_next(server, small_object, request_, content):
+    request_ += content if b'chunked' not in request_.lower() else b''
+    said = server.raw(request_ + get(b'GET /object HTTP/1.1', b'Connection: TE, Close'))
+    statuses = [line.split()[1] for line in said.splitlines() if line.startswith(b'HTTP/1.1 ')]
+    assert statuses == [b'201', b'200']
+    assert server('GET', '/new').content == content
+
+
+def test_http_1_0_needs_no_host(server, stored):
+    said = server.raw(put(line=b'GET /object HTTP/1.0', host=None))
+    assert said.startswith(b'HTTP/1.1 200 ')
+
+
+def test_chunked_upload_that_expects_100_continue_is_told(server):
+    with server.connect() as sock:
+        sock.sendall(put(CHUNKED, b'Expect: 100-continue'))
+        assert sock.recv(100) == b'HTTP/1.1 100 Continue\r\n\r\n'
+        sock.sendall(b'5\r\nhello\r\n0\r\n\r\n')
+        assert sock.recv(1000).startswith(b'HTTP/1.1 201 ')
+
+
 def test_connection_is_kept_after_what_was_answered(server, stored):
-    one = f'GET /missing HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'
-    last = f'GET /object HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nConnection: close\r\n\r\n'
+    one = f'GET /missing HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n'
+    last = GET_OBJECT.decode().replace('Host: x', 'Host: x\r\nConnection: close')
     answer = server.raw((one + put_head('/new', 3).decode() + 'abc' + last).encode())
     assert [line.split()[1] for line in answer.splitlines() if line.startswith(b'HTTP/1.1')] == [
         b'404', b'201', b'200']
