@@ -76,8 +76,9 @@ def nbd(options):
         servers = [
             Server('greenaio', ours, sys.executable, ROOT / 'examples' / 'nbd_server.py', '--unix', ours,
                    image),
-            Server('qemu-nbd', theirs, 'qemu-nbd', '--aio=native', '--cache=none', '-f', 'raw', '-t', '-k',
-                   theirs, image)]
+            # The lock of ours is for images that two servers would write to at the same time.
+            Server('qemu-nbd', theirs, 'qemu-nbd', '--aio=native', '--cache=none', '-t', '-k', theirs,
+                   '--image-opts', f'driver=raw,file.driver=file,file.locking=off,file.filename={image}')]
         try:
             yield [Contest(
                 f'{client.__name__.replace("_", "-")} {"write" if writes else "read"}, depth {depth}',

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import ssl
@@ -76,6 +77,7 @@ HOLE_AND_ZERO = 3
 TOLD = {errno.EPERM: 1, errno.ENOMEM: 12, errno.EINVAL: 22, errno.ENOSPC: 28, errno.EDQUOT: 28,
         errno.EFBIG: 28}
 EIO = 5
+FLOCK = struct.Struct('hhqqi4x')        # linux/fcntl.h: type, whence, start, length, pid
 
 
 class Broken(Exception):
@@ -692,6 +694,19 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def lock(path: str, readonly: bool) -> None:
+    """Lock the image at *path* for as long as this process lives: against all other servers, or, if it is
+    only read, against those that write. QEMU takes such locks too. The lock is of the open file, which is not
+    closed again; a POSIX lock would end with any close of the image. Raises OSError."""
+    fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except (BlockingIOError, PermissionError) as error:
+        os.close(fd)
+        raise OSError(error.errno, 'The image is in use by another server or by QEMU', path) from None
+
+
 def number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
     """The type of an argument: a number from *least* to *most*."""
     def parse(text: str) -> Any:
@@ -754,6 +769,7 @@ def main() -> int:
                 parser.error(f'there are two exports {name!r}')
             exports[name] = Export(name, BlockDevice(path, readonly=arguments.read_only, iops=arguments.iops,
                                                      bps=arguments.bps))
+            lock(path, arguments.read_only)
         exports.setdefault('', next(iter(exports.values())))
         tls = None
         if arguments.tls:

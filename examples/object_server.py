@@ -169,7 +169,11 @@ class Store:
         self._scraper = b'Bearer ' + os.fsencode(metrics_token or token)
         self._uploads = BoundedSemaphore(limits.uploads)
         self._folder = File(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)    # so what is unfinished is nobody's:
+        try:                            # the kernel gives the lock up when this process ends, however it does
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, 'Another server has the folder', self.root) from None
+        # No server is left to finish these uploads.
         for name in os.listdir(self.root):
             if name.startswith(UPLOAD):
                 os.unlink(os.path.join(self.root, name))

@@ -144,6 +144,66 @@ def test_certificate_that_is_not_there_is_named(image):
     assert '/no/such/cert' in refused('--tls', '/no/such/cert', '/no/such/key', image)
 
 
+def in_use(image):
+    return f"nbd_server.py: [Errno 11] The image is in use by another server or by QEMU: '{image}'"
+
+
+@pytest.mark.parametrize('first, second', [((), ()), ((), ('--read-only',)), (('--read-only',), ())],
+                         ids=['both write', 'the first writes', 'the second writes'])
+def test_image_that_is_written_has_one_server(image, first, second, tmp_path):
+    server = Server(*first, image)
+    try:
+        link = tmp_path / 'link'
+        link.symlink_to(image)
+        for path in (image, str(link)):
+            done = subprocess.run([sys.executable, SERVER, '--tcp', '127.0.0.1:0', *second, path],
+                                  capture_output=True, text=True, timeout=30)
+            assert done.returncode == 1
+            assert done.stderr.splitlines() == [in_use(path)]
+        assert_alive(server)
+    finally:
+        server.stop()
+    Server(*second, image).stop()
+
+
+def test_image_that_is_only_read_has_many_servers(image):
+    servers = [Server('--read-only', image) for _ in range(2)]
+    for server in servers:
+        assert_alive(server)
+    for server in servers:
+        server.stop()
+
+
+def test_image_is_not_served_under_two_names(image):
+    assert refused('--tcp', '127.0.0.1:0', f'a={image}', f'b={image}') == in_use(image)
+
+
+def test_image_of_a_server_that_was_killed_is_free(image):
+    server = Server(image)
+    server.process.kill()
+    server.process.communicate()
+    Server(image).stop()
+
+
+def test_qemu_and_the_server_keep_each_other_from_an_image(image):
+    need('qemu-io')
+    server = Server(image)
+    try:
+        done = subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write 0 512', image], capture_output=True,
+                              text=True)
+        assert done.returncode == 1
+        assert 'lock' in done.stderr
+    finally:
+        server.stop()
+    qemu = subprocess.Popen(['qemu-io', '-f', 'raw', image], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert qemu.stdout.read(8) == b'qemu-io>'
+        assert refused('--tcp', '127.0.0.1:0', image) == in_use(image)
+    finally:
+        qemu.communicate()
+    Server(image).stop()
+
+
 def test_nbdcopy_both_ways(unix_server, image, tmp_path):
     need('nbdcopy')
     source, back = tmp_path / 'source', tmp_path / 'back'

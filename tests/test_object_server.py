@@ -838,7 +838,12 @@ def test_bad_arguments(tmp_path):
 def test_one_server_for_a_root(server):
     second = run(server.root, '--token', 'x', '--port', '0')
     assert second.returncode == 1
-    assert 'Resource temporarily unavailable' in second.stderr
+    assert second.stderr == (
+        f'object_server.py: [Errno 11] Another server has the folder: {os.path.realpath(server.root)!r}\n')
+    link = pathlib.Path(f'{server.root}-link')
+    link.symlink_to(server.root)
+    assert 'Another server' in run(link, '--token', 'x', '--port', '0').stderr
+    link.unlink()
 
 
 def test_token_as_an_argument(base):
