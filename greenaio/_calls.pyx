@@ -12,9 +12,11 @@ import sys
 from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent
 
+cimport cython
 from cpython.number cimport PyIndex_Check
 from libc.errno cimport EAGAIN, EBADF
 from libc.stdint cimport int64_t, uint64_t
+from posix.fcntl cimport open as open_fd
 from posix.unistd cimport close as close_fd
 
 from greenaio import _fallback
@@ -49,7 +51,9 @@ cdef extern from *:
     const int SEEK_END
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
+    const int O_CLOEXEC
     const int O_NOFOLLOW
+    const int O_PATH
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -93,10 +97,42 @@ cdef bytes _encoded(path):
     return encoded
 
 
+@cython.final
+cdef class _Place:
+    """Where a thread begins to look up *path*, which it may do after the working directory has changed.
+
+    A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
+    which is open as long as this object. The request keeps the object, so a killed greenlet changes nothing.
+    Without a free fd the path is made absolute instead, which differs only if the directory is renamed meanwhile.
+    """
+
+    cdef bytes path
+    cdef int dir_fd
+    cdef bint _is_ours
+
+    def __cinit__(self, bytes path, int dir_fd):
+        self.path, self.dir_fd = path, dir_fd
+        if dir_fd != AT_FDCWD or path.startswith(b'/'):
+            return
+        cdef int fd = open_fd('.', O_PATH | O_CLOEXEC)
+        if fd >= 0:
+            self.dir_fd, self._is_ours = fd, True
+        elif path:
+            try:
+                self.path = os.path.join(posix.getcwdb(), path)
+            except OSError:             # no path leads there: the look-up will say so
+                pass
+
+    def __dealloc__(self):
+        if self._is_ours:
+            close_fd(self.dir_fd)
+
+
 cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
     cdef bytes encoded = _encoded(path)
     cdef Driver driver = current_driver()
     cdef Request request
+    cdef _Place place
     cdef int64_t fd
     sys.audit('open', path, None, flags)
     driver.check_caller()
@@ -108,7 +144,9 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
             close_fd(fd)
             raise
         return fd
-    request = new_call(-1, encoded, SYS_openat, dir_fd, <long><char *>encoded, flags | os.O_CLOEXEC, mode)
+    place = _Place(encoded, dir_fd)
+    request = new_call(-1, place, SYS_openat, place.dir_fd, <long><char *>place.path, flags | O_CLOEXEC, mode)
+    request.other_fd = dir_fd           # its number must not come to mean another directory
     request.gives_fd = True
     fd = driver.perform_by_thread(request, device_of_path(encoded, dir_fd).pool())
     if fd < 0:
@@ -144,7 +182,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     cdef Device device = device_of_path(encoded, where)
     if device.in_memory:
         return posix.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
-    return _stat(-1, where, encoded, flags, device, path)
+    return _stat(-1, _Place(encoded, where), flags, device, path, where)
 
 
 def fstat(fd):
@@ -152,14 +190,14 @@ def fstat(fd):
     cdef Known known = _open_file(number)
     if in_line(known, 0) or known.device.is_local:
         return posix.fstat(number)
-    return _stat(number, number, b'', AT_EMPTY_PATH, known.device, None)
+    return _stat(number, _Place(b'', number), AT_EMPTY_PATH, known.device, None)
 
 
-cdef object _stat(int fd, int dir_fd, bytes path, int flags, Device device, name):
+cdef object _stat(int fd, _Place place, int flags, Device device, name, int dir_fd=-1):
     cdef AlignedBuffer memory = scratch(sizeof(c_stat))
     cdef c_stat *st = <c_stat *>memory.address
-    cdef int64_t result = _call(fd, device, (path, memory), SYS_newfstatat, dir_fd, <long><char *>path,
-                                <long>st, flags)
+    cdef int64_t result = _call(fd, device, (place, memory), SYS_newfstatat, place.dir_fd,
+                                <long><char *>place.path, <long>st, flags, 0, dir_fd)
     if result < 0:
         raise failed(result, name)
     atime, mtime, ctime = _ns(st.st_atim), _ns(st.st_mtim), _ns(st.st_ctim)

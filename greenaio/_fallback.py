@@ -133,22 +133,41 @@ def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = Non
     return value
 
 
+class _Place:
+    """Where a thread begins to look up a path: *dir_fd*, or the working directory of this moment."""
+
+    __slots__ = ('_is_ours', 'dir_fd')
+
+    def __init__(self, dir_fd: int | None) -> None:
+        self._is_ours = False
+        self.dir_fd = dir_fd
+        if dir_fd is None:
+            with contextlib.suppress(OSError):      # without a free fd it is that of later
+                self.dir_fd = posix.open('.', os.O_PATH | os.O_CLOEXEC)
+                self._is_ours = True
+
+    def __del__(self) -> None:
+        if self._is_ours and self.dir_fd is not None:
+            posix.close(self.dir_fd)
+
+
 def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
     """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
+    place = _Place(dir_fd)
 
     def take_back() -> None:
         with contextlib.suppress(IndexError):       # pop() lets only one of the two threads have it
             posix.close(opened.pop())
 
     def work(_: int) -> None:
-        opened.append(posix.open(path, flags, mode, dir_fd=dir_fd))
+        opened.append(posix.open(path, flags, mode, dir_fd=place.dir_fd))
         if left:
             take_back()
 
     try:
-        call(work, -1)
+        call(work, -1 if dir_fd is None else dir_fd)
         return opened.pop()
     except BaseException:
         left.append(True)
@@ -245,9 +264,9 @@ class File:
     """``greenaio.File`` where the extension was not built: the same, all of it by threads."""
 
     def __init__(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666, *,
-                 max_batch: int = 32) -> None:
+                 max_batch: int = 32, dir_fd: int | None = None) -> None:
         self.name: Any = os.fspath(path)
-        self._fd = open(self.name, flags, mode)
+        self._fd = open(self.name, flags, mode, dir_fd=dir_fd)
         self._closefd = True
 
     @classmethod
@@ -417,10 +436,13 @@ def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
-    def work(_: int) -> os.stat_result:
-        return posix.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+    place = _Place(dir_fd) if not isinstance(path, int) else None
 
-    return cast(os.stat_result, call(work, -1))
+    def work(_: int) -> os.stat_result:
+        where = place.dir_fd if place is not None else dir_fd
+        return posix.stat(path, dir_fd=where, follow_symlinks=follow_symlinks)
+
+    return cast(os.stat_result, call(work, -1 if dir_fd is None else dir_fd))
 
 
 def fstat(fd: int) -> os.stat_result:

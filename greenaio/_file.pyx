@@ -103,7 +103,7 @@ cdef enum:
 cdef class File:
     """An open file whose reads and writes park the calling greenlet, not the hub.
 
-    ``File(path, flags, mode)`` opens as ``os.open`` does. Add ``os.O_DIRECT`` for native AIO: buffers,
+    ``File(path, flags, mode, dir_fd=fd)`` opens as ``os.open`` does. Add ``os.O_DIRECT`` for native AIO: buffers,
     offsets and lengths that are multiples of `alignment` then move without a copy, see `aligned_buffer`;
     others work and cost more. *max_batch* (1 to 32) bounds how many requests may wait for each other to be
     submitted together.
@@ -121,7 +121,7 @@ cdef class File:
     def __cinit__(self):
         self._fd = CLOSED
 
-    def __init__(self, path, flags=os.O_RDONLY, mode=0o666, *, max_batch=BATCH_MAX):
+    def __init__(self, path, flags=os.O_RDONLY, mode=0o666, *, max_batch=BATCH_MAX, dir_fd=None):
         if self._fd != CLOSED:
             raise ValueError('this File is open already')
         self._fd = OPENING              # what is asked for its path may come back here, and so may another greenlet
@@ -129,7 +129,8 @@ cdef class File:
             self._set_max_batch(max_batch)
             self.name = os.fspath(path)
             self._closefd = True
-            self._fd = open_file(self.name, c_int(flags), c_int(mode), AT_FDCWD)
+            self._fd = open_file(self.name, c_int(flags), c_int(mode),
+                                 AT_FDCWD if dir_fd is None else c_int(dir_fd))
         except BaseException:
             self._fd = CLOSED
             raise

@@ -7,12 +7,13 @@ has a `ReadAhead` and a `WriteBehind`. Each holds at most `DEPTH` blocks of `BLO
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import posix
 import stat
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -277,37 +278,62 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
     the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
     """
     src = os.fspath(src)
-    one = _checked(src)
-    if not follow_symlinks and os.path.islink(src):
-        _refuse_same(one, src, dst)
-        os.symlink(posix.readlink(src), os.fspath(dst))     # type: ignore[type-var, arg-type]
-        return dst
-    with File(src) as source:
-        if source.kind == stat.S_IFDIR:     # before the target is emptied
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
-        try:
-            target = File(dst, NEW | os.O_EXCL)     # there is nothing to look at, and that costs nothing
-        except FileExistsError:
-            _refuse_same(one, src, dst)
-            target = File(dst, NEW | os.O_TRUNC)
-        with target:
-            _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
+    with _directory_of_the_call(src, os.fspath(dst)) as here:
+        one = _checked(src, here)
+        if not follow_symlinks and _is_link(src, here):
+            _refuse_same(one, src, dst, here)
+            os.symlink(posix.readlink(src, dir_fd=here), os.fspath(dst),    # type: ignore[type-var, arg-type]
+                       dir_fd=here)
+            return dst
+        with File(src, dir_fd=here) as source:
+            if source.kind == stat.S_IFDIR:     # before the target is emptied
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
+            try:
+                # There is nothing to look at first, and that costs nothing.
+                target = File(dst, NEW | os.O_EXCL, dir_fd=here)
+            except FileExistsError:
+                _refuse_same(one, src, dst, here)
+                target = File(dst, NEW | os.O_TRUNC, dir_fd=here)
+            with target:
+                _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
     return dst
 
 
-def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath) -> None:
+@contextlib.contextmanager
+def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
+    """An fd of the directory in which relative *paths* begin: later it may be another. None
+    where that makes no difference, or without a free fd."""
+    here = None
+    with contextlib.suppress(OSError):
+        if not all(map(os.path.isabs, paths)):
+            here = posix.open('.', os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield here
+    finally:
+        if here is not None:
+            _calls.close(here, may_wait=False)  # not before an open that is with a thread
+
+
+def _is_link(name: StrPath, here: int | None) -> bool:
+    try:
+        return stat.S_ISLNK(_calls.stat(name, dir_fd=here, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath, here: int | None) -> None:
     import shutil  # it imports archives and compression
 
-    other = _checked(dst)
+    other = _checked(dst, here)
     if one and other and os.path.samestat(one, other):
         raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file') from None
 
 
-def _checked(name: StrPath) -> os.stat_result | None:
+def _checked(name: StrPath, here: int | None) -> os.stat_result | None:
     import shutil
 
     try:
-        found = _calls.stat(name)
+        found = _calls.stat(name, dir_fd=here)
     except OSError:
         return None                     # opening it will say why
     if stat.S_ISFIFO(found.st_mode):    # opening it would wait for somebody
