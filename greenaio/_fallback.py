@@ -34,6 +34,28 @@ start_new_thread = get_original('_thread', 'start_new_thread')
 THREADS = 10    # per hub, as gevent's own pool
 
 
+_warning: set[Any] = set()      # greenlets that report a file which was not closed
+
+
+def warn_unclosed(source: object, stacklevel: int = 1) -> None:
+    """Warn that *source* was not closed. *stacklevel* counts from the caller, as for `warnings.warn`.
+
+    ``warnings.showwarning`` may itself forget a file. Its greenlet then reports no second one: each report
+    would make the next, and where the recursion ends with RecursionError, a frame below would begin again.
+    """
+    try:
+        me = getcurrent()
+    except RuntimeError:                # the interpreter is being finalized
+        return
+    if me in _warning:
+        return
+    _warning.add(me)
+    try:
+        warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source, stacklevel=stacklevel + 1)
+    finally:
+        _warning.discard(me)
+
+
 class _Job:
     """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
 
@@ -359,7 +381,7 @@ class File:
     def __del__(self) -> None:
         if getattr(self, '_fd', -1) >= 0 and self._closefd:
             try:
-                warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self, stacklevel=2)
+                warn_unclosed(self, 2)
             finally:
                 self.close()
 

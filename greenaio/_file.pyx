@@ -11,7 +11,6 @@ of which nothing is remembered: numbers are reused.
 import os
 import posix            # for what may be patched in os
 import stat
-import warnings
 
 from greenaio import _fallback, alignment
 from greenaio._hub import all_drivers
@@ -367,7 +366,7 @@ cdef class File:
     def __del__(self):
         if self._fd >= 0 and self._closefd:
             try:
-                warnings.warn(f'unclosed file {self!r}', ResourceWarning, source=self)
+                _fallback.warn_unclosed(self)
             finally:                    # a warning may be an error
                 self._close(False, True)
 

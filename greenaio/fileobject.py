@@ -410,8 +410,7 @@ class FileIO(io.FileIO):
     def _dealloc_warn(self, source: object) -> None:
         if self._fd >= 0 and self._closes and self._owner is None:
             try:
-                warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source,
-                              stacklevel=level_of_caller())
+                _fallback.warn_unclosed(source, level_of_caller())
             except Warning as error:    # the layers of io above would drop it
                 self._unsaid = error.with_traceback(None)       # which has us
 

@@ -980,3 +980,32 @@ def test_closing_a_file_calls_a_replaced_flush_once(tmp_path):
         file.close()
         assert calls == [1], (mode, layer)
         assert (tmp_path / 'file').read_text() == 'data'
+
+
+@pytest.mark.parametrize('forget', ["open(path, 'a').write(text)", "open(path, 'ab', 0).write(text.encode())",
+                                    "greenaio.File(path, os.O_WRONLY).pwrite(text.encode(), 0)"])
+def test_file_that_showwarning_forgets_is_not_reported_again(tmp_path, forget):
+    run_python(f'''
+        import gevent, greenaio, os, sys, warnings
+        from greenaio import open
+        gevent.get_hub()
+        path, shown = sys.argv[1], []
+        open(path, 'w').close()
+        def show(message, *rest):
+            text = str(message)
+            shown.append(text[:8])
+            {forget}
+        warnings.simplefilter('always')
+        warnings.showwarning = show
+        def use():
+            for _ in range(2):
+                warnings.warn('first')
+        use()
+        assert shown == ['first', 'unclosed'] * 2, shown
+        del shown[:]
+        gevent.joinall([gevent.spawn(use) for _ in range(3)], raise_error=True)
+        assert sorted(shown) == ['first'] * 6 + ['unclosed'] * 6, shown
+        warnings.showwarning = lambda message, *rest: shown.append(str(message))
+        {forget.replace('text', 'path')}
+        assert len(shown) == 13, shown
+    ''', tmp_path / 'file')
