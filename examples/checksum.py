@@ -10,6 +10,7 @@ import argparse
 import errno
 import hashlib
 import os
+import signal
 import stat
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('paths', nargs='+', metavar='PATH')
     arguments = parser.parse_args()
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, 'Standard output is closed')
     progress = Progress()
     failed: list[OSError] = []
 
@@ -128,17 +131,38 @@ def main() -> int:
         finally:
             progress.step(path)
 
-    for result in Pool(FILES).imap(one, walk(arguments.paths, failed), maxsize=2 * FILES):
-        if isinstance(result, OSError):
-            failed.append(result)
-        else:
-            sys.stdout.buffer.write(os.fsencode(result) + b'\n')
-    progress.end()
-    sys.stdout.flush()
+    try:
+        for result in Pool(FILES).imap(one, walk(arguments.paths, failed), maxsize=2 * FILES):
+            if isinstance(result, OSError):
+                failed.append(result)
+            else:
+                sys.stdout.buffer.write(os.fsencode(result) + b'\n')
+    finally:
+        progress.end()
     for error in failed:
         print(f'checksum.py: {error.filename}: {error.strerror}', file=sys.stderr)
     return 1 if failed else 0
 
 
+def run() -> int:
+    """`main`, without a traceback for Ctrl-C or for output that is full or closed."""
+    # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
+    gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
+    try:
+        status = main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
+            print(f'checksum.py: {error}', file=sys.stderr)
+        # The interpreter would try to write the rest at its end, and complain.
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run())

@@ -11,10 +11,12 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
 
+import gevent
 from gevent.pool import Pool
 
 import greenaio
@@ -49,7 +51,11 @@ def copy_file(source: str, target: str, progress: Step) -> None:
 
     if stat.S_IFMT(os.lstat(source).st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
         raise shutil.SpecialFileError(f'{source!r} is no file, no folder and no symbolic link')
-    greenaio.copyfile(source, target, follow_symlinks=False, progress=step)
+    try:
+        greenaio.copyfile(source, target, follow_symlinks=False, progress=step)
+    except gevent.GreenletExit:         # Ctrl-C: half a file would look like a whole one
+        os.unlink(target)
+        raise
     shutil.copystat(source, target, follow_symlinks=False)
 
 
@@ -66,13 +72,17 @@ def copy_tree(source: str, target: str, progress: Step) -> tuple[int, list[str]]
         except Exception as error:      # or it would end the greenlet, and not be counted
             failed.append(f'{error!r}: {args[0]!r}')
 
-    for folder, there, names in walk(source, target, failed):
-        attempt(os.makedirs, there)
-        folders.append((folder, there))
-        count += len(names)
-        for name in names:              # waits for one to be done, while FILES are under way
-            pool.spawn(attempt, copy_file, os.path.join(folder, name), os.path.join(there, name), progress)
-    pool.join()
+    try:
+        for folder, there, names in walk(source, target, failed):
+            attempt(os.makedirs, there)
+            folders.append((folder, there))
+            count += len(names)
+            for name in names:          # waits for one to be done, while FILES are under way
+                one, other = os.path.join(folder, name), os.path.join(there, name)
+                pool.spawn(attempt, copy_file, one, other, progress)
+        pool.join()
+    finally:
+        pool.kill()                     # after Ctrl-C
     for pair in reversed(folders):      # last: what is made in a folder changes its time
         attempt(shutil.copystat, *pair)
     return count, failed
@@ -80,7 +90,7 @@ def copy_tree(source: str, target: str, progress: Step) -> tuple[int, list[str]]
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Step]:
-    if not sys.stdout.isatty() or not importlib.util.find_spec('rich'):
+    if not sys.stdout or not sys.stdout.isatty() or not importlib.util.find_spec('rich'):
         yield lambda nbytes: None
         return
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
@@ -100,6 +110,8 @@ def main() -> int:
     inside = os.path.join(os.path.realpath(source), '')
     if os.path.lexists(target) or os.path.realpath(target).startswith(inside):
         parser.error(f'{target} exists already, or is in {source}')
+    if not os.path.isdir(os.path.dirname(os.path.abspath(target))):
+        parser.error(f'{target} would be in a folder that is not there')
     with progress_bar() as progress:
         count, failed = copy_tree(source, target, progress)
     for line in failed:
@@ -108,5 +120,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def run() -> int:
+    """`main`, without a traceback for Ctrl-C or for output that is full or closed."""
+    # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
+    gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
+    try:
+        status = main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print('copy_tree.py: interrupted: the copy is incomplete', file=sys.stderr)
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
+            print(f'copy_tree.py: {error}', file=sys.stderr)
+        # The interpreter would try to write the rest at its end, and complain.
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run())

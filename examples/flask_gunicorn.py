@@ -20,7 +20,9 @@ import tempfile
 from flask import Flask, Response, abort, jsonify, request, send_from_directory
 from werkzeug.utils import secure_filename
 
-FILES = pathlib.Path(os.environ.get('FILES', tempfile.gettempdir())).resolve()
+FILES = pathlib.Path(os.environ.get('FILES') or tempfile.gettempdir()).resolve()
+if not FILES.is_dir():
+    raise SystemExit(f'flask_gunicorn.py: FILES={FILES} is no folder')
 BLOCK = 256 << 10                       # bytes
 
 app = Flask(__name__)

@@ -783,14 +783,26 @@ def main() -> int:
         return 1
     limits = Limits(Memory(arguments.memory * MIB), arguments.timeout)
     server = StreamServer(sock, Server(exports, limits, tls), spawn=Pool(arguments.connections))
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(signum, server.close)
-    print(uri, flush=True)
+    status = 0
+
+    def interrupt() -> None:
+        nonlocal status
+        status = 130
+        server.close()
+
+    gevent.signal_handler(signal.SIGTERM, server.close)
+    gevent.signal_handler(signal.SIGINT, interrupt)
+    try:
+        print(uri, flush=True)
+    except OSError as error:            # full or closed; the interpreter would try again at its end
+        print(f'nbd_server.py: standard output: {error.strerror}', file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     server.serve_forever()
     for device in {export.device for export in exports.values()}:
         device.flush()
         device.close()
-    return 0
+    return status
 
 
 if __name__ == '__main__':

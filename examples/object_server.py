@@ -449,6 +449,16 @@ class Handler(pywsgi.WSGIHandler):
         return environ
 
 
+def number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
+    """The type of an argument: a number from *least* to *most*."""
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:.15g} to {most:.15g}')
+    return parse
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -458,11 +468,12 @@ def main() -> int:
     add('--metrics-token', default=os.environ.get('OBJECT_SERVER_METRICS_TOKEN', ''),
         help='who knows it may see /metrics, and nothing else; by OBJECT_SERVER_METRICS_TOKEN')
     add('--host', default='127.0.0.1')
-    add('--port', type=int, default=8080)
-    add('--object-size', type=int, default=5 << 30, help='bytes at most (%(default)s)')
-    add('--uploads', type=int, default=64, help='at a time (%(default)s); 503 for more')
-    add('--connections', type=int, default=400, help='at a time (%(default)s), of two fds each; more wait')
-    add('--idle-timeout', type=float, default=30,
+    add('--port', type=number(int, 0, 65535), default=8080)
+    add('--object-size', type=number(int, 0, 1 << 60), default=5 << 30, help='bytes at most (%(default)s)')
+    add('--uploads', type=number(int, 1, 100_000), default=64, help='at a time (%(default)s); 503 for more')
+    add('--connections', type=number(int, 1, 100_000), default=400,
+        help='at a time (%(default)s), of two fds each; more wait')
+    add('--idle-timeout', type=number(float, 0.1, 86400), default=30,
         help=f'seconds to send a header, and to send or take {BLOCK >> 10} KiB (%(default)s)')
     arguments = parser.parse_args()
     if not arguments.token:
@@ -477,11 +488,23 @@ def main() -> int:
     except OSError as error:
         print(f'object_server.py: {error}', file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, server.close)
-    print(f'http://{arguments.host}:{server.server_port}', flush=True)
+    status = 0
+
+    def interrupt() -> None:
+        nonlocal status
+        status = 130
+        server.close()
+
+    gevent.signal_handler(signal.SIGTERM, server.close)
+    gevent.signal_handler(signal.SIGINT, interrupt)
+    try:
+        print(f'http://{arguments.host}:{server.server_port}', flush=True)
+    except OSError as error:            # full or closed; the interpreter would try again at its end
+        print(f'object_server.py: standard output: {error.strerror}', file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     server.serve_forever()
-    return 0
+    return status
 
 
 if __name__ == '__main__':

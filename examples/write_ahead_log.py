@@ -19,6 +19,7 @@ import fcntl
 import glob
 import itertools
 import os
+import signal
 import struct
 import sys
 import tempfile
@@ -202,8 +203,12 @@ def measure(name: str, append: Callable[[bytes], object], arguments: argparse.Na
             append(bytes(100))
             done += 1
 
-    gevent.joinall([gevent.spawn(work) for _ in range(arguments.greenlets)], raise_error=True)
-    print(f'{name:<40} {done / (time.monotonic() - start):9,.0f} commits/s')
+    workers = [gevent.spawn(work) for _ in range(arguments.greenlets)]
+    try:
+        gevent.joinall(workers, raise_error=True)
+    finally:
+        gevent.killall(workers)         # after Ctrl-C
+    print(f'{name:<40} {done / (time.monotonic() - start):9,.0f} commits/s', flush=True)
 
 
 def main() -> int:
@@ -213,13 +218,10 @@ def main() -> int:
     parser.add_argument('--seconds', type=float, default=3)
     parser.add_argument('--compare', action='store_true', help="measure gevent's thread pool too")
     arguments = parser.parse_args()
-    if arguments.greenlets < 1 or not arguments.seconds > 0 or not os.path.isdir(arguments.folder):
-        parser.error('FOLDER has to be there, GREENLETS and SECONDS above 0')
-    try:
-        compare(arguments)
-    except OSError as error:
-        print(f'write_ahead_log.py: {error}', file=sys.stderr)
-        return 1
+    if (not 1 <= arguments.greenlets <= 100_000 or not 0 < arguments.seconds <= 86400
+            or not os.path.isdir(arguments.folder)):
+        parser.error('FOLDER has to be there, GREENLETS from 1 to 100,000, SECONDS above 0 and up to 86,400')
+    compare(arguments)
     return 0
 
 
@@ -238,9 +240,32 @@ def compare(arguments: argparse.Namespace) -> None:
                     os.fdatasync(file.fileno())
 
                 pool = gevent.get_hub().threadpool
-                measure('thread pool, write and fdatasync each', lambda record: pool.apply(commit, (record,)),
-                        arguments)
+                try:
+                    measure('thread pool, write and fdatasync each',
+                            lambda record: pool.apply(commit, (record,)), arguments)
+                finally:
+                    pool.join()         # its threads use the file
+
+
+def run() -> int:
+    """`main`, without a traceback for Ctrl-C, for a disk that fails, or for output that is full or closed."""
+    # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
+    gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
+    try:
+        status = main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
+            print(f'write_ahead_log.py: {error}', file=sys.stderr)
+        # The interpreter would try to write the rest at its end, and complain.
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run())

@@ -52,6 +52,7 @@ def test_pythons_own_library(folder, part):
 
 def test_what_a_tree_may_hold(folder):
     source, target = pathlib.Path(folder, 'source'), pathlib.Path(folder, 'new', 'target')
+    target.parent.mkdir()
     (source / 'closed').mkdir(parents=True)
     (source / 'empty').mkdir()
     (source / 'large').write_bytes(os.urandom(9 << 20))

@@ -1,0 +1,150 @@
+"""What all examples have in common: Ctrl-C, output that nothing takes, limits that are none."""
+
+import contextlib
+import importlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import EXAMPLES, run_example
+
+TOKEN = {**os.environ, 'OBJECT_SERVER_TOKEN': 'token'}
+
+
+@pytest.fixture
+def inputs(disk_folder):
+    """A folder with something for each example."""
+    folder = pathlib.Path(disk_folder)
+    for name in ('tree', 'objects'):
+        (folder / name).mkdir()
+    for name, size in (('large', 1 << 40), ('disk.img', 1 << 20)):
+        with open(folder / name, 'wb') as file:
+            file.truncate(size)
+    return folder
+
+
+def opens(process, text):
+    """Whether it has a file open with *text* in its name."""
+    names = []
+    for fd in os.listdir(f'/proc/{process.pid}/fd'):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f'/proc/{process.pid}/fd/{fd}'))
+    return any(text in os.path.basename(name) for name in names)
+
+
+ENDLESS = {
+    'checksum': (('large',), lambda process, folder: opens(process, 'large')),
+    'copy_tree': (('tree', 'copy'), lambda process, folder: len(list(folder.glob('copy/*'))) > 99),
+    'write_ahead_log': (('--seconds', '60', '.'), lambda process, folder: opens(process, '.wal')),
+    'object_server': (('objects', '--port', '0'), lambda process, folder: process.stdout.readline()),
+    'nbd_server': (('--tcp', '127.0.0.1:0', 'disk.img'), lambda process, folder: process.stdout.readline())}
+
+
+@pytest.mark.parametrize('name', ENDLESS)
+def test_ctrl_c_ends_it_without_a_traceback(inputs, name):
+    arguments, has_begun = ENDLESS[name]
+    if name == 'copy_tree':
+        for i in range(3000):
+            (inputs / 'tree' / str(i)).write_bytes(b'content')
+    process = subprocess.Popen([sys.executable, EXAMPLES / f'{name}.py', *arguments], cwd=inputs, env=TOKEN,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 30
+        while not has_begun(process, inputs):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130, errors
+    assert errors.count('\n') <= 1
+    assert 'Traceback' not in errors
+    if name == 'copy_tree':             # no file is there in part
+        assert 'incomplete' in errors
+        copies = [path.read_bytes() for path in inputs.glob('copy/*')]
+        assert set(copies) == {b'content'}
+        assert 50 < len(copies) < 3000
+    else:
+        assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
+
+
+SHORT = {'checksum': ('disk.img',), 'copy_tree': ('objects', 'copy'),
+         'write_ahead_log': ('--seconds', '0.01', '.'), 'object_server': ('objects', '--port', '0'),
+         'nbd_server': ('--tcp', '127.0.0.1:0', 'disk.img')}
+
+
+def run_with_stdout(folder, name, redirection):
+    """Run an example by a shell that redirects its output."""
+    command = [sys.executable, EXAMPLES / f'{name}.py', *SHORT[name]]
+    return subprocess.run(['bash', '-c', f'"$@" {redirection}', 'bash', *command], cwd=folder, env=TOKEN,
+                          capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize('name', SHORT)
+def test_output_that_is_full_is_an_error_of_one_line(inputs, name):
+    done = run_with_stdout(inputs, name, '>/dev/full')
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'{name}.py: ')
+    assert 'No space left on device' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('name, status', [('checksum', 1), ('copy_tree', 0), ('write_ahead_log', 0)])
+def test_output_that_is_closed_gives_no_traceback(inputs, name, status):
+    done = run_with_stdout(inputs, name, '>&-')
+    assert done.returncode == status
+    assert done.stderr == ('checksum.py: [Errno 9] Standard output is closed\n' if status else '')
+
+
+@pytest.mark.parametrize('name', ['checksum', 'copy_tree', 'write_ahead_log'])
+def test_reader_that_has_seen_enough_gives_no_line(inputs, name):
+    done = run_with_stdout(inputs, name, '> >(exec <&-)')
+    assert done.stderr == ''
+    assert done.returncode == 1
+
+
+STORE = ('object_server', 'objects', '--token', 'x')
+
+
+@pytest.mark.parametrize('command', [
+    (*STORE, '--port', '65536'), (*STORE, '--port', '-1'), (*STORE, '--uploads', '0'),
+    (*STORE, '--connections', '0'), (*STORE, '--object-size', '-1'), (*STORE, '--idle-timeout', '0'),
+    (*STORE, '--idle-timeout', 'nan'), (*STORE, '--idle-timeout', 'inf'),
+    ('write_ahead_log', '--seconds', 'inf'), ('write_ahead_log', '--seconds', 'nan'),
+    ('write_ahead_log', '--greenlets', '1000000'), ('write_ahead_log', 'missing'),
+    ('copy_tree', 'missing', 'copy'), ('copy_tree', 'tree', 'missing/copy')], ids=' '.join)
+def test_typo_or_limit_that_is_none_is_refused_and_makes_nothing(inputs, monkeypatch, capsys, command):
+    name, *arguments = command
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'{name}.py: error: ')
+    assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
+
+
+@pytest.mark.parametrize('command', [
+    ('object_server', 'missing', '--token', 'x'), ('nbd_server', 'missing'),
+    ('nbd_server', '--unix', 'missing/socket', 'disk.img')], ids=' '.join)
+def test_typo_in_what_a_server_serves_costs_a_line(inputs, command):
+    done = run_example(*command, cwd=inputs, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'{command[0]}.py: [Errno 2] No such file or directory')
+    assert done.stderr.count('\n') == 1
+    assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
+
+
+def test_flask_app_needs_its_folder(tmp_path):
+    pytest.importorskip('flask')
+    done = subprocess.run([sys.executable, '-c', 'import flask_gunicorn'], cwd=EXAMPLES, capture_output=True,
+                          text=True, env={**os.environ, 'FILES': str(tmp_path / 'missing')}, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f'flask_gunicorn.py: FILES={tmp_path}/missing is no folder\n'
