@@ -2,7 +2,7 @@
 
 `greenaio.os` has the familiar calls, `File` is the fast way, `aligned_buffer` gives memory that O_DIRECT
 accepts, `open` is the built-in one, cooperative, `config` has what may be set, `stats` and `dump` tell what
-waits and what was done.
+waits and what was done, and inside `uninterrupted` calls block.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ else:
 
 if TYPE_CHECKING:
     from greenaio._stats import dump, stats
+    from greenaio._uninterrupted import uninterrupted
     from greenaio.fileobject import open
     from greenaio.streams import copyfile
 
 __version__ = '0.1.0'
 
-__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open', 'stats']
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open', 'stats',
+           'uninterrupted']
 
 _AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams', 'dump': 'greenaio._stats',
-                 'stats': 'greenaio._stats'}
+                 'stats': 'greenaio._stats', 'uninterrupted': 'greenaio._uninterrupted'}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from posix.unistd cimport close as close_fd
 
 from greenaio import _fallback
 from greenaio._hub import all_drivers, driver_if_exists
+from greenaio._uninterrupted import is_uninterrupted
 
 from greenaio._engine cimport NEW, Request
 from greenaio._hub cimport Driver, current_driver
@@ -364,7 +365,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
         queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
         is_used = bool(queued) or _fallback.in_use(fd)
         hub = get_hub_if_exists()
-        may_wait = may_wait and hub is not None and getcurrent() is not hub
+        may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
         if is_used or may_wait or is_forgotten and not sys.is_finalizing():
             try:
                 known = _open_file(fd)

@@ -23,6 +23,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio._ends import before_destroy
+from greenaio._uninterrupted import REFUSED, is_uninterrupted
 
 if TYPE_CHECKING:
     from gevent.threadpool import ThreadPool
@@ -112,6 +113,8 @@ def _pool() -> ThreadPool:
     hub: Any = get_hub()
     if getcurrent() is hub:
         raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+    if is_uninterrupted():
+        raise BlockingSwitchOutError(REFUSED)
     pool: ThreadPool | None = hub.__dict__.get('_greenaio_pool')
     # In a forked child gevent mends its own pool at once, others only later: make a new one.
     if pool is None or pool.pid != os.getpid():
@@ -200,6 +203,8 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 def wait_for(fd: int, event: int) -> None:
     """Wait in the loop until *fd*, one that epoll accepts, is readable (1) or writable (2)."""
     hub = get_hub()
+    if is_uninterrupted():
+        raise BlockingSwitchOutError(REFUSED)
     blocking = os.get_blocking(fd)
     watcher = hub.loop.io(fd, event)
     try:

@@ -32,7 +32,6 @@ cdef class Driver:
     cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
     cdef int64_t end(self, Request request) except? -4096
-    cdef bint in_hub(self) except -1
     cdef int check_caller(self) except -1
     cdef int end_in_line(self) except -1
     cdef object _caller(self)

@@ -21,6 +21,7 @@ from gevent.monkey import get_original
 from greenaio._config import check_environment, config
 from greenaio._describe import describe
 from greenaio._ends import before_destroy, forget
+from greenaio._uninterrupted import REFUSED, inside
 
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN
@@ -75,6 +76,7 @@ log = logging.getLogger('greenaio')
 _start_new_thread = get_original('_thread', 'start_new_thread')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
+cdef dict _inside = inside              # greenlets that must not be parked
 cdef set _drivers = set()               # of all threads; close() takes one out
 cdef Tally _past = Tally()              # what those had done that are closed
 _warned = False
@@ -298,17 +300,16 @@ cdef class Driver:
         return 0
 
     cdef int check_caller(self) except -1:
-        """Raise BlockingSwitchOutError in the hub, where nobody can wait."""
+        """Raise BlockingSwitchOutError in the hub and inside `uninterrupted`, where no greenlet can wait."""
         self._caller()
         return 0
-
-    cdef bint in_hub(self) except -1:
-        return greenlet_current() is self.hub
 
     cdef object _caller(self):
         current = greenlet_current()
         if current is self.hub:
             raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+        if _inside and current in _inside:
+            raise BlockingSwitchOutError(REFUSED)
         return current
 
     cdef int64_t _result(self, Request request, current, uint64_t now=0) except? -4096:

@@ -26,7 +26,9 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
+from greenaio import alignment
 from greenaio._fallback import flat, using, wait_for
+from greenaio._uninterrupted import inside, thread_of
 
 try:
     from greenaio import _calls, _file
@@ -110,14 +112,28 @@ class Turn:
     def _wait_natively(self, me: greenlet) -> None:
         """In a thread without a hub: it is another thread's turn, and will pass. Who has it in this very
         thread cannot go on while we are here, as in a forked child before its hub runs: let it be."""
-        here = _thread_of(me)
+        here = thread_of(me)
         self._look_after_owner()
-        while self.owner is not None and _thread_of(self.owner) is not here:
+        while self.owner is not None and thread_of(self.owner) is not here:
             native_sleep(ANOTHER_LOOK / 50)
             self._look_after_owner()
-        if self.owner is not None and get_hub_if_exists() is me:
-            raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
+        if self.owner is not None:
+            self._refuse_if_stuck(me)
         self.owner = me
+
+    def refuse_if_stuck(self) -> None:
+        """Raise BlockingSwitchOutError where `wait` would, and wait for nothing."""
+        me, owner = getcurrent(), self.owner
+        if owner is not None and owner is not me and thread_of(owner) is thread_of(me):
+            self._refuse_if_stuck(me)
+
+    def _refuse_if_stuck(self, me: greenlet) -> None:
+        """For *me*, which keeps the greenlet that has the turn from going on."""
+        if get_hub_if_exists() is me:
+            raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
+        if me in inside and not _is_fresh_child:
+            raise BlockingSwitchOutError(
+                'a parked greenlet is using the file, and can\'t go on inside greenaio.uninterrupted()')
 
     def leave(self) -> None:
         """Give the turn to the next; for who has it."""
@@ -142,36 +158,32 @@ _is_fresh_child = False
 def can_wait() -> bool:
     """Whether the caller is a greenlet whose hub can serve others while it waits.
 
-    Not in a forked child before its hub has run for another reason: between fork and exec, as in
-    `gevent.subprocess`, it would run the parent's greenlets there.
+    Not inside `uninterrupted`. Not in a forked child before its hub has run for another reason: between fork
+    and exec, as in `gevent.subprocess`, it would run the parent's greenlets there.
     """
     if _is_fresh_child or sys.is_finalizing():
         return False
     hub = get_hub_if_exists()
-    return hub is not None and getcurrent() is not hub
+    if hub is None:
+        return False
+    me = getcurrent()
+    return me is not hub and not (inside and me in inside)
 
 
 def _after_fork_in_child() -> None:
     global _is_fresh_child
-    here = _thread_of(getcurrent())
+    here = thread_of(getcurrent())
     for ref in list(_all_turns):
         turn = ref()
         if turn is None:
             continue
-        if turn.owner is not None and _thread_of(turn.owner) is not here:
+        if turn.owner is not None and thread_of(turn.owner) is not here:
             turn.owner = Gone()
-        turn.queue = deque(waiter for waiter in turn.queue if _thread_of(waiter[0]) is here)
+        turn.queue = deque(waiter for waiter in turn.queue if thread_of(waiter[0]) is here)
     hub = get_hub_if_exists()
     if hub is not None and hub.loop is not None:
         _is_fresh_child = True
         hub.loop.run_callback(_hub_runs)
-
-
-def _thread_of(one: greenlet | Gone) -> greenlet | Gone:
-    """The greenlet that its thread began with."""
-    while one.parent is not None:
-        one = one.parent
-    return one
 
 
 def _hub_runs() -> None:
@@ -199,6 +211,28 @@ def turn_of(fd: int) -> Iterator[None]:
     finally:
         if mine and turn.owner is me:
             turn.leave()
+
+
+def blocking(call: Callable[..., Any], fd: int, *args: Any) -> Any:
+    """Return ``call(fd, *args)``, one of `posix`, for a greenlet inside `uninterrupted`.
+
+    Parked greenlets may be in the middle of what they do at the file's position, or to its sectors. Raises
+    BlockingSwitchOutError if they are.
+    """
+    facts = posix.fstat(fd)
+    if not is_stored(facts.st_mode):
+        return call(fd, *args)
+    name = call.__name__
+    with turn_of(fd) if name in ('read', 'readv', 'write', 'writev') else contextlib.nullcontext():
+        if name not in ('read', 'readv'):
+            start, end = 0, alignment.EVERYTHING
+            if name in ('pwrite', 'pwritev'):
+                try:
+                    start, end = args[1], args[1] + _nbytes([args[0]] if name == 'pwrite' else args[0])
+                except (TypeError, IndexError):
+                    return call(fd, *args)      # it tells what is wrong with them
+            alignment.refuse_if_held((facts.st_dev, facts.st_ino), start, end)
+        return call(fd, *args)
 
 
 def _wait(fd: int, mode: int, event: int) -> bool:

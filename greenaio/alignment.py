@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import gevent
 from gevent import get_hub
 from gevent.event import Event
+from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio import _fallback
@@ -29,6 +30,13 @@ _held: dict[Inode, list[_Range]] = {}
 def is_held(inode: Inode) -> bool:
     """Whether some write holds a range of this file."""
     return inode in _held
+
+
+def refuse_if_held(inode: Inode, start: int = 0, end: int = EVERYTHING) -> None:
+    """Raise BlockingSwitchOutError if a write holds any byte from *start* to *end*."""
+    if any(other.start < end and start < other.end for other in _held.get(inode, ())):
+        raise BlockingSwitchOutError(
+            'a parked greenlet is changing these sectors, and can\'t go on inside greenaio.uninterrupted()')
 
 
 class _Range:

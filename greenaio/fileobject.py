@@ -34,8 +34,9 @@ from gevent._fileobjectposix import FileObjectPosix  # type: ignore[import-not-f
 from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent, greenlet
 
-from greenaio import _fallback, _position, streams
+from greenaio import _fallback, _position, alignment, streams
 from greenaio._position import Turn, can_wait
+from greenaio._uninterrupted import is_uninterrupted
 from greenaio.streams import ReadAhead, WriteBehind, is_told_by_the_kernel
 
 try:
@@ -206,6 +207,7 @@ class FileIO(io.FileIO):
         if self._can_wait():
             self._wait(True, self._drain_in_turn)
         else:
+            self._refuse_if_held()
             with self._alone(), self._through_the_cache():
                 for offset, data in self._behind.take():
                     posix.pwrite(self._fd, data, offset)
@@ -243,6 +245,7 @@ class FileIO(io.FileIO):
             raise io.UnsupportedOperation('File not open for writing')
         if self._can_wait():
             return self._wait(True, self._write, data)
+        self._refuse_if_held()
         with self._plain():
             if self._ahead is not None:
                 self._ahead.stop()
@@ -268,6 +271,12 @@ class FileIO(io.FileIO):
             n = self._behind.write(data, at)
             os.lseek(fd, at + n, os.SEEK_SET)
         return n
+
+    def _refuse_if_held(self) -> None:
+        """Raise BlockingSwitchOutError inside `uninterrupted`, if a parked greenlet is changing sectors."""
+        if self.file.direct and is_uninterrupted() and not self._turn.finalizing:
+            facts = posix.fstat(self._fd)
+            alignment.refuse_if_held((facts.st_dev, facts.st_ino))
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
@@ -299,7 +308,8 @@ class FileIO(io.FileIO):
         if whence >= os.SEEK_END:
             self._drain()
         turn = _position.turns.get(self._fd)
-        if turn is not None and turn.owner is not None and self._can_wait():    # who is about to move it
+        if turn is not None and turn.owner is not None and (    # it is about to be moved
+                self._can_wait() or is_uninterrupted() and not self._turn.finalizing):
             return int(self._wait(True, self._seek_in_turn, offset, whence))
         return self._seek(offset, whence)
 
@@ -314,10 +324,12 @@ class FileIO(io.FileIO):
 
     def truncate(self, size: int | None = None, /) -> int:
         if not self._can_wait():
-            self._drain()
-            if self._ahead is not None:
-                self._ahead.stop()
-            return super().truncate(size)
+            self._refuse_if_held()
+            with self._alone():
+                self._drain()
+                if self._ahead is not None:
+                    self._ahead.stop()
+                return super().truncate(size)
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
         self._drain()
@@ -489,6 +501,7 @@ def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Cal
         if turn.owner is None or sys.is_finalizing() or self.closed:
             in_turn(self)
             return
+        turn.refuse_if_stuck()          # before any other greenlet hears of it
         # Who reads is sent away, and who stands behind. What is being written is written first.
         me = getcurrent()
         turn.closers.append(me)

@@ -25,9 +25,10 @@ import gevent.util
 from gevent.monkey import get_original, patch_module
 
 import greenaio.os
-from greenaio import _blocked, fileobject
+from greenaio import _blocked, _position, fileobject
 from greenaio._config import check_environment
 from greenaio._position import can_wait
+from greenaio._uninterrupted import is_uninterrupted
 
 try:
     from greenaio import _calls
@@ -79,8 +80,12 @@ def _as_usual(name: str, value: Any) -> Any:
     return value
 
 
+_GUARDED = ('ftruncate', 'pwrite', 'pwritev', 'read', 'readv', 'write', 'writev')
+
+
 def _cooperative(name: str) -> Callable[..., Any]:
     original, ours = getattr(posix, name), getattr(greenaio.os, name)
+    guarded = name in _GUARDED
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +93,8 @@ def _cooperative(name: str) -> Callable[..., Any]:
             args = _as_usual(name, args[0]), *args[1:]
         if can_wait():
             return ours(*args, **kwargs)
+        if guarded and is_uninterrupted() and args and not kwargs and type(args[0]) is int:
+            return _position.blocking(original, *args)
         return original(*args, **kwargs)
 
     return call
