@@ -91,9 +91,15 @@ def _main() -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        print(f'{by_name[asked].prog}: interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:             # as of ``| head``
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at exit
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Standard output takes nothing: drop the rest of it, or Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):      # ``head`` closes its pipe on purpose
+            print(f'{by_name[asked].prog}: standard output: {error.strerror}', file=sys.stderr)
         return 1                        # as rich does
 
 

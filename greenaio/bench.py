@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import platform
 import random
 import re
@@ -43,6 +44,7 @@ SAMPLED = 16        # of so many requests one is timed
 TICK = 0.001        # seconds: how often the ticker wants to run
 OFFSETS = 1 << 18   # block numbers drawn beforehand: drawing one costs as much as submitting one
 
+PICTURES = ('.png', '.svg', '.pdf')
 RW = ('randread', 'randwrite', 'read', 'write', 'append')
 OWN = ('greenaio', 'blocking', 'threadpool')
 ASKED_FOR = ('greenaio:bytes', 'fileobject')
@@ -446,10 +448,7 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
         finally:
             os.unlink(path)
     elif not os.path.exists(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        _fill(fd, size)
-        os.close(fd)
-        yield path, size
+        raise BadArgument(f'{path}: no such file or folder')
     else:
         if arguments.rw not in ('randread', 'read') and not arguments.overwrite:
             raise BadArgument(f'{path} exists; --overwrite allows --rw {arguments.rw} to destroy it')
@@ -645,12 +644,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    # Ctrl-C is raised in the main greenlet: without this gevent prints the greenlet that it found as well.
+    gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)
     try:
         return _main(arguments)
     except BadArgument as error:
         print(f'greenaio bench: {error}', file=sys.stderr)
     except OSError as error:
-        print(f'greenaio bench: {error.filename or ""}: {error.strerror}', file=sys.stderr)
+        if error.filename is None:      # of standard output
+            raise
+        print(f'greenaio bench: {error.filename}: {error.strerror}', file=sys.stderr)
     return 2
 
 
@@ -668,9 +671,12 @@ def _main(arguments: argparse.Namespace) -> int:
             import matplotlib  # noqa: F401
         except ImportError:
             raise BadArgument('--plot needs matplotlib: pip install "greenaio[bench]"') from None
+        if pathlib.Path(arguments.plot).suffix not in PICTURES:
+            raise BadArgument(f'--plot {arguments.plot}: the name must end in {", ".join(PICTURES)}')
     for path in filter(None, (arguments.json, arguments.plot)):
-        if not os.access(os.path.dirname(path) or '.', os.W_OK):
-            raise BadArgument(f'{path} cannot be written')
+        place = path if os.path.exists(path) else os.path.dirname(path) or '.'
+        if os.path.isdir(path) or not os.access(place, os.W_OK):
+            raise BadArgument(f'{path} cannot be written')      # before all the work, not after it
     ways = arguments.only or [*OWN, *(way for way in arguments.against if way not in OWN)]
     for way in [way for way in ways if not _installed(way)]:
         print(f'greenaio bench: {way} is not installed, left out', file=sys.stderr)

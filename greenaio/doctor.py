@@ -73,7 +73,7 @@ ALLOW = ('allow io_setup, io_destroy, io_submit and io_getevents in the seccomp 
 
 
 class BadPath(Exception):
-    """Told in one line, exit status 2."""
+    """A PATH that cannot be examined: one line, exit status 2."""
 
 
 class Hangs(Exception):
@@ -156,6 +156,7 @@ class Place:
 class Report:
     machine: Machine
     places: list[Place]
+    bad_paths: list[str]                # a sentence for each
 
     @property
     def problems(self) -> list[Problem]:
@@ -789,11 +790,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examine(paths: Sequence[str]) -> Report:
-    """Return what is found here and at each of *paths*. Raises BadPath as `examine_path` does.
+    """Return what is found here and at each of *paths*.
 
-    For a process that does nothing else meanwhile, or its requests are counted too."""
-    machine = examine_machine()
-    return Report(machine, [examine_path(path, machine) for path in paths])
+    The process must do nothing else during that time, or its requests are counted too."""
+    report = Report(examine_machine(), [], [])
+    for path in paths:
+        try:
+            report.places.append(examine_path(path, report.machine))
+        except BadPath as error:
+            report.bad_paths.append(str(error))
+    return report
 
 
 def _examine_apart(paths: Sequence[str]) -> Report:
@@ -813,8 +819,8 @@ def _examine_apart(paths: Sequence[str]) -> Report:
         time.sleep(0.01)
     if isinstance(answer, BaseException):
         raise answer
-    found: Report = answer
-    return found
+    report: Report = answer
+    return report
 
 
 def _answer(paths: Sequence[str], fd: int) -> NoReturn:
@@ -825,8 +831,6 @@ def _answer(paths: Sequence[str], fd: int) -> NoReturn:
         answer: Report | BaseException
         try:
             answer = examine(paths)
-        except BadPath as error:
-            answer = error
         except Exception:
             answer = RuntimeError(traceback.format_exc())
         with open(fd, 'wb') as pipe:
@@ -836,10 +840,10 @@ def _answer(paths: Sequence[str], fd: int) -> NoReturn:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        report = _examine_apart(arguments.paths)
-    except BadPath as error:
-        print(f'greenaio doctor: {error}', file=sys.stderr)
+    report = _examine_apart(arguments.paths)
+    for bad_path in report.bad_paths:
+        print(f'greenaio doctor: {bad_path}', file=sys.stderr)
+    if report.bad_paths and not report.places:
         return 2
     if arguments.json:
         found = {'machine': asdict(report.machine), 'paths': [asdict(place) for place in report.places],
@@ -847,4 +851,4 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))      # in ASCII, as a path may be no text
     else:
         _print(report)
-    return 1 if report.problems else 0
+    return 2 if report.bad_paths else 1 if report.problems else 0

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import missing, pattern
@@ -164,13 +166,37 @@ def test_file_that_exists_is_never_written_unless_told_to(folder):
     ['--seconds', '-1'], ['--seconds', 'nan'], ['--rw', 'trim'], ['--against', 'dd'],
     ['--block-size', '1000'], ['--size', '1k'], ['--rounds', '0'], ['/no/such/folder/file'],
     ['/dev/null'], ['--cache', 'cold'], ['--cache', 'hot'], ['--rw', 'append', '--against', 'fio'],
-    ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'],
+    ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'], ['/tmp/no-such-file'],
+    ['--json', '/tmp'], ['--plot', '/tmp'], ['--plot', 'picture.xyz'],
 ])
 def test_bad_arguments_are_one_line_and_status_2(arguments):
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stdout == ''
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_path_that_is_misspelt_makes_no_file(tmp_path):
+    path = tmp_path / 'nosuchdir'
+    done = quick(path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == f'greenaio bench: {path}: no such file or folder\n'
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt_is_one_line_and_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'greenaio', 'bench', str(tmp_path), '--size', '4M', '--seconds', '20'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(500):
+        if os.listdir(tmp_path):
+            break
+        time.sleep(0.02)
+    time.sleep(0.5)                     # it measures
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)
+    assert (process.returncode, *output) == (130, '', 'python -m greenaio bench: interrupted\n')
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_command_is_one_line_and_status_2():

@@ -220,6 +220,20 @@ def test_reader_of_the_output_may_go():
     os.close(writing)
 
 
+@pytest.mark.parametrize('arguments', [['config'], ['doctor'],
+                                       ['bench', '--size', '1M', '--seconds', '0.1', '--depths', '1']])
+@pytest.mark.parametrize('without', ['', 'import sys; sys.modules["rich"] = None; '], ids=['rich', 'plain'])
+def test_output_that_takes_nothing_is_one_line(arguments, without):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', f'import runpy; {without}'
+             'runpy.run_module("greenaio", run_name="__main__", alter_sys=True)', *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f' {arguments[0]}: standard output: No space left on device\n')
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize('variable, value, status, told', [
     ('GREENAIO_DEPTH', 'deep', 2, "GREENAIO_DEPTH must be a whole number of requests, not 'deep'"),
     ('GREENAIO_DEPHT', '3', 0, 'GREENAIO_DEPHT is in the environment, but greenaio knows no such variable: '

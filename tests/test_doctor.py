@@ -199,11 +199,19 @@ def test_people_get_tables_with_rich_or_without(disk_folder, without):
     assert max(map(len, shown.splitlines())) <= 120
 
 
+def test_each_path_is_reported_also_beside_one_that_is_missing(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'greenaio', 'doctor', '--json', 'missing', str(tmp_path)],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == 'greenaio doctor: missing: No such file or directory\n'
+    assert [place['path'] for place in json.loads(done.stdout)['paths']] == [str(tmp_path)]
+
+
 def test_path_that_is_not_there_is_one_line(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     for path, why in ((tmp_path / 'missing', 'No such file'), (tmp_path / 'fifo', 'neither'),
                       ('/dev/null', 'neither'), (tmp_path / 'fifo' / 'x', 'Not a directory')):
-        done = subprocess.run([sys.executable, '-m', 'greenaio', 'doctor', '/tmp', path], capture_output=True,
+        done = subprocess.run([sys.executable, '-m', 'greenaio', 'doctor', path], capture_output=True,
                               text=True, timeout=60)
         assert (done.returncode, done.stdout) == (2, '')
         assert done.stderr.startswith(f'greenaio doctor: {path}: ') and why in done.stderr
