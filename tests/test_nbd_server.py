@@ -124,8 +124,9 @@ def refused(*arguments):
     return done.stderr.splitlines()[-1]
 
 
-def test_socket_of_a_server_that_runs_is_not_taken_away(unix_server, image, tmp_path):
-    assert 'Address already in use' in refused('--unix', tmp_path / 'sock', image)
+def test_socket_of_a_server_that_runs_is_not_taken_away(unix_server, tmp_path):
+    (tmp_path / 'other').write_bytes(bytes(4096))       # not the image, which has a lock
+    assert 'Address already in use' in refused('--unix', tmp_path / 'sock', tmp_path / 'other')
     assert (tmp_path / 'sock').exists()
 
 
