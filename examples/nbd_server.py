@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import signal
 import ssl
 import stat
@@ -354,7 +355,7 @@ class Transmission:
 
     def __init__(self, negotiated: Negotiation, device: BlockDevice) -> None:
         self.sock, self.input, self.device = negotiated.sock, negotiated.input, device
-        self.size = device.size
+        self.size, self.alignment = device.size, device.alignment
         self.limits, self.memory = negotiated.limits, negotiated.limits.memory
         self.structured, self.has_context = negotiated.structured, negotiated.context is not None
         self._workers, self._idle = Group(), 0
@@ -450,8 +451,11 @@ class Transmission:
         data, cost = None, self._cost(command, offset, length)
         if self._in_flight >= IN_FLIGHT_MAX or self._held + cost > HELD_MAX:
             self._in_flight_is(IN_FLIGHT_MAX - 1, HELD_MAX - cost)
+        must_wait = not self.memory.has(cost)
         self.memory.take(cost)
         try:
+            if must_wait and has_hung_up(self.sock):
+                raise Broken('it has gone')     # a queue of such requests is not to keep others waiting
             if command == WRITE:
                 data = aligned_buffer(length)
                 self.input.fill(data)
@@ -466,7 +470,7 @@ class Transmission:
         """Bytes of memory that a request needs until its reply has left."""
         if command not in (READ, WRITE) or length > REQUEST_MAX:
             return REQUEST_COST
-        if (offset | length) % self.device.alignment:
+        if (offset | length) % self.alignment:
             length *= MISALIGNED
         return REQUEST_COST + length
 
@@ -645,6 +649,13 @@ class Transmission:
             n += 1
         sent: int = self.sock.send(b''.join(parts[:n]) if n else parts[0][:MIB])
         return sent
+
+
+def has_hung_up(sock: Any) -> bool:
+    """Whether the client is known to take no replies: of a TCP client, only once it was sent one."""
+    poll = select.poll()
+    poll.register(sock, 0)              # POLLHUP and POLLERR are told unasked
+    return bool(poll.poll(0))
 
 
 def forget(parts: list[Data], sent: int) -> None:

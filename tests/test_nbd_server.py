@@ -538,6 +538,27 @@ def test_request_waits_for_memory_until_those_who_hold_it_have_stalled_for_too_l
         sock.close()
 
 
+def test_client_that_has_hung_up_does_not_take_memory_that_it_waited_for(example, image):
+    memory = example.Memory(128 * MIB)
+    device = example.BlockDevice(image)
+    memory.take(128 * MIB)
+    ours, theirs = gevent.socket.socketpair()
+    serve = example.Server({'': example.Export('', device)}, example.Limits(memory, 5))
+    server = gevent.spawn(serve, theirs, None)
+    ours.sendall(struct.pack('>I', 3) + b'IHAVEOPT' + struct.pack('>II', 1, 0) + request(0, 0, MIB))
+    receive(ours, 28)
+    gevent.sleep(0.05)
+    asked = []
+    device.preadv = lambda *args: asked.append(args)
+    ours.close()
+    memory.give_back(128 * MIB)
+    server.join(10)
+    assert server.ready()
+    assert asked == []
+    assert memory.free == 128 * MIB
+    device.close()
+
+
 def test_client_that_takes_a_little_now_and_then_is_dropped(impatient):
     with stalled(impatient, request(0, 0, 32 * MIB)) as sock:
         for _ in range(20):
