@@ -27,7 +27,7 @@ from greenaio._engine cimport NEW, Request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    STORED, WRITABLE, Device, Known, c_int, device_of_path, failed, file_size, in_line, know, open_at_hand,
+    ANSWER, STORED, WRITABLE, Device, Known, c_int, device_of_path, failed, file_size, in_line, know, open_at_hand,
     path_at_hand,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, new_call
@@ -220,9 +220,11 @@ cdef double _seconds(timespec when) noexcept:
 
 
 def facts(fd):
-    """The st_mode and st_size of *fd*, as far as the kernel has them in memory: asks nothing that could wait."""
+    """The st_mode and st_size of *fd*, as far as the kernel has them in memory, and whether the kernel makes up what
+    it reads as: asks nothing that could wait."""
     cdef int number = c_int(fd)
-    return _open_file(number).mode, file_size(number)
+    cdef Known known = _open_file(number)
+    return known.mode, file_size(number), known.kind & ANSWER != 0
 
 
 def lseek(int fd, int64_t offset, int whence):

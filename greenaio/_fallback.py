@@ -215,14 +215,14 @@ def wait_for(fd: int, event: int) -> None:
 
 
 @contextlib.contextmanager
-def using(fd: int) -> Iterator[None]:
+def using(fd: int) -> Iterator[_Use]:
     """Keep the number *fd* taken: who closes it meanwhile closes it at the end of this. Raises EBADF for one
     that is closed already."""
     check_open(fd)
     use = _Use(fd)
     _uses.add(use)
     try:
-        yield
+        yield use
     finally:
         _uses.discard(use)
         use.closer = None
@@ -488,6 +488,6 @@ def lseek(fd: int, offset: int, whence: int) -> int:
     return os.lseek(fd, offset, whence)
 
 
-def facts(fd: int) -> tuple[int, int]:
+def facts(fd: int) -> tuple[int, int, bool]:
     st = posix.fstat(fd)
-    return st.st_mode, st.st_size
+    return st.st_mode, st.st_size, False

@@ -28,8 +28,8 @@ from greenaio._engine cimport Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    APPEND, ASK, DIRECT, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device, Known, Nowait, Way, c_int, failed,
-    file_size, in_line, know,
+    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device, Known,
+    Nowait, Way, c_int, failed, file_size, in_line, is_ready, know,
 )
 from greenaio._threads cimport any_busy, as_call, new_call
 
@@ -183,10 +183,12 @@ cdef class File:
         cdef Py_buffer view
         cdef int fd = self._open_fd()
         cdef Known known = self._known
-        cdef unsigned int flags = 0 if known.device.in_memory else RWF_NOWAIT
+        cdef unsigned int flags = 0 if known.device.in_memory or known.kind & ANSWER else RWF_NOWAIT
         cdef int64_t got = 0, more
         driver.check_caller()
-        if known.kind & (STORED | DIRECT) != STORED or any_busy() and known.device.pool().all_busy():
+        if known.kind & (STORED | DIRECT) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
+            return -1
+        if any_busy() and known.device.pool().all_busy():
             return -1
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         if view.len > IN_LINE_MAX:
@@ -197,7 +199,7 @@ cdef class File:
             if more <= 0:
                 break
             got += more
-            if got == view.len:
+            if got == view.len or known.kind & ANSWER:
                 break
         PyBuffer_Release(&view)
         if more < 0:
@@ -223,7 +225,7 @@ cdef class File:
         cdef Request request = new_request(PREAD if reading else PWRITE, fd, offset, 0, 1)
         cdef Way way = THREAD
         driver.check_caller()
-        if not known.kind & STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
+        if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
             return None
         request.pin(buffer)
         if known.kind & DIRECT:
@@ -488,10 +490,12 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     cdef char *at = PyBytes_AS_STRING(data)
     cdef int64_t got = 0, more
     cdef Request request
+    cdef AlignedBuffer buffer
     driver.check_caller()
     if known is None and any_busy():
         known = know(fd, name)
-    if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()):
+    if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()) and not (
+            known is not None and known.kind & ANSWER):
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
             if more <= 0:
@@ -507,6 +511,14 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
             raise failed(more, name)
     if known is None:
         known = know(fd, name)
+    if known.kind & EVENTS:
+        buffer = scratch(n)
+        request = new_request(PREAD, fd, offset, 0, 1)
+        request.pin(buffer)
+        got = _read_answer(driver, request, known, buffer)
+        if got < 0:
+            raise failed(got, name)
+        return PyBytes_FromStringAndSize(buffer.address, got)
     if in_line(known, n):
         more = read_now(fd, at + got, n - got, offset + got, 0)
         driver.end_in_line()
@@ -586,7 +598,7 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
         else:
             got = _direct(driver, request, known, memory)
     elif reading:
-        got = _read_buffered(driver, request, known)
+        got = _read_buffered(driver, request, known, memory)
     else:
         got = _write_buffered(driver, request, known)
     if got < 0:
@@ -716,13 +728,13 @@ def _write_in_turn(Known known, Request request, memory):
 
 # Buffered ----------------------------------------------------------------------------------------
 
-cdef int64_t _read_buffered(Driver driver, Request request, Known known) except? -4096:
+cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
     driver.check_caller()
-    if request.flags & RWF_NOWAIT or in_line(known, wanted):
+    if request.flags & RWF_NOWAIT or in_line(known, wanted) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
-    if wanted <= IN_LINE_MAX and not known.kind & DIRECT and not (
+    if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER) and not (
             any_busy() and known.device.pool().all_busy()):
         while True:
             more = _now(request, request.flags | RWF_NOWAIT)
@@ -734,17 +746,58 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known) except?
                 return _done_in_line(driver, got)
         if more != -EAGAIN and more != -EOPNOTSUPP:
             return _done_in_line(driver, got if got else more)
+    if known.kind & ANSWER:
+        return _read_answer(driver, request, known, memory)
     more = _by_thread(driver, request, known)
     if more < 0:                        # in a forked child it is over: a short read would look like the end
         return got if got and more != -ECANCELED else more
     return got + more
 
 
+cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) except? -4096:
+    """Read a file that the kernel makes up, with one call.
+
+    A read that waits for an event, as of /proc/kmsg, would keep a thread, and if its greenlet is killed it would
+    take the next event all the same. So it waits in the loop first. But when poll says that there is nothing,
+    trace_pipe may still have the rest of a line: a read with O_NONBLOCK finds out. (Who shares the open file may
+    see that flag, as they do under libuv, which sets it for each wait.)"""
+    cdef int fd = request.fd
+    cdef int64_t result
+    if not known.kind & EVENTS or is_ready(fd) or not os.get_blocking(fd):
+        return _by_thread(driver, request, known)
+    with _fallback.using(fd) as use:
+        while not is_ready(fd):
+            os.set_blocking(fd, False)
+            try:
+                result = _by_thread(driver, request, known)
+            finally:
+                os.set_blocking(fd, True)
+            if result != -EAGAIN:
+                return result
+            _fallback.wait_for(fd, 1)
+            request = _again(request)
+            _pin(request, memory)
+        request.closer = use.closer
+        return _by_thread(driver, request, known)
+
+
 cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
     driver.check_caller()
-    if request.flags & RWF_NOWAIT or in_line(known, request.nbytes):
+    if (request.flags & RWF_NOWAIT or in_line(known, request.nbytes) and _has_place(request, known)
+            or _means_its_writer(request, known)):
         return _done_in_line(driver, _now(request, request.flags))
     return _by_thread(driver, request, known)
+
+
+cdef bint _has_place(Request request, Known known) noexcept:
+    """Whether it is not a pipe or the like, asked without an offset: the answer to one with an offset is an error."""
+    return request.offset >= 0 or known.kind & STORED
+
+
+cdef bint _means_its_writer(Request request, Known known) noexcept:
+    """Whether it is the 0 that moves the thread that writes it into a control group."""
+    return (known.kind & ANSWER and request._iovec == NULL and 0 < request.nbytes <= 2
+            and (<char *>request.address())[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
 
 
 cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:

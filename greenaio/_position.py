@@ -37,10 +37,13 @@ except ImportError:
     from greenaio import _fallback as _file  # type: ignore[no-redef]
 
 native_sleep = get_original('time', 'sleep')
+epoll = get_original('select', 'epoll')     # gevent takes it away
 
 READ, WRITE = 1, 2              # what both loops call them
-MEMORY = 1                      # the device number's major part of /dev/null, /dev/zero, /dev/urandom
+MEMORY = 1                      # the device number's major part of /dev/null, /dev/kmsg, /dev/random ...
+NEVER_WAIT = (3, 5, 7, 9)       # ... and the minor one of /dev/null, zero, full and urandom
 ANOTHER_LOOK = 0.005            # seconds: how often who waits for another thread's greenlet looks
+NO_POSITION = -1                # to preadv2 and pwritev2: read and write as read(2) and write(2) do
 PIPE_BUF = 4096                 # bytes: a pipe that poll says is writable takes as much without waiting
 
 class Turn:
@@ -236,27 +239,75 @@ def blocking(call: Callable[..., Any], fd: int, *args: Any) -> Any:
 
 
 def _wait(fd: int, mode: int, event: int) -> bool:
-    """Wait for the loop to say that *fd* is ready, if it is one that epoll accepts; return whether so.
+    """Wait for the loop to say that *fd* is ready. Return False where it can't tell: the call needs a thread.
 
     For who is `using` it: a number closed and reused meanwhile would get bytes that are meant for another.
     """
-    if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) and os.major(posix.fstat(fd).st_rdev) == MEMORY:
-        return False                    # os itself: an error, or /dev/null and the like
-    if os.get_blocking(fd):
-        (posix.readv if event == READ else posix.writev)(fd, [])    # else it waits for ever for what can't be
-        wait_for(fd, event)
+    if _answers_at_once(fd, mode, event) or not os.get_blocking(fd):
+        return True
+    (posix.readv if event == READ else posix.writev)(fd, [])    # else it waits for ever for what can't be
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        if not is_pollable(fd):
+            return False
+        # Of devices only terminals are sure to tell when they can be written: /dev/kmsg never says so.
+        if event == WRITE and stat.S_ISCHR(mode) and not os.isatty(fd):
+            return False
+    wait_for(fd, event)
     return True
 
 
-def _at_position(fd: int, call: Callable[[int], int]) -> int:
-    """Make a positional request of what is asked for at the kernel's position, and move that on."""
-    with using(fd), turn_of(fd):
-        at = os.lseek(fd, 0, os.SEEK_CUR)
-        moved = call(at)
-        if moved and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND and call.__name__ == 'writing':
-            at = _calls.facts(fd)[1] - moved    # the kernel wrote at the end
-        os.lseek(fd, at + moved, os.SEEK_SET)
-    return moved
+def _answers_at_once(fd: int, mode: int, event: int) -> bool:
+    """Whether it is a directory, which is an error, or a device without hardware, such as /dev/null."""
+    if not stat.S_ISCHR(mode):
+        return stat.S_ISDIR(mode)
+    device = posix.fstat(fd).st_rdev
+    return os.major(device) == MEMORY and (event == WRITE or os.minor(device) in NEVER_WAIT)
+
+
+def is_pollable(fd: int) -> bool:
+    """Whether epoll accepts *fd*. libev takes an fd that it refuses for ready, libuv raises."""
+    try:
+        with epoll(1) as one:
+            one.register(fd, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _at_position(fd: int, event: int, call: Callable[[int], int]) -> int:
+    """Make a positional request of what is asked for at the kernel's position, and move that on. A file
+    without a position, such as some of FUSE and tracefs, gets the call without one, and needs no turn."""
+    with using(fd):
+        with turn_of(fd):
+            at = _position_of(fd)
+            if at != NO_POSITION:
+                if event == WRITE and not _writes_at_position(fd):
+                    return call(NO_POSITION)
+                moved = call(at)
+                if moved and event == WRITE and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                    at = _calls.facts(fd)[1] - moved    # the kernel wrote at the end
+                os.lseek(fd, at + moved, os.SEEK_SET)
+                return moved
+        return call(NO_POSITION)
+
+
+def _position_of(fd: int) -> int:
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError as error:
+        if error.errno == errno.ESPIPE:
+            return NO_POSITION
+        raise
+
+
+def _writes_at_position(fd: int) -> bool:
+    """Whether pwrite works where lseek does: not on a seq_file of the kernel's, such as /proc/self/comm."""
+    if _calls.facts(fd)[2]:
+        try:
+            posix.pwritev(fd, [], 0)    # no byte: it asks whether it may, and calls nothing
+        except OSError as error:
+            return error.errno != errno.ESPIPE
+    return True
 
 
 def read(fd: int, n: int) -> bytes:
@@ -265,25 +316,30 @@ def read(fd: int, n: int) -> bytes:
 
     def reading(at: int) -> int:
         nonlocal data
-        data = _file.pread(fd, n, at)
+        data = _file.pread(fd, n, at) if at != NO_POSITION or n < 0 else _read_without_position(fd, n)
         return len(data)
 
     if is_stored(mode):
-        _at_position(fd, reading)
+        _at_position(fd, READ, reading)
         return data
     with using(fd):
-        if n > 0:
-            _wait(fd, mode, READ)
+        if n > 0 and not _wait(fd, mode, READ):
+            return _read_without_position(fd, n)
         return posix.read(fd, n)
+
+
+def _read_without_position(fd: int, n: int) -> bytes:
+    buffer = bytearray(n)
+    return bytes(memoryview(buffer)[:_file.preadv(fd, [buffer], NO_POSITION)])
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
     mode = _calls.facts(fd)[0]
     if is_stored(mode):
-        return _at_position(fd, lambda at: _file.preadv(fd, buffers, at))
+        return _at_position(fd, READ, lambda at: _file.preadv(fd, buffers, at))
     with using(fd):
-        if _nbytes(buffers) > 0:
-            _wait(fd, mode, READ)
+        if _nbytes(buffers) > 0 and not _wait(fd, mode, READ):
+            return _file.preadv(fd, buffers, NO_POSITION)
         return posix.readv(fd, buffers)
 
 
@@ -291,10 +347,10 @@ def write(fd: int, data: Any) -> int:
     mode = _calls.facts(fd)[0]
 
     def writing(at: int) -> int:
-        return _file.pwrite(fd, data, at)
+        return _file.pwrite(fd, data, at) if at != NO_POSITION else _file.pwritev(fd, [data], at)
 
     if is_stored(mode):
-        return _at_position(fd, writing)
+        return _at_position(fd, WRITE, writing)
     with using(fd):
         return _write_all(fd, mode, flat(data))
 
@@ -306,12 +362,12 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
         return _file.pwritev(fd, buffers, at)
 
     if is_stored(mode):
-        return _at_position(fd, writing)
+        return _at_position(fd, WRITE, writing)
     with using(fd):
         if stat.S_ISFIFO(mode) and os.get_blocking(fd):
             return _write_all(fd, mode, memoryview(b''.join(buffers)))
-        if _nbytes(buffers) > 0:
-            _wait(fd, mode, WRITE)
+        if _nbytes(buffers) > 0 and not _wait(fd, mode, WRITE):
+            return _file.pwritev(fd, buffers, NO_POSITION)
         return posix.writev(fd, buffers)
 
 
@@ -327,7 +383,11 @@ def is_stored(mode: int) -> bool:
 def _write_all(fd: int, mode: int, data: memoryview) -> int:
     """As a blocking write, in pieces that a pipe which is ready takes without waiting."""
     written = 0
-    while len(data) and _wait(fd, mode, WRITE) and os.get_blocking(fd) and len(data) - written > PIPE_BUF:
+    while len(data):
+        if not _wait(fd, mode, WRITE):
+            return _file.pwritev(fd, [data], NO_POSITION)
+        if len(data) - written <= PIPE_BUF or not os.get_blocking(fd) or _answers_at_once(fd, mode, WRITE):
+            break
         try:
             written += posix.write(fd, data[written:written + PIPE_BUF])
         except OSError:

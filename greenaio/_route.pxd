@@ -20,6 +20,7 @@ cdef class Device:
     cdef readonly object number
     cdef readonly str file_system
     cdef readonly bint in_memory
+    cdef readonly bint answers          # its files have no bytes: the kernel makes up what is read
     cdef readonly bint is_local         # nobody is told of what is read or closed
     cdef readonly int limit
     cdef readonly Nowait reads
@@ -40,6 +41,9 @@ cdef enum:          # what kind of file
     REGULAR = 8
     UNSURE = 16     # a character device: who knows what it waits for
     WRITABLE = 32
+    ANSWER = 64     # of a file system that `answers`: one call for each read or write, for each has its own answer
+    AT_ONCE = 128   # such a file that waits for nothing
+    EVENTS = 256    # such a file that may wait for an event, which poll tells
 
 cdef class Known:
     cdef int kind                       # STORED | DIRECT | ...
@@ -58,6 +62,19 @@ cdef int64_t file_size(int fd) noexcept
 cdef Device device_of_path(bytes path, int dir_fd)
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
+cdef extern from *:
+    """
+    #include <poll.h>
+
+    /* Whether a read of *fd* waits for nothing, as far as poll tells; or poll fails, and the read will say why. */
+    static inline int is_ready(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        return poll(&one, 1, 0) != 0;
+    }
+    """
+    bint is_ready(int fd)
+
 cdef object failed(long code, name)
 
 cdef inline int c_int(value) except? -1:

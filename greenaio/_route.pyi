@@ -2,6 +2,7 @@ from typing import Literal, final
 
 BLKSSZGET: int
 IN_MEMORY: frozenset[str]
+ANSWERING: frozenset[str]
 LOCAL: frozenset[str]
 
 class Nowait:
@@ -17,6 +18,8 @@ class Device:
     def file_system(self) -> str | None: ...
     @property
     def in_memory(self) -> bool: ...
+    @property
+    def answers(self) -> bool: ...
     @property
     def is_local(self) -> bool: ...
     @property

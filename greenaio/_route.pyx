@@ -96,6 +96,14 @@ cdef extern from *:
         return error ? 0 : f.device;
     }
 
+    /* The path by which *fd* was opened, not terminated; minus 1 if that is not known. */
+    static inline ssize_t path_of(int fd, char *path, size_t n)
+    {
+        char link[32];
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        return readlink(link, path, n);
+    }
+
     /* Whether the list of mounts that *fd* is open on has changed since this was last asked. */
     static inline int mounts_changed(int fd)
     {
@@ -117,6 +125,7 @@ cdef extern from *:
     uint64_t path_device(int dir, const char *path)
     int __builtin_popcountll(unsigned long long)
     bint mounts_changed(int fd)
+    ssize_t path_of(int fd, char *path, size_t n)
 
 cdef extern from "<fcntl.h>":
     const int O_APPEND
@@ -141,9 +150,23 @@ BLKSSZGET = 0x1268
 
 log = logging.getLogger('greenaio')
 
-# File systems in the kernel's own memory: no disk to wait for, so `os` itself will do.
-IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs', 'proc', 'sysfs', 'cgroup', 'cgroup2',
-                       'debugfs', 'tracefs', 'securityfs', 'configfs', 'mqueue', 'devpts', 'bpf'})
+# File systems that keep their bytes in the kernel's memory: no disk to wait for, so `os` itself will do.
+IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs'})
+
+# File systems without bytes: a read or write calls a function of the kernel, which may take its time. /proc/PID/
+# cmdline waits for that process's page faults, a sensor in sysfs for its bus, memory.reclaim for a disk.
+ANSWERING = frozenset({'proc', 'sysfs', 'cgroup', 'cgroup2', 'debugfs', 'tracefs', 'securityfs', 'configfs',
+                       'mqueue', 'devpts', 'bpf', 'binfmt_misc', 'efivarfs', 'fusectl', 'pstore', 'resctrl',
+                       'selinuxfs'})
+
+# Of those, files that programs read often and that answer at once; and files that mean the calling thread.
+_AT_ONCE = re.compile(rb'.*/(?:proc/(?:cmdline|filesystems|loadavg|meminfo|uptime|version)'
+                      rb'|[0-9]+/(?:limits|stat|statm|status|attr/[a-z/]+)|trace_marker(?:_raw)?)')
+
+# On these file systems poll does not tell whether a read would wait: it tells of changes, and by telling forgets
+# them, as for /proc/mounts. So they are not asked, but for the file that is the exception.
+_POLL_TELLS_OF_CHANGES = frozenset({'proc', 'sysfs', 'cgroup', 'cgroup2'})
+_HAS_EVENTS = re.compile(rb'.*/proc/kmsg')
 
 # Those that tell no server of a close, besides all that are mounted from a block device.
 LOCAL = frozenset({'btrfs', 'zfs', 'overlay'})
@@ -184,7 +207,8 @@ cdef class Device:
         self.number = number
         self.file_system = file_system
         self.in_memory = file_system in IN_MEMORY
-        self.is_local = self.in_memory or file_system in LOCAL or (
+        self.answers = file_system in ANSWERING
+        self.is_local = self.in_memory or self.answers or file_system in LOCAL or (
             os.major(number) != 0 and file_system != 'fuseblk')
         self.limit = max(1, _nr_requests(number) // 2)
         self.reads = Nowait()
@@ -354,6 +378,8 @@ cdef Known know(int fd, object name):
     known.inode = found.inode
     known.device = device_of(found.device)
     known.is_nameless = found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
+    if known.device.answers and known.kind & STORED:
+        known.kind |= _kind_of_answer(fd, known.device.file_system)
     if known.kind & DIRECT:
         known.align = found.align or _sector_size(fd, found.mode)
         known.align_memory = found.align_memory or known.align
@@ -369,6 +395,18 @@ cdef int _kind(unsigned int mode, int flags) noexcept:
             | (APPEND if flags & O_APPEND else 0) | (WRITABLE if flags & O_ACCMODE != O_RDONLY else 0))
 
 
+cdef int _kind_of_answer(int fd, str file_system) except -1:
+    cdef char path[128]
+    cdef ssize_t n = path_of(fd, path, sizeof(path))
+    name = path[:max(n, 0)]
+    cdef int kind = ANSWER
+    if _AT_ONCE.fullmatch(name):
+        kind |= AT_ONCE
+    elif file_system not in _POLL_TELLS_OF_CHANGES or _HAS_EVENTS.fullmatch(name):
+        kind |= EVENTS
+    return kind
+
+
 cdef unsigned int _sector_size(int fd, unsigned int mode) except 0:
     """What O_DIRECT wants, where statx does not tell: before Linux 6.1, or in memory."""
     if stat.S_ISBLK(mode):
@@ -380,7 +418,7 @@ cdef bint in_line(Known known, uint64_t nbytes) except -1:
     """Whether the plain system call will do, here and now: it has no disk to wait for."""
     if nbytes > IN_LINE_MAX or known.kind & UNSURE:
         return False
-    return not known.kind & STORED or known.device.in_memory
+    return not known.kind & STORED or known.device.in_memory or known.kind & AT_ONCE != 0
 
 
 cdef int64_t file_size(int fd) noexcept:

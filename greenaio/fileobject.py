@@ -105,6 +105,8 @@ class FileIO(io.FileIO):
     def _stream(self, prefetch: int | None) -> None:
         gevent.get_hub()                # it is asked for by name, in a thread that has none as well
         file = self.file
+        if not self.seekable() or _calls.facts(self._fd)[2]:
+            return                      # it has no position, or each read of it is another answer
         if self.readable() and _position.is_stored(file.kind):
             self._ahead = ReadAhead(file, prefetch or streams.DEPTH, eager=prefetch is not None)
         in_order = fcntl.fcntl(self._fd, fcntl.F_GETFL) & (os.O_APPEND | os.O_DSYNC)
