@@ -247,14 +247,14 @@ def ftruncate(fd, Py_ssize_t length):
     cdef Known known = _open_file(number)
     if in_line(known, 0):
         return posix.ftruncate(number, length)
-    truncate_file(number, known.device, length)
-
-
-cdef int truncate_file(int fd, Device device, int64_t length) except -1:
-    cdef int64_t result = _call(fd, device, None, SYS_ftruncate, fd, length)
+    cdef int64_t result = truncate_file(number, known.device, length)
     if result < 0:
         raise failed(result, None)
-    return 0
+
+
+cdef int64_t truncate_file(int fd, Device device, int64_t length) except? -4096:
+    """0, or minus the errno."""
+    return _call(fd, device, None, SYS_ftruncate, fd, length)
 
 
 def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
@@ -266,11 +266,9 @@ def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
         raise failed(result, None)
 
 
-cdef int fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t length) except -1:
-    cdef int64_t result = _call(fd, device, None, SYS_fallocate, fd, mode, offset, length)
-    if result < 0:
-        raise failed(result, None)
-    return 0
+cdef int64_t fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t length) except? -4096:
+    """0, or minus the errno."""
+    return _call(fd, device, None, SYS_fallocate, fd, mode, offset, length)
 
 
 def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None):

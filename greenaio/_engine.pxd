@@ -62,6 +62,7 @@ cdef class Request:
     cdef int other_fd                   # a second one that it needs, or -1
     cdef bint gives_fd                  # its result is an fd, which must not be lost
     cdef bint must_run                  # even if its greenlet is gone before a thread had begun
+    cdef bint stays                     # its greenlet may be killed and another come for the result: never abandoned
     cdef readonly bint abandoned        # its greenlet is gone
     cdef bint told                      # somebody was told that it is stuck
     cdef void *_previous                # neighbours in the RequestList that holds us

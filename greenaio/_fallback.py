@@ -22,7 +22,7 @@ from gevent import get_hub, getcurrent
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
-from greenaio._ends import before_destroy
+from greenaio._ends import before_destroy, thrown, was_thrown
 from greenaio._uninterrupted import REFUSED, is_uninterrupted
 
 if TYPE_CHECKING:
@@ -152,7 +152,11 @@ def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = Non
     except BaseException:
         job.end()
         raise
-    value, error = job.result.get()
+    try:
+        value, error = job.result.get()
+    except BaseException as killed:
+        thrown(killed)
+        raise
     if error is not None:
         raise error
     return value
@@ -209,6 +213,9 @@ def wait_for(fd: int, event: int) -> None:
     watcher = hub.loop.io(fd, event)
     try:
         hub.wait(watcher)
+    except BaseException as error:
+        thrown(error)
+        raise
     finally:
         watcher.close()
         os.set_blocking(fd, blocking)   # libuv changes that
@@ -337,7 +344,7 @@ class File:
         try:
             return call(function, self.fileno(), *args)
         except OSError as error:
-            if isinstance(self.name, int):
+            if isinstance(self.name, int) or was_thrown(error):
                 raise
             raise OSError(error.errno, error.strerror, self.name) from None
 
@@ -457,8 +464,11 @@ def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = Non
 
 def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
     while True:
-        with contextlib.suppress(BlockingIOError):
+        try:
             return cast(int, call(posix.sendfile, out_fd, in_fd, offset, count))
+        except BlockingIOError as error:
+            if was_thrown(error):
+                raise
         wait_for(out_fd, 2)
 
 

@@ -296,12 +296,9 @@ cdef class File:
             with _holding(self._known, offset, <uint64_t>offset + <uint64_t>length):
                 return fallocate_file(fd, self._known.device, how, offset, length)
 
-        try:
-            alignment.shielded(fd, work)
-        except OSError as error:
-            if error.errno is not None and type(error).__module__ == 'builtins':
-                error.filename = None if isinstance(self.name, int) else self.name
-            raise
+        cdef int64_t result = alignment.shielded(fd, work)
+        if result < 0:
+            raise failed(result, self.name)
 
     def fileno(self):
         """The file descriptor."""
@@ -695,10 +692,7 @@ def _write_misaligned(Known known, Request asked, buffers):
     def aligned(reading, memory, at):
         request = new_request(PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
         request.pin(memory)
-        result = _direct(current_driver(), request, known, memory)
-        if result < 0:
-            raise failed(result, None)
-        return result
+        return _direct(current_driver(), request, known, memory)
 
     def work():
         grows = known.kind & REGULAR and start + len(span) > <uint64_t>file_size(fd)
@@ -708,12 +702,7 @@ def _write_misaligned(Known known, Request asked, buffers):
                                    lambda memory, at: aligned(False, memory, at),
                                    lambda size: truncate_file(fd, known.device, size), span)
 
-    try:
-        return alignment.shielded(fd, work)
-    except OSError as error:
-        if error.errno is None or type(error).__module__ != 'builtins':
-            raise                       # thrown in by somebody, as by a Timeout
-        return -error.errno
+    return alignment.shielded(fd, work)
 
 
 def _write_in_turn(Known known, Request request, memory):

@@ -20,7 +20,7 @@ from gevent.monkey import get_original
 
 from greenaio._config import check_environment, config
 from greenaio._describe import describe
-from greenaio._ends import before_destroy, forget
+from greenaio._ends import before_destroy, forget, thrown
 from greenaio._uninterrupted import REFUSED, inside
 
 from cpython.ref cimport PyObject
@@ -254,6 +254,7 @@ cdef class Driver:
         self._caller()
         if self._reattach:
             self._attach()
+        request.stays = True
         self.engine.enqueue(request)
         if more and self.engine.pending.count < BATCH_MAX:
             return self._end_turn_soon()
@@ -265,12 +266,14 @@ cdef class Driver:
 
     cdef int begin_by_thread(self, Request request, Pool pool) except -1:
         self._caller()
+        request.stays = True
         pool.submit(request, self.inbox)
         self.engine.lend(request)
         return 0
 
     cdef int64_t end(self, Request request) except? -4096:
-        """Wait for what `begin` began; return bytes moved or minus the errno. Once, for each request."""
+        """Wait for what `begin` began; return bytes moved or minus the errno. Once, for each request; but if this
+        greenlet is killed, the request goes on, and `end` may be called again."""
         current = self._caller()
         cdef int64_t result
         if request.state != DONE:
@@ -353,9 +356,10 @@ cdef class Driver:
                 # `close` takes the waiter away from what is in flight: that alone tells nothing.
                 if request.waiter is not None or request.state != DONE:
                     raise InvalidSwitchError(f'{current!r} was switched into, but waits for {request!r}')
-        except BaseException:           # killed, timed out, thrown into
+        except BaseException as error:  # killed, timed out, thrown into
             request.waiter = None
             self._leave(request)
+            thrown(error)
             raise
         finally:
             self.waiting -= 1
@@ -384,6 +388,8 @@ cdef class Driver:
         """The greenlet of *request* goes without its result: withdraw or abandon."""
         cdef Engine engine = self.engine
         _notice_fork()                  # a lock of the parent's pool may be held for ever here
+        if request.stays:
+            return                      # a drain pass lets go of it at its end
         if engine.withdraw(request):
             request.release()
         elif request.state == DONE:

@@ -27,6 +27,7 @@ from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 from greenaio import alignment
+from greenaio._ends import thrown
 from greenaio._fallback import flat, using, wait_for
 from greenaio._uninterrupted import inside, thread_of
 
@@ -86,12 +87,13 @@ class Turn:
                     self.queue.popleft()
                 else:
                     mine[1].wait(ANOTHER_LOOK)  # the owner may be in another thread: then no loop tells us
-        except BaseException:           # killed, timed out
+        except BaseException as error:  # killed, timed out
             self._give_up(mine)
+            thrown(error)
             raise
         if self.closers and me not in self.closers:
             self.leave()
-            raise cancel_wait_ex()
+            raise thrown(cancel_wait_ex())
         return True
 
     def _look_after_owner(self) -> None:

@@ -18,7 +18,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio import _fallback
-from greenaio._ends import before_destroy, forget
+from greenaio._ends import before_destroy, forget, thrown
 
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
@@ -86,45 +86,69 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def shielded(fd: int, work: Callable[[], int]) -> int:
-    """Return ``work()``, done in a greenlet of its own: who is killed meanwhile leaves it to finish, so that
-    no sector is left half done, and its range is given back when the disk has done with it. *fd* stays what
-    it is so long, whoever closes it."""
-    stays = contextlib.ExitStack()
-    stays.enter_context(_fallback.using(fd))
+class Shielded:
+    """``work()``, in a greenlet of its own. If a greenlet that waits for it is killed, the work is finished
+    all the same. *fd* stays the same file until then, even if it is closed."""
 
-    def capture() -> tuple[int, BaseException | None]:
-        with stays:
+    def __init__(self, fd: int, work: Callable[[], int]) -> None:
+        self._stays = contextlib.ExitStack()
+        self._stays.enter_context(_fallback.using(fd))
+        self._work = work
+        self._result = -1
+        self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
+        self._greenlet = gevent.spawn(self._capture)
+        self._greenlet.rawlink(lambda _: self._stays.close())
+
+    def _capture(self) -> None:
+        with self._stays:
             try:
-                return work(), None
-            except Exception as error:  # not printed, but raised where it is waited for
-                return -1, error
+                self._result, self._error = self._work(), None
+            except BaseException as error:  # not printed, but raised by `get`
+                self._error = error
 
-    captured: tuple[int, BaseException | None] = gevent.spawn(capture).get()
-    if captured[1] is not None:
-        raise captured[1]
-    return captured[0]
+    def get(self) -> int:
+        """Wait for the result of the work, or raise its exception: once, but after a kill again."""
+        try:
+            self._greenlet.join()
+        except BaseException as error:
+            thrown(error)
+            raise
+        if self._error is None:
+            return self._result
+        try:
+            raise self._error
+        finally:
+            self._error = None          # its traceback has us
+
+
+def shielded(fd: int, work: Callable[[], int]) -> int:
+    """Return ``work()``, which is finished even if this greenlet is killed: no sector is left half done."""
+    return Shielded(fd, work).get()
 
 
 def write(data: bytes, offset: int, align: int, size: int,
           read: Callable[[memoryview, int], int], write: Callable[[memoryview, int], int],
-          truncate: Callable[[int], None], span: memoryview) -> int:
+          truncate: Callable[[int], int], span: memoryview) -> int:
     """Write *data* at *offset* of a file of *size* bytes, whose range is held, through the zeroed *span*.
 
-    *read*, *write* and *truncate* do the aligned work. Returns bytes of *data* written. The file ends where
-    it would by pwrite, however the sectors fall.
+    *read*, *write* and *truncate* do the aligned work; where it fails they return minus the errno, as this.
+    Else it returns bytes of *data* written. The file ends where it would by pwrite, however the sectors fall.
     """
     end = offset + len(data)
     start = offset - offset % align
     last = end - end % align            # where the last sector begins, if it is not whole
+    result = 0
     if start < offset and start < size:
-        read(span[:align], start)
-    if last < end < size and (last > start or start == offset):
-        read(span[last - start:last - start + align], last)
+        result = read(span[:align], start)
+    if result >= 0 and last < end < size and (last > start or start == offset):
+        result = read(span[last - start:last - start + align], last)
+    if result < 0:
+        return result
     span[offset - start:end - start] = data
     written = write(span, start)
+    if written < 0:
+        return written
     longer = start + written
     end = max(size, min(end, longer))
-    if longer > end:
-        truncate(end)
-    return max(0, min(len(data), longer - offset))
+    result = truncate(end) if longer > end else 0
+    return result if result < 0 else max(0, min(len(data), longer - offset))

@@ -19,6 +19,7 @@ from typing import Any
 import gevent
 
 from greenaio import _fallback, alignment
+from greenaio._ends import was_thrown
 from greenaio._zones import Zone, Zones
 from greenaio.streams import Block
 
@@ -82,7 +83,7 @@ class BlockDevice:
         try:
             self._file = File(path, flags, **({} if max_batch is None else {'max_batch': max_batch}))
         except OSError as error:        # O_DIRECT is refused once the file was made, and EEXIST came before
-            if create_size is not None and error.errno == errno.EINVAL:
+            if create_size is not None and error.errno == errno.EINVAL and not was_thrown(error):
                 _unlink(path)
             raise
         try:
@@ -178,6 +179,8 @@ class BlockDevice:
                     self._read_rest([data], done, block.offset + done)
                 yield data
             except OSError as error:
+                if was_thrown(error):
+                    raise
                 yield error
 
     def _read_rest(self, buffers: Sequence[Any], done: int, offset: int) -> None:
@@ -223,6 +226,8 @@ class BlockDevice:
                     with self._writes:
                         result = blocks[0].end()
                 except OSError as error:
+                    if was_thrown(error):
+                        raise
                     result = error
                 del blocks[0]
                 yield result
@@ -269,7 +274,7 @@ class BlockDevice:
             try:
                 return self._file.pwritev(buffers, offset, flags)
             except OSError as error:
-                if error.errno not in UNKNOWN:
+                if error.errno not in UNKNOWN or was_thrown(error):
                     if error.errno not in REFUSED:
                         self._writes.failed(error)
                     raise
@@ -310,7 +315,7 @@ class BlockDevice:
             if offset < end:
                 self._file.fallocate(mode, offset, end - offset)
         except OSError as error:
-            if error.errno not in CANNOT:
+            if error.errno not in CANNOT or was_thrown(error):
                 raise
             return False
         return True
@@ -468,8 +473,11 @@ class _Writes:
 
 
 def _unlink(path: StrPath) -> None:
-    with contextlib.suppress(OSError):
+    try:
         _fallback.call(lambda _: os.unlink(path), -1)
+    except OSError as error:
+        if was_thrown(error):
+            raise
 
 
 def _copy(error: Exception) -> Exception:

@@ -35,9 +35,10 @@ from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent, greenlet
 
 from greenaio import _fallback, _position, alignment, streams
+from greenaio._ends import was_thrown
 from greenaio._position import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
-from greenaio.streams import ReadAhead, WriteBehind, is_told_by_the_kernel
+from greenaio.streams import ReadAhead, WriteBehind
 
 try:
     from greenaio import _calls
@@ -71,6 +72,15 @@ def level_of_caller() -> int:
     return level
 
 
+class _Carrier(BaseException):
+    """Carries an OSError that was thrown into a wait through the C code of `io`, which takes BlockingIOError
+    and EINTR for answers of its raw file. The layer that the caller called raises the error itself."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+
 class FileIO(io.FileIO):
     """The raw layer: `io.FileIO` with cooperative system calls. *flags* are ``os.O_*`` besides those of
     *mode*. With O_DIRECT, up to *prefetch* blocks are read ahead and written behind, see `streams`."""
@@ -85,7 +95,6 @@ class FileIO(io.FileIO):
     _appends = False                    # each write goes to the end, which is ours to find
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
     _piece = 0                          # bytes at most in one write, if the layers above look how many went
-    _killed: weakref.ref[greenlet] | None = None    # the greenlet into which something was thrown in here
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
                  flags: int = 0, prefetch: int | None = None) -> None:
@@ -182,7 +191,7 @@ class FileIO(io.FileIO):
         try:
             more = self._wait(False, _position.readv, [_fallback.flat(buffer)[n:]])
         except BaseException as error:
-            if is_told_by_the_kernel(error) and os.getpid() == process:
+            if os.getpid() == process and not was_thrown(error):
                 return n                # a short read, as the system call's
             if os.getpid() == process:  # killed: it has read nothing. A forked copy of it shares the position
                 os.lseek(self._fd, -n, os.SEEK_CUR)
@@ -211,8 +220,7 @@ class FileIO(io.FileIO):
         else:
             self._refuse_if_held()
             with self._alone(), self._through_the_cache():
-                for offset, data in self._behind.take():
-                    posix.pwrite(self._fd, data, offset)
+                self._behind.write_plainly(self._fd)
 
     def _drain_in_turn(self, fd: int) -> None:
         with _fallback.using(fd), _position.turn_of(fd):
@@ -234,8 +242,11 @@ class FileIO(io.FileIO):
         data = bytearray()
         size = 0
         self._drain()
-        with contextlib.suppress(OSError):      # a pipe has no position
+        try:
             size = _calls.facts(self.file.fileno())[1] - self.tell()
+        except OSError as error:        # a pipe has no position
+            if was_thrown(error):
+                raise
         while True:
             chunk = self.read(max(size - len(data), 0) + io.DEFAULT_BUFFER_SIZE)
             if not chunk:
@@ -351,11 +362,10 @@ class FileIO(io.FileIO):
         as it needs it."""
         if self.closed:
             return
-        self._killed = None
         try:
             self._drain()
-        except BaseException:
-            if not self.was_killed():   # else it stays open, because it may be flushed later
+        except BaseException as error:  # killed, it is not closed: somebody may flush it yet
+            if not was_thrown(error):
                 self._close()
             raise
         self._close()
@@ -383,11 +393,6 @@ class FileIO(io.FileIO):
             if owner is not None and self._closes:
                 owner.close()
 
-    def was_killed(self) -> bool:
-        """Return whether the exception that this greenlet handles was thrown into it while it waited in here,
-        as by a kill or a Timeout. `_killed` has to be None before the call that raises it."""
-        return self._killed is not None and self._killed() is getcurrent()
-
     def end_waits(self, writing: bool = True) -> None:
         """Let those who wait for a read, and if *writing* those who wait for a write, get EBADF."""
         for waiter, (hub, writes) in list(self._waiting.items()):
@@ -406,12 +411,14 @@ class FileIO(io.FileIO):
         self._waiting[me] = get_hub_if_exists(), writing
         try:
             return call(self._fd, *args)
-        except BlockingIOError:
+        except OSError as error:
+            if was_thrown(error):
+                if self._turn.owner is me:      # a layer above called
+                    raise _Carrier(error) from None
+                raise
+            if not isinstance(error, BlockingIOError):
+                raise
             return None
-        except BaseException as error:
-            if not is_told_by_the_kernel(error):
-                self._killed = weakref.ref(me)
-            raise
         finally:
             if before is None:
                 del self._waiting[me]
@@ -467,11 +474,22 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         try:
             return method(self, *args, **kwargs)
+        except _Carrier as carrier:
+            raise carrier.error from None
         finally:
             if turn.owner is me:        # not in a forked child, when that took it
                 turn.leave()
 
     return in_turn
+
+
+def _close_anyway(method: Callable[..., Any], layer: Any) -> None:
+    """After an error, which the caller raises: that closing tells the same error again adds nothing."""
+    try:
+        method(layer)
+    except Exception as error:
+        if was_thrown(error):
+            raise
 
 
 def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Callable[..., Any]:
@@ -482,14 +500,11 @@ def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Cal
     """
     def flush_and_close(self: Any) -> None:
         if not self.closed and self.writable() and not self._turn.finalizing:
-            raw = self._raw()
-            raw._killed = None
             try:
                 flush(self)
-            except BaseException:
-                if not raw.was_killed():    # else it stays open, because it may be flushed later
-                    with contextlib.suppress(Exception):
-                        method(self)
+            except BaseException as error:
+                if not was_thrown(error):   # else it stays open, because it may be flushed later
+                    _close_anyway(method, self)
                 raise
         method(self)
 
@@ -570,7 +585,6 @@ class _Writes:
             return
         piece = raw._piece
         taken = 0                       # of the last of them
-        raw._killed = None
         try:
             while self._kept:
                 data = self._kept[0]
@@ -579,10 +593,10 @@ class _Writes:
                 taken = taken + n if n < len(data) else 0
                 self._kept = (data[n:], *self._kept[1:]) if n < len(data) else self._kept[1:]
         except BaseException as error:
-            if isinstance(error, BlockingIOError):
-                error.characters_written += taken
-            if not raw.was_killed():
-                self._kept = ()         # as io: the greenlet that wrote it knows
+            if not was_thrown(error):
+                if isinstance(error, BlockingIOError):
+                    error.characters_written += taken
+                self._kept = ()         # as io: who wrote it knows
             raise
 
     def flush(self) -> None:

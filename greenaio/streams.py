@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
-from gevent._fileobjectcommon import cancel_wait_ex
 
+from greenaio._ends import was_thrown
 from greenaio._fallback import flat, using
+from greenaio.alignment import Shielded
 
 try:
     from greenaio import _calls
@@ -48,45 +49,75 @@ def block_size(nbytes: int) -> int:
     return min(max(1 << max(nbytes - 1, 0).bit_length(), BLOCK_MIN), BLOCK_MAX)
 
 
-def is_told_by_the_kernel(error: BaseException) -> bool:
-    """Whether it is an answer, and not thrown into who waits for one, as by ``Timeout(1, TimeoutError)``."""
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, cancel_wait_ex)
-
-
 class Block:
     """A request that is under way, and its memory. Of several that are made at once, all but the last may say
     that there is *more*: they go to the kernel together."""
 
-    __slots__ = ('_begun', '_file', '_process', 'data', 'memory', 'offset', 'reading')
+    __slots__ = ('_begun', '_file', '_process', '_rest', 'data', 'memory', 'offset', 'reading')
 
     def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int,
-                 more: bool = False) -> None:
+                 more: bool = False, *, held_back: bool = False) -> None:
         self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
         self._file = file
         self._process = os.getpid()
-        self._begun = None
-        try:                            # noqa: SIM105  # for every block, and that costs
-            self._begun = file.begin(reading, self.data, offset, more)
+        self._begun: Any = None
+        self._rest: Shielded | None = None
+        try:
+            if not held_back:
+                self._begun = file.begin(reading, self.data, offset, more)
         except (OSError, RuntimeError):
             pass                        # `end` will say why
 
+    @property
+    def leaves_hole(self) -> bool:
+        """Whether some of its bytes are neither written nor under way: it was not begun, or has failed."""
+        if self._begun is None:
+            return True                 # `end` writes it
+        request = self._begun[1]
+        if request.result is None or request.refused or -request.result in ASK_AGAIN:
+            return False
+        return bool(request.result < len(self.data))
+
+    def forget_failure(self) -> None:
+        """Have `end` write the block again: the error is of the past."""
+        if self.leaves_hole:
+            self._begun = None
+
     def end(self) -> int:
-        """Wait for it; return bytes moved. What was refused is asked for again, in the way that never is."""
-        begun, self._begun = self._begun, None
-        done = -errno.EAGAIN if begun is None else self._file.end(begun)
+        """Wait for it; return bytes moved. A request that was refused goes again, in the way that never is.
+
+        After a kill or an error `end` may be called again. After a kill it waits for the same request, so no
+        abandoned write lands on top of a later one. After an error it writes the block again."""
+        done = -errno.EAGAIN if self._begun is None else self._file.end(self._begun)
+        self._begun = None
         if done < 0 and -done not in ASK_AGAIN:
             raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)
         if self._process != os.getpid():    # forked: it is the parent's, and this memory is wiped
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._file.name)
-        done = max(done, 0)
-        while done < len(self.data):
-            n = self._file.pwrite(self.data[done:], self.offset + done)
-            if n == 0:
-                raise OSError(errno.EIO, 'no progress in a write')
-            done += n
-        return done
+        return done if done == len(self.data) else self._write_rest(max(done, 0))
+
+    def _write_rest(self, done: int) -> int:
+        def work() -> int:
+            at = done
+            while at < len(self.data):
+                n = self._file.pwrite(self.data[at:], self.offset + at)
+                if n == 0:
+                    raise OSError(errno.EIO, 'no progress in a write')
+                at += n
+            return at
+
+        if self._rest is None:
+            self._rest = Shielded(self._file.fileno(), work)
+        try:
+            written = self._rest.get()
+        except BaseException as error:
+            if not was_thrown(error):
+                self._rest = None
+            raise
+        self._rest = None
+        return written
 
 
 class ReadAhead:
@@ -179,8 +210,14 @@ class ReadAhead:
 class WriteBehind:
     """Writes of a `File` in order, done while the writer goes on.
 
-    An error is raised by a later `write`, at the latest by `drain`, and only once; what was to be written
-    behind the failed block is written all the same.
+    An error is raised by a later `write`, at the latest by `drain`. The failed block and all later ones are
+    kept, at most *depth* of them, as `io` keeps the bytes that its buffer could not write. Each later call
+    writes the failed block again first, and raises again if that fails: no new block is sent before it has
+    succeeded. So the file has no hole once `drain` has returned, and a disk that was full loses nothing once
+    it has room again. Only blocks that were in flight together with the failed one may be on the disk before
+    it.
+
+    If a greenlet is killed here, nothing is lost either: the next one waits for the same request.
     """
 
     def __init__(self, file: File, depth: int = DEPTH) -> None:
@@ -189,6 +226,7 @@ class WriteBehind:
         self._blocks: deque[Block] = deque()
         self._memory: Any = None        # being filled, for `_begin`
         self._begin = self._filled = 0
+        self._holds_back = False        # the oldest block failed, or is waited for: nothing is sent after it
         self._process = os.getpid()
 
     @property
@@ -197,7 +235,7 @@ class WriteBehind:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._blocks.clear()
-            self._memory, self._filled = None, 0
+            self._memory, self._filled, self._holds_back = None, 0, False
         return not self._blocks and not self._filled
 
     @property
@@ -206,7 +244,8 @@ class WriteBehind:
         return self._begin + self._filled
 
     def write(self, data: Any, position: int) -> int:
-        """Take bytes-like *data* for *position*; return how many were taken: all."""
+        """Take bytes-like *data* for *position*; return how many were taken: all, or fewer if there is an
+        error, which the next call raises."""
         view = flat(data)
         self.is_idle                    # noqa: B018  # looks for a fork
         if position != self.end:
@@ -214,8 +253,12 @@ class WriteBehind:
         done = 0
         while done < len(view):
             if self._memory is None:
-                while len(self._blocks) >= self._depth:
-                    self._settle()
+                try:
+                    self._make_room()
+                except Exception as error:
+                    if done and not was_thrown(error):
+                        return done
+                    raise
                 self._memory = aligned_buffer(block_size(len(view)))
                 self._begin = position + done
             room = len(self._memory) - self._begin % len(self._memory) - self._filled
@@ -227,45 +270,48 @@ class WriteBehind:
                 self._send()
         return done
 
+    def _make_room(self) -> None:
+        """Wait until a block may be taken."""
+        while self._blocks and (self._holds_back or len(self._blocks) >= self._depth):
+            self._settle()
+
     def _send(self) -> None:
         memory, n, self._memory, self._filled = self._memory, self._filled, None, 0
         if n:
             self._begin += n
-            self._blocks.append(Block(self._file, False, memory, n, self._begin - n))
+            self._holds_back = self._holds_back or self._has_hole()
+            self._blocks.append(
+                Block(self._file, False, memory, n, self._begin - n, held_back=self._holds_back))
 
     def _settle(self) -> None:
-        """Wait for the oldest block; raise its error. If this is killed, the block is written again."""
-        block = self._blocks[0]
-        try:
-            block.end()
-        except OSError as error:
-            if is_told_by_the_kernel(error):
-                self._blocks.popleft()
-            raise
+        """Wait for the oldest block; raise its error. It stays the oldest until it is known to be written."""
+        self._holds_back = True
+        self._blocks[0].forget_failure()    # there may be room by now
+        self._blocks[0].end()
         self._blocks.popleft()
+        self._holds_back = self._has_hole()
 
-    def take(self) -> list[tuple[int, Any]]:
-        """Offsets and data of all that is not known to be written, for somebody who can't wait."""
-        left = [(block.offset, block.data) for block in self._blocks]
-        if self._filled:
-            left.append((self._begin, self._memory[:self._filled]))
-        self._blocks.clear()
-        self._memory, self._filled = None, 0
-        return left
+    def _has_hole(self) -> bool:
+        return any(block.leaves_hole for block in self._blocks)
+
+    def write_plainly(self, fd: int) -> None:
+        """Write all that is not known to be written, by calls that block: for a caller that can't park."""
+        self._holds_back = True         # what is still in memory is not sent, only taken into the row
+        self._send()
+        while self._blocks:
+            block, done = self._blocks[0], 0
+            while done < len(block.data):
+                done += posix.pwrite(fd, block.data[done:], block.offset + done)
+            self._blocks.popleft()
+        self._holds_back = False
 
     def drain(self) -> None:
-        """Wait until all is written. Raises the first OSError of what was not."""
-        self._send()
-        first: OSError | None = None
-        while self._blocks:
-            try:
+        """Wait until all is written. Raises the OSError of the first block that is not, and keeps it."""
+        while self._blocks or self._filled:
+            if not self._holds_back:
+                self._send()            # beside those that are under way
+            if self._blocks:
                 self._settle()
-            except OSError as error:
-                if not is_told_by_the_kernel(error):
-                    raise
-                first = first or error
-        if first is not None:
-            raise first
 
 
 # Copying -----------------------------------------------------------------------------------------
@@ -291,7 +337,9 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
             try:
                 # There is nothing to look at first, and that costs nothing.
                 target = File(dst, NEW | os.O_EXCL, dir_fd=here)
-            except FileExistsError:
+            except FileExistsError as error:
+                if was_thrown(error):
+                    raise
                 _refuse_same(one, src, dst, here)
                 target = File(dst, NEW | os.O_TRUNC, dir_fd=here)
             with target:
@@ -317,7 +365,9 @@ def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
 def _is_link(name: StrPath, here: int | None) -> bool:
     try:
         return stat.S_ISLNK(_calls.stat(name, dir_fd=here, follow_symlinks=False).st_mode)
-    except OSError:
+    except OSError as error:
+        if was_thrown(error):
+            raise
         return False
 
 
@@ -334,7 +384,9 @@ def _checked(name: StrPath, here: int | None) -> os.stat_result | None:
 
     try:
         found = _calls.stat(name, dir_fd=here)
-    except OSError:
+    except OSError as error:
+        if was_thrown(error):
+            raise
         return None                     # opening it will say why
     if stat.S_ISFIFO(found.st_mode):    # opening it would wait for somebody
         raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
@@ -367,6 +419,8 @@ def _copy_block(source: File, target: File, offset: int) -> int:
     try:
         n = _calls.copy_file_range(source.fileno(), target.fileno(), COPY_BLOCK, offset, offset)
     except OSError as error:
+        if was_thrown(error):
+            raise
         if error.errno not in CANNOT_COPY:
             error.filename, error.filename2 = source.name, target.name  # either may be meant
             raise

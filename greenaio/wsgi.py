@@ -18,6 +18,7 @@ from typing import Any
 
 from gevent import pywsgi
 
+from greenaio._ends import was_thrown
 from greenaio._position import can_wait
 from greenaio.fileobject import FileIO
 from greenaio.os import fstat
@@ -69,7 +70,9 @@ class FileWrapper:
             if file.kind != stat.S_IFREG:
                 return None
             self._position = filelike.tell()
-        except (OSError, ValueError):   # closed, or without a position
+        except (OSError, ValueError) as error:  # closed, or without a position
+            if was_thrown(error):
+                raise
             return None
         return file
 

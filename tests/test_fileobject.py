@@ -3,6 +3,7 @@
 import array
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import os
@@ -26,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
 import greenaio.os
+from greenaio import _position
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 
 ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
@@ -643,6 +645,92 @@ def test_close_that_was_timed_out_spoils_nothing(held_disk):
         others = [gevent.spawn(file.tell) for _ in range(3)]
         gevent.joinall(others, raise_error=True, timeout=5)
         assert {other.value for other in others} == {65536}
+
+
+# An exception that another greenlet throws into a wait: its class is that of an answer, and it is none.
+THROWN = [TimeoutError('mine'), OSError(errno.ETIMEDOUT, 'mine'), OSError(errno.ENOSPC, 'mine'),
+          BlockingIOError(errno.EAGAIN, 'mine'), InterruptedError(errno.EINTR, 'mine'), ValueError('mine'),
+          MemoryError()]
+
+
+@pytest.mark.parametrize('how', ['flush', 'close', 'write'])
+@pytest.mark.parametrize('error', THROWN, ids=repr)
+def test_timeout_of_any_class_is_no_answer_of_a_pipe(error, how):
+    one, other = os.pipe()
+    os.write(other, bytes(fcntl.fcntl(other, fcntl.F_SETPIPE_SZ, 4096)))     # now it is full
+    file = greenaio.open(other, 'w', encoding='ascii')
+    file.write('important ' * 100)
+    calls = {'flush': file.flush, 'close': file.close, 'write': lambda: file.write('more ' * 10_000)}
+    for _ in range(2):
+        with pytest.raises(type(error)) as caught, gevent.Timeout(0.02, error):
+            calls[how]()
+        assert caught.value is error
+        assert not file.closed
+    got = bytearray()
+
+    def read():
+        while chunk := greenaio.os.read(one, 65536):
+            got.extend(chunk)
+
+    reader = gevent.spawn(read)
+    file.close()
+    reader.get(timeout=5)
+    os.close(one)
+    assert got.startswith(bytes(4096) + b'important ' * 100)
+    assert bytes(got[5096:]) == b'more ' * (len(got[5096:]) // 5)
+
+
+def outcome(call):
+    """Of a greenlet: the exception that ends it, without its being printed."""
+    try:
+        return call()
+    except BaseException as error:
+        return error
+
+
+def test_exception_of_any_class_is_no_answer_of_a_disk(held_disk):
+    for error in THROWN:
+        file = greenaio.open(held_disk.file, 'r+', encoding='ascii', direct=True, dsync=True)
+        file.write('important ' * 410)
+        held_disk.hold()
+        for call in (file.flush, file.close, lambda write=file.write: write('more ' * 10_000), file.close):
+            waiting = gevent.spawn(outcome, call)
+            gevent.sleep(0.01)
+            waiting.kill(error, block=False)
+            assert waiting.get(timeout=5) is error
+            with pytest.raises(type(error)) as caught, gevent.Timeout(0.01, error):
+                call()
+            assert caught.value is error
+            assert not file.closed
+        held_disk.release()
+        file.close()
+        assert pathlib.Path(held_disk.file).read_bytes().startswith(b'important ' * 410)
+
+
+def test_timeout_while_it_waits_for_its_turn_is_no_answer(data_file):
+    with greenaio.open(data_file, 'rb', buffering=0) as file, _position.turn_of(file.fileno()):
+        for error in THROWN:
+            for call in (file.readall, lambda: file.read(100)):
+                reader = gevent.spawn(outcome, call)
+                gevent.sleep(0)
+                reader.kill(error, block=False)
+                assert reader.get(timeout=5) is error
+    with open(data_file, 'rb') as plain, greenaio.open(data_file, 'rb') as file:
+        assert file.read() == plain.read()
+
+
+def test_error_of_the_disk_still_closes_the_file(tmp_path):
+    """Of whatever class: only an exception that is thrown into a wait leaves the file open."""
+    for error in (OSError(errno.EIO, 'mine'), ValueError('mine')):
+        class Raw(FileIO):
+            def write(self, data, error=error):
+                raise error
+
+        file = greenaio.fileobject.BufferedWriter(Raw(str(tmp_path / 'file'), 'w'), 100)
+        file.write(b'lost')
+        with pytest.raises(type(error)):
+            file.close()
+        assert file.closed and file.raw.closed
 
 
 def test_who_queues_for_a_number_keeps_it(folder):

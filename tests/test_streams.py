@@ -15,21 +15,44 @@ import pytest
 from conftest import MIB, missing, pattern, run_python
 
 import greenaio
-from greenaio import streams
+from greenaio import _fallback, _hub, streams
 
 
-@pytest.fixture
-def small_disk():
-    """A tmpfs of 4 MiB."""
+@pytest.fixture(params=['tmpfs', 'ext4'])
+def small_disk(request, disk_folder):
+    """A file system with room for 4 MiB."""
     if os.geteuid() != 0:
         missing('needs root')
+    image = os.path.join(disk_folder, 'image')
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4M', 'tmpfs', folder], check=True)
+        if request.param == 'ext4':
+            with open(image, 'wb') as file:
+                file.truncate(5 * MIB)
+            subprocess.run(['mkfs.ext4', '-q', '-m', '0', '-O', '^has_journal', image], check=True)
+            subprocess.run(['mount', '-o', 'loop', image, folder], check=True)
+        else:
+            subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4M', 'tmpfs', folder], check=True)
         try:
             yield folder
         finally:
             gc.collect()
-            subprocess.run(['umount', folder], check=True)
+            for attempt in range(50):       # what was abandoned may keep a file open a little longer
+                if subprocess.run(['umount', folder], check=attempt == 49).returncode == 0:
+                    break
+                gevent.sleep(0.1)
+
+
+def fill(folder):
+    """Leave no room there; return the path of the file to delete to have room again."""
+    path = os.path.join(folder, 'ballast')
+    with open(path, 'wb', buffering=0) as file:
+        for step in (MIB, 65536, 4096):
+            try:
+                while file.write(bytes(step)) == step:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    return path
 
 
 def make(folder, nbytes, name='data'):
@@ -229,14 +252,221 @@ def test_full_disk_is_told_at_the_latest_by(small_disk, by):
             file.write(bytes(MIB))
         except OSError as error:
             failures.append(error)
-    try:
-        getattr(file, by)()
-    except OSError as error:
-        failures.append(error)
-    file.close()                        # once is enough
+    for call in (by, 'close'):
+        try:
+            getattr(file, call)()
+        except OSError as error:
+            failures.append(error)
     assert file.closed
-    assert failures
+    file.close()                        # once is enough
+    assert len(failures) >= (2 if by == 'flush' else 1)
     assert {error.errno for error in failures} == {errno.ENOSPC}
+
+
+@pytest.mark.parametrize('buffering', [0, -1])
+@pytest.mark.parametrize('mode', ['wb', 'ab', 'r+b'])
+def test_bytes_that_did_not_fit_are_written_when_there_is_room(small_disk, mode, buffering):
+    path = make(small_disk, 0)
+    ballast = fill(small_disk)
+    data = pattern(700_008)[:700_000]
+    file = greenaio.open(path, mode, buffering=buffering, direct=True)
+    for begin in range(0, len(data), 10_000):
+        assert file.write(data[begin:begin + 10_000]) == 10_000     # all of it has room in memory
+    for call in (file.flush, file.flush, lambda: file.truncate(10), lambda: file.seek(0, os.SEEK_END)):
+        with pytest.raises(OSError, match='No space'):
+            call()
+    os.unlink(ballast)
+    file.flush()
+    assert file.write(b'END') == 3
+    file.close()
+    assert pathlib.Path(path).read_bytes() == data + b'END'
+
+
+def test_writer_to_a_full_disk_is_told_by_each_write_and_memory_stays_bounded(small_disk):
+    path = make(small_disk, 0)
+    ballast = fill(small_disk)
+    file = greenaio.open(path, 'wb', buffering=0, direct=True)
+    taken = refused = 0
+    while refused < 3:
+        try:
+            taken += file.write(b'x' * 100_000)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            refused += 1
+        assert len(file._behind._blocks) <= streams.DEPTH + 1
+        assert file.tell() == taken
+    assert 0 < taken <= 2 * MIB
+    os.unlink(ballast)
+    file.close()
+    assert os.path.getsize(path) == taken
+    assert pathlib.Path(path).read_bytes().count(0) == 0
+
+
+class Scripted:
+    """A `File` whose writes answer as *answers* say: for an offset a list of results, the last one for ever.
+    ``written`` is what is on its disk, ``log`` the offsets in the order in which they were asked for."""
+
+    def __init__(self, answers):
+        self.answers, self.written, self.log = answers, {}, []
+        self.name, self._fd = 'scripted', os.open(os.devnull, os.O_RDWR)
+
+    def fileno(self):
+        return self._fd
+
+    def _answer(self, data, offset):
+        self.log.append(offset)
+        answers = self.answers.get(offset, [len(data)])
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer > 0:
+            self.written[offset] = bytes(data[:answer])
+        return answer
+
+    def begin(self, reading, data, offset, more=False):
+        class Done:
+            refused = False
+            result = self._answer(data, offset)
+
+        return None, Done, 0
+
+    def end(self, begun):
+        return begun[1].result
+
+    def pwrite(self, data, offset):
+        result = self._answer(data, offset)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        os.close(self._fd)
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG])
+def test_no_block_is_sent_after_one_that_failed(code):
+    block = streams.BLOCK_MIN
+    with Scripted({block: [-code]}) as file:
+        behind = streams.WriteBehind(file)
+        for i in range(3):              # the last is taken, but not sent
+            assert behind.write(bytes(block), i * block) == block
+        for _ in range(3):
+            with pytest.raises(OSError) as caught:
+                behind.write(bytes(block), behind.end)
+            assert caught.value.errno == code
+            with pytest.raises(OSError) as caught:
+                behind.drain()
+            assert caught.value.errno == code
+        assert max(file.log) == block
+        file.answers.clear()
+        assert behind.write(b'tail', behind.end) == 4
+        behind.drain()
+        assert behind.is_idle
+        assert sorted(file.written) == [0, block, 2 * block, 3 * block]
+
+
+def test_short_block_is_finished_before_others_are_sent():
+    block = streams.BLOCK_MIN
+    with Scripted({0: [4096], 4096: [-errno.ENOSPC, -errno.ENOSPC, block - 4096]}) as file:
+        behind = streams.WriteBehind(file)
+        behind.write(bytes(block), 0)
+        behind.write(bytes(block), block)
+        for _ in range(2):
+            with pytest.raises(OSError, match='No space'):
+                behind.drain()
+        behind.drain()
+        assert file.log.index(block) == len(file.log) - 1
+        assert {offset: len(data) for offset, data in file.written.items()} == {
+            0: 4096, 4096: block - 4096, block: block}
+
+
+def test_write_that_is_taken_in_part_says_how_much_and_the_next_one_raises():
+    block = streams.BLOCK_MAX
+    with Scripted({0: [-errno.ENOSPC]}) as file:
+        behind = streams.WriteBehind(file)
+        taken = behind.write(bytes(3 * block), 0)
+        assert block <= taken < 3 * block
+        assert behind.end == taken
+        with pytest.raises(OSError, match='No space'):
+            behind.write(bytes(10), taken)
+        file.answers.clear()
+        assert behind.write(bytes(3 * block - taken), taken) == 3 * block - taken
+        behind.drain()
+        assert sorted(file.written) == [0, block, 2 * block]
+
+
+def test_failed_block_is_kept_by_a_caller_that_can_not_park(small_disk):
+    path = make(small_disk, 0)
+    ballast = fill(small_disk)
+    file = greenaio.open(path, 'wb', buffering=0, direct=True)
+    file.write(pattern(400_000))
+    told = []
+
+    def flush():
+        try:
+            file.flush()
+        except OSError as error:
+            told.append(error.errno)
+
+    gevent.get_hub().loop.run_callback(flush)
+    gevent.sleep(0.01)
+    assert told == [errno.ENOSPC]
+    os.unlink(ballast)
+    file.close()
+    assert pathlib.Path(path).read_bytes() == pattern(400_000)
+
+
+def test_forked_child_does_not_write_the_blocks_that_its_parent_keeps(small_disk):
+    run_python('''
+        import gevent, greenaio, os, sys
+        path, ballast = sys.argv[1:]
+        file = greenaio.open(path, 'wb', buffering=0, direct=True)
+        file.write(b'x' * 200_000)
+        try:
+            file.flush()
+        except OSError:
+            pid = gevent.os.fork_gevent()
+        if pid == 0:
+            file.flush()
+            file.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert os.path.getsize(path) < 200_000
+        os.unlink(ballast)
+        file.close()
+        assert open(path, 'rb').read() == b'x' * 200_000
+    ''', make(small_disk, 0), fill(small_disk))
+
+
+def test_flush_that_is_killed_leaves_no_write_that_lands_after_a_later_one(held_disk):
+    """
+        flush                  the disk               later
+        waits for the block
+        killed                 still has it
+                                                      flushes: waits for the same request
+                               writes it
+                                                      writes there again: the newer bytes stay
+    """
+    with greenaio.open(held_disk.file, 'r+b', buffering=0, direct=True) as file:
+        file.write(b'0' * 131_072)
+        file.flush()
+        engine = _hub.get_driver().engine
+        before = engine.submitted, engine.lent_total
+        held_disk.hold()
+        file.seek(0)
+        file.write(b'1' * 131_072)
+        file.write(b'1' * 131_072)
+        for _ in range(3):
+            killed = gevent.spawn(file.flush)
+            gevent.sleep(0.02)
+            killed.kill()
+        held_disk.release()
+        file.flush()
+        assert engine.submitted + engine.lent_total == sum(before) + 2
+        file.seek(0)
+        file.write(b'2' * 131_072)
+    assert pathlib.Path(held_disk.file).read_bytes()[:262_144] == b'2' * 131_072 + b'1' * 131_072
 
 
 def test_killed_while_it_waits_for_the_disk_nothing_that_was_taken_is_lost(held_disk):
@@ -381,6 +611,40 @@ def test_copy_replaces_what_is_there_whole(folder):
         assert pathlib.Path(place).read_bytes() == pathlib.Path(source).read_bytes()
 
 
+@pytest.mark.parametrize('waits_in', ['open', 'stat', 'copy'])
+@pytest.mark.parametrize('exception', [
+    FileExistsError(errno.EEXIST, 'mine'), FileNotFoundError(errno.ENOENT, 'mine'),
+    OSError(errno.EXDEV, 'mine')])
+def test_copy_that_is_timed_out_does_not_take_that_for_an_answer(folder, monkeypatch, waits_in, exception):
+    """So a file that is there is not emptied because a Timeout said that it exists."""
+    source, target = make(folder, 5000), make(folder, 10, 'target')
+    one, other = os.pipe()
+
+    def waiting(function):
+        def wait(*args, **kwargs):
+            _fallback.wait_for(one, 1)
+            return function(*args, **kwargs)
+        return wait
+
+    if waits_in == 'open':
+        def new(name, flags=0, **options):
+            return (waiting(greenaio.File) if flags & os.O_EXCL else greenaio.File)(name, flags, **options)
+
+        monkeypatch.setattr(streams, 'File', new)
+    else:
+        name = {'stat': 'stat', 'copy': 'copy_file_range'}[waits_in]
+        monkeypatch.setattr(streams._calls, name, waiting(getattr(streams._calls, name)))
+    try:
+        with pytest.raises(type(exception)) as caught, gevent.Timeout(0.05, exception):
+            greenaio.copyfile(source, target)
+        assert caught.value is exception
+        assert (exception.filename, exception.filename2) == (None, None)
+        assert waits_in == 'copy' or pathlib.Path(target).read_bytes() == pattern(16)[:10]
+    finally:
+        os.close(one)
+        os.close(other)
+
+
 def test_killed_copy_leaves_nothing_open(disk_folder):
     source = make(disk_folder, 32 * MIB)
     before = len(os.listdir('/proc/self/fd'))
@@ -447,12 +711,17 @@ def test_forked_with_something_to_write_behind_the_parent_writes_it(disk_folder)
     ''', os.path.join(disk_folder, 'forked'))
 
 
-def test_timeout_of_another_kind_is_not_taken_for_the_disks_error(held_disk):
+@pytest.mark.parametrize('exception', [
+    TimeoutError, TimeoutError('mine'), OSError(errno.ENOSPC, 'mine'), BlockingIOError(errno.EAGAIN, 'mine')])
+def test_timeout_of_another_kind_is_not_taken_for_the_disks_error(held_disk, exception):
     with greenaio.open(held_disk.file, 'r+b', buffering=0, direct=True) as file:
         held_disk.hold()
         file.write(b'2' * 131_072 + b'tail')
-        with pytest.raises(TimeoutError), gevent.Timeout(0.2, TimeoutError):
+        with pytest.raises(getattr(exception, '__class__', exception) if not isinstance(exception, type)
+                           else exception), gevent.Timeout(0.1, exception):
             file.flush()
+        with pytest.raises(OSError), gevent.Timeout(0.1, exception):  # noqa: PT011
+            file.close()
         with gevent.Timeout(0.2, False):
             file.close()
         assert not file.closed          # and nothing lost
