@@ -429,7 +429,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
 cdef Way _way(Driver driver, Known known, Request request, bint writing) except? THREAD:
     """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
     cdef Way way
-    if not driver.native or known.is_demoted() or writing and _extends(request, known):
+    if not driver.has_aio() or known.is_demoted() or writing and _extends(request, known):
         return THREAD
     if request.flags & RWF_NOWAIT:
         return PLAIN                    # it is asked already
@@ -818,7 +818,7 @@ cdef object _sync(int fd, Known known, int opcode, name):
         driver.end_in_line()
         return
     request = new_request(opcode, fd, 0, 0, BATCH_MAX)
-    if known.kind & STORED and driver.native and driver.engine.context.supports(opcode) and not (
+    if known.kind & STORED and driver.has_aio() and driver.engine.context.supports(opcode) and not (
             _is_crowded(driver, known.device)):
         result = _by_aio(driver, request, known)
         if not request.refused:

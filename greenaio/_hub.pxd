@@ -16,6 +16,7 @@ cdef class Driver:
     cdef object _watcher
     cdef bint _holds_loop
     cdef bint _reattach             # forked: the context is to be made anew
+    cdef uint64_t _attach_again     # when to ask for native AIO again, which was used up; ns, 0: never
     cdef int _sections              # drain passes under way
     cdef bint _asked_for_pass       # the eventfd is signalled, and its watcher was not called since
     cdef object _turn_end           # the queued callback that ends the section of this hub turn, or None
@@ -32,6 +33,8 @@ cdef class Driver:
     cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
     cdef int64_t end(self, Request request) except? -4096
+    cpdef bint has_aio(self) except -1
+    cdef int _attached_again(self, int depth) except -1
     cdef int check_caller(self) except -1
     cdef int end_in_line(self) except -1
     cdef object _caller(self)

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 
+import gevent
 from gevent._hub_local import get_hub_noargs
 from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.monkey import get_original
@@ -66,6 +67,7 @@ cdef enum:
     POLL_MIN_NS = 4000          # where a spin starts, as in QEMU
     BURST = 8                   # outside of a pass a turn is short: what comes together goes together
     DEPTH_MIN = 16              # below that a context is not worth having
+    ATTACH_AGAIN_NS = 1000000000        # between attempts to get one, which cost a few system calls
 
 RETRY_MIN = 0.001               # seconds: EAGAIN with nothing in flight that could end it; doubles ...
 RETRY_MAX = 0.05                # ... to this: then a thread is asked
@@ -78,6 +80,7 @@ _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
 cdef dict _inside = inside              # greenlets that must not be parked
 cdef set _drivers = set()               # of all threads; close() takes one out
+cdef set _ending = set()                # engines of drivers that are closed, until the kernel is done with them
 cdef Tally _past = Tally()              # what those had done that are closed
 _warned = False
 _pid = os.getpid()
@@ -147,6 +150,11 @@ def all_drivers():
     return list(_drivers)               # in one go: other threads add and take out
 
 
+def all_engines():
+    """Return the engines of all threads, and those of ended threads that have something in flight."""
+    return [(<Driver>driver).engine for driver in all_drivers()] + list(_ending)
+
+
 def tally():
     """Return what all drivers of this process have done, closed ones too."""
     found = Tally().add(_past)
@@ -188,9 +196,11 @@ cdef class Driver:
         global _warned
         cdef Context context = self.engine.context
         cdef int depth = self.engine.depth
+        cdef bint again = self._attach_again != 0
         asked = depth
         self.native = True
         self._reattach = False
+        self._attach_again = 0
         while not context.is_open:
             try:
                 context.open(depth)
@@ -200,7 +210,11 @@ cdef class Driver:
                     continue
                 self.native = False
                 problem = error
+                if error.errno == EAGAIN:       # others have it all, and may end
+                    self._attach_again = context.now() + ATTACH_AGAIN_NS
                 break
+        if again:
+            return self._attached_again(depth)
         if self.native:
             self.engine.depth = depth
             if depth == asked:
@@ -215,6 +229,23 @@ cdef class Driver:
                 '' if self.native else '; using threads, which are slower',
                 _proc('aio-nr'), _proc('aio-max-nr'))
         return 0
+
+    cdef int _attached_again(self, int depth) except -1:
+        """The kernel was asked again: the loss was told already, so only tell of its end."""
+        if self.native:
+            self.engine.depth = depth
+            self._tell('Fallback', 'to be had again', depth, True)
+            self.hub.loop.run_callback(_log_in_greenlet, depth)
+        return 0
+
+    cpdef bint has_aio(self) except -1:
+        """Whether native AIO is to be had. If it was used up, ask the kernel again, at most once a second."""
+        if self.native:
+            return True
+        if self._attach_again == 0 or self.engine.context.now() < self._attach_again:
+            return False
+        self._attach()
+        return self.native
 
     # A request, seen from its greenlet ------------------------------------------------------
 
@@ -689,6 +720,7 @@ cdef class Driver:
         self.closed = True
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
+        _ending.add(self.engine)
         _drivers.discard(self)
         _past.add(self.engine)
         try:                            # each step, whatever becomes of the one before it
@@ -734,12 +766,14 @@ cdef class Driver:
         self.inbox.stop_signalling()
         self.engine.context.close_eventfd()
         if not self.engine.context.is_open and self.engine.lent.count == 0:
+            _ending.discard(self.engine)
             return
         try:
             _start_new_thread(_end_context, (self.engine, self.inbox))
         except (RuntimeError, MemoryError):     # no thread, or the interpreter ends: the process's end does it
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
+            _ending.discard(self.engine)
 
 
 _leaked = []                            # engines whose memory the kernel may still write
@@ -752,6 +786,7 @@ def _end_context(Engine engine, Inbox inbox):
     inbox.wait()
     inbox.reap(engine)
     _let_go(engine.ready)
+    _ending.discard(engine)
 
 
 cdef int _let_go(RequestList requests) except -1:
@@ -760,6 +795,11 @@ cdef int _let_go(RequestList requests) except -1:
         request = requests.popleft()
         request.release()
     return 0
+
+
+def _log_in_greenlet(depth):
+    """Not in the hub: a handler may have to wait for its lock."""
+    gevent.spawn(log.info, 'native AIO is to be had again: %d requests in flight', depth)
 
 
 def _notify(name, what):
@@ -784,6 +824,7 @@ def _after_fork_in_child():
     acknowledge_fork()
     try:
         _threads.after_fork_in_child()
+        _ending.clear()                 # the threads that wait for their disks stayed with the parent
         for driver in list(_drivers):
             driver.after_fork_in_child()
     except MemoryError:

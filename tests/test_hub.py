@@ -1019,3 +1019,63 @@ def test_setup_refused_means_threads_and_one_warning(warnings_of, code):
         assert not driver.native
         driver.close()
     assert len(warnings_of.messages) == 1
+
+
+def test_native_aio_that_was_used_up_is_asked_for_again_at_most_once_a_second(caplog):
+    caplog.set_level('INFO', 'greenaio')
+
+    class UsedUp(ScriptedContext):
+        is_open = False
+        is_used_up = True
+        frozen_at = 1
+
+        def open(self, depth):
+            self.opened.append(depth)
+            if self.is_used_up:
+                raise OSError(errno.EAGAIN, 'used up')
+            self.is_open = True
+
+    context = UsedUp()
+    context.frozen_at = now = context.now()
+    driver = _hub.Driver(gevent.get_hub(), context, depth=64)
+    try:
+        assert not driver.native
+        assert context.opened == [64, 32, 16]
+        for _ in range(3):
+            assert not driver.has_aio()
+        assert len(context.opened) == 3
+        context.frozen_at = now + 10 ** 9
+        for _ in range(3):
+            assert not driver.has_aio()
+        assert len(context.opened) == 6
+        context.is_used_up = False
+        assert not driver.has_aio()
+        context.frozen_at = now + 2 * 10 ** 9
+        assert driver.has_aio() and driver.native
+        assert driver.has_aio()
+        assert context.opened[6:] == [64]
+        assert driver.engine.depth == 64
+        gevent.sleep(0.01)
+        assert [record.message for record in caplog.records if 'again' in record.message] == [
+            'native AIO is to be had again: 64 requests in flight']
+    finally:
+        driver.close()
+
+
+def test_native_aio_that_is_denied_is_not_asked_for_again():
+    class Denied(ScriptedContext):
+        is_open = False
+
+        def open(self, depth):
+            self.opened.append(depth)
+            raise OSError(errno.EPERM, 'denied')
+
+    context = Denied()
+    context.frozen_at = context.now()
+    driver = _hub.Driver(gevent.get_hub(), context, depth=64)
+    try:
+        context.frozen_at += 10 ** 11
+        assert not driver.has_aio()
+        assert context.opened == [64]
+    finally:
+        driver.close()
