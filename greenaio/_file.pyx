@@ -13,7 +13,7 @@ import posix            # for what may be patched in os
 import stat
 
 from greenaio import _fallback, alignment
-from greenaio._hub import all_drivers
+from greenaio._hub import all_engines
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -24,7 +24,7 @@ from posix.stat cimport S_ISDIR
 
 from greenaio._calls cimport AT_FDCWD, close_file, fallocate_file, open_file, truncate_file
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._engine cimport Request, iovec, new_request
+from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
@@ -85,6 +85,7 @@ cdef extern from *:
     long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
 
 cdef set _closing = _fallback._closing
+cdef dict _held = alignment._held
 
 cdef enum:
     CLOSED = -1                 # in place of an fd
@@ -229,8 +230,7 @@ cdef class File:
             return None
         request.pin(buffer)
         if known.kind & DIRECT:
-            if _is_misaligned(known, request) or not reading and alignment.is_held(
-                    (known.device.number, known.inode)):
+            if _is_misaligned(known, request) or not reading and _is_held(known):
                 return None
             way = _way(driver, known, request, not reading)
         if way == THREAD:
@@ -293,10 +293,10 @@ cdef class File:
         current_driver().check_caller()
 
         def work():
-            with _holding(self._known, offset, <uint64_t>offset + <uint64_t>length):
-                return fallocate_file(fd, self._known.device, how, offset, length)
+            return fallocate_file(fd, self._known.device, how, offset, length)
 
-        cdef int64_t result = alignment.shielded(fd, work)
+        mine = _hold(fd, self._known, offset, <uint64_t>offset + <uint64_t>length)
+        cdef int64_t result = alignment.shielded(fd, work, mine.let_go)
         if result < 0:
             raise failed(result, self.name)
 
@@ -399,6 +399,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
     """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to."""
     cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
     cdef unsigned int theirs = request.flags
+    cdef object turn = request.keep
     cdef Nowait nowait = known.device.writes if writing else known.device.reads
     cdef Way way
     cdef int64_t result
@@ -420,6 +421,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
                 return result
         request = _again(request)
         request.flags = theirs
+        request.keep = turn
         _pin(request, buffers)
         if way != ASK or result != -EOPNOTSUPP or theirs:
             break
@@ -589,7 +591,7 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
                 got = _read_misaligned(driver, known, request, steady)
             else:
                 got = _write_misaligned(known, request, steady)
-        elif not reading and alignment.is_held((known.device.number, known.inode)):
+        elif not reading and _is_held(known):
             driver.check_caller()
             got = _write_in_turn(known, request, memory)
         else:
@@ -659,19 +661,28 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     return got
 
 
-def _holding(Known known, start, end):
-    return alignment.holding((known.device.number, known.inode), start, end,
-                             lambda: _is_being_written(known, start, end))
+cdef inline bint _is_held(Known known) except -1:
+    """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
+    request that follows being in a list of its engine, where `_is_being_written` finds it."""
+    return bool(_held) and (known.device.number, known.inode) in _held
+
+
+cdef object _hold(int fd, Known known, start, end):
+    """Wait for the range. *fd* stays the same file meanwhile."""
+    return alignment.hold(fd, (known.device.number, known.inode), start, end,
+                          lambda: _is_being_written(known, start, end),
+                          lambda: _is_being_written(known, 0, alignment.EVERYTHING))
 
 
 cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
-    """Whether a write to this range of the file is under way, by anybody here."""
+    """Whether a write to this range of the file is under way that took no turn, in any thread here. It may be one
+    of a thread that has ended, and with that gave its range back."""
     cdef Request request
     cdef Known other
-    for driver in all_drivers():
-        for request in (<Driver>driver).engine.writes():
-            if type(request.file) is not Known:
-                continue
+    for engine in all_engines():
+        for request in (<Engine>engine).writes():
+            if type(request.file) is not Known or request.keep is not None and not request.keep.over:
+                continue                # or its range, which is ours or does not overlap
             other = request.file
             if other.inode != known.inode or other.device.number != known.device.number:
                 continue
@@ -687,32 +698,43 @@ def _write_misaligned(Known known, Request asked, buffers):
     cdef int flags = asked.flags
     cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
     cdef uint64_t start = offset - _misfit(known, offset)
-    span = aligned_buffer(_span(known, end - start))
 
-    def aligned(reading, memory, at):
-        request = new_request(PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
+    def aligned(bint reading, memory, at):
+        cdef Request request = new_request(
+            PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
         request.pin(memory)
+        request.keep = mine
         return _direct(current_driver(), request, known, memory)
 
     def work():
-        grows = known.kind & REGULAR and start + len(span) > <uint64_t>file_size(fd)
-        with _holding(known, start, alignment.EVERYTHING if grows else start + len(span)):
-            size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
+        span = aligned_buffer(_span(known, end - start))
+        size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
+        try:
             return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
                                    lambda memory, at: aligned(False, memory, at),
                                    lambda size: truncate_file(fd, known.device, size), span)
+        except BaseException:
+            mine.ranges.settled = False     # a write may still be in flight
+            raise
 
-    return alignment.shielded(fd, work)
+    grows = known.kind & REGULAR and start + _span(known, end - start) > <uint64_t>file_size(fd)
+    mine = _hold(fd, known, start, alignment.EVERYTHING if grows else start + _span(known, end - start))
+    return alignment.shielded(fd, work, mine.let_go)
 
 
 def _write_in_turn(Known known, Request request, memory):
-    """An aligned write, while somebody holds a part of the file."""
+    """An aligned write, while some greenlet holds a part of the file."""
     def work():
-        end = alignment.EVERYTHING if _extends(request, known) else request.offset + request.nbytes
-        with _holding(known, request.offset, end):
+        try:
             return _direct(current_driver(), request, known, memory)
+        except BaseException:
+            mine.ranges.settled = False     # the write may still be in flight
+            raise
 
-    return alignment.shielded(request.fd, work)
+    end = alignment.EVERYTHING if _extends(request, known) else request.offset + request.nbytes
+    mine = _hold(request.fd, known, request.offset, end)
+    request.keep = mine
+    return alignment.shielded(request.fd, work, mine.let_go)
 
 
 # Buffered ----------------------------------------------------------------------------------------

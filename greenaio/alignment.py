@@ -1,8 +1,28 @@
-"""Misaligned O_DIRECT writes: read, modify, write, with nobody else in the same sectors meanwhile.
+"""Misaligned O_DIRECT writes: read, modify, write, with no other write in the same sectors meanwhile.
 
-Two neighbours in one sector would lose each other's bytes: the one writes the whole sector as it was when
-it read it. So a write that shares a sector with others holds that range of the file, and as long as anybody
-does, the aligned writes to that file take their turn too. Between processes nothing is held.
+Two neighbours in one sector would lose each other's bytes:
+
+    one                     two                     the sector
+    reads it: aa aa
+                            reads it: aa aa
+    writes: 11 aa                                   11 aa
+                            writes: aa 22           aa 22: the bytes of one are lost
+
+So a misaligned write, and a fallocate, first holds a range of the file. While a range of a file is held or
+waited for, its aligned writes hold ranges too. Between processes nothing is held.
+
+The ranges of a file are in one list, in the order in which they were asked for. A range is granted once no
+earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it; when that one goes,
+granted or not, it looks for the next. So giving a range back costs a look at its followers, not at all that
+wait. Each range waits for earlier ones only, so no two wait for each other. The parties:
+
+- A greenlet waits for its range itself, and leaves nothing if it is killed then. Once it has the range, a
+  greenlet of its own does the work and gives the range back, even if the one that asked is killed.
+- Another thread that gives a range back wakes the waiter by the loop of the waiter's own hub. `_lock` guards
+  the lists. No greenlet switches while it is held.
+- A thread that ends, or whose hub is destroyed, gives its ranges back. Its writes in flight are waited for,
+  like those that were under way before any range was asked for: see `hold`.
+- A forked child drops the ranges of the threads that stayed with the parent. The parent keeps its own.
 """
 
 from __future__ import annotations
@@ -10,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import gevent
 from gevent import get_hub
@@ -18,69 +39,222 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio import _fallback
-from greenaio._ends import before_destroy, forget, thrown
+from greenaio._ends import before_destroy, thrown
 
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
+ANOTHER_LOOK = 60.0             # seconds: this timer keeps the loop running, for another thread to wake us
+SETTLING = 0.001                # seconds between looks at writes that took no turn, which are rare
 
 get_ident = get_original('_thread', 'get_ident')
-_held: dict[Inode, list[_Range]] = {}
+_make_lock = get_original('_thread', 'RLock')   # a finalizer of the same thread may come here, too
 
 
-def is_held(inode: Inode) -> bool:
-    """Whether some write holds a range of this file."""
-    return inode in _held
+class _Ranges:
+    """The ranges of one file, from the oldest to the newest."""
+
+    def __init__(self) -> None:
+        self.newest: _Range | None = None
+        self.count = 0
+        self.settled = False            # no write that took no turn is under way any more
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[_Range]:
+        one = self.newest
+        while one is not None:
+            yield one
+            one = one.older
+
+    def _check(self) -> None:
+        """Assert what must hold whenever the lock is free."""
+        ranges = list(self)[::-1]
+        assert len(ranges) == self.count
+        for i, one in enumerate(ranges):
+            earlier = [other for other in ranges[:i] if other.overlaps(one)]
+            assert one.granted == (not earlier)
+            assert one.blocker is (earlier[-1] if earlier else None)
+            assert not earlier or one in earlier[-1].followers
+
+
+_held: dict[Inode, _Ranges] = {}
+_lock = _make_lock()
 
 
 def refuse_if_held(inode: Inode, start: int = 0, end: int = EVERYTHING) -> None:
     """Raise BlockingSwitchOutError if a write holds any byte from *start* to *end*."""
-    if any(other.start < end and start < other.end for other in _held.get(inode, ())):
+    with _lock:
+        is_held = any(other.start < end and start < other.end for other in _held.get(inode, ()))
+    if is_held:
         raise BlockingSwitchOutError(
             'a parked greenlet is changing these sectors, and can\'t go on inside greenaio.uninterrupted()')
 
 
+class _Thread:
+    """The ranges of one native thread, and what else its greenlets would give back."""
+
+    def __init__(self) -> None:
+        self.ranges: set[_Range] = set()
+        self.stays: set[contextlib.ExitStack] = set()
+
+    def give_back(self) -> None:
+        for stays in list(self.stays):
+            stays.close()
+        for one in list(self.ranges):
+            one.ranges.settled = False  # a write of this range may be in flight
+            one.let_go()
+
+
+class _End:
+    """Lives in a thread-local, so that the end of the thread, which gevent does not report, comes here."""
+
+    def __init__(self, thread: _Thread) -> None:
+        self.thread = thread
+
+    def __del__(self) -> None:
+        self.thread.give_back()
+
+
+_local = get_original('_thread', '_local')()
+
+
+def _this_thread() -> _Thread:
+    mine: _Thread | None = getattr(_local, 'ranges', None)
+    if mine is None:
+        mine = _local.ranges = _Thread()
+        _local.end = _End(mine)         # gevent keeps the hub of an ended thread, and that our bound method
+    hub: Any = get_hub()
+    if '_greenaio_ranges' not in hub.__dict__:
+        hub._greenaio_ranges = True
+        before_destroy(hub, mine.give_back)
+    return mine
+
+
+def _staying(fd: int) -> contextlib.ExitStack:
+    """Keep *fd* the same file until this is closed: by its greenlet, or when the thread ends."""
+    stays, thread = contextlib.ExitStack(), _this_thread()
+    stays.enter_context(_fallback.using(fd))
+    thread.stays.add(stays)
+    stays.callback(thread.stays.discard, stays)
+    return stays
+
+
 class _Range:
-    """What somebody holds of *inode*: the bytes from *start* to *end*, until `let_go`."""
+    """The bytes from *start* to *end* of *inode*: held, or waited for, until `let_go`."""
 
     def __init__(self, inode: Inode, start: int, end: int) -> None:
         self.inode, self.start, self.end = inode, start, end
-        self.over = Event()
-        self.thread = get_ident()
-        _held.setdefault(inode, []).append(self)
+        self.thread, self.ident = _this_thread(), get_ident()
+        self.hub: Any = get_hub()
+        self.event: Event | None = None     # for a greenlet that waits
+        self.over = False
+        self.followers: dict[_Range, None] = {}
+        with _lock:
+            self.ranges = _held.setdefault(inode, _Ranges())
+            self.older: _Range | None = self.ranges.newest
+            self.newer: _Range | None = None
+            if self.older is not None:
+                self.older.newer = self
+            self.ranges.newest = self
+            self.ranges.count += 1
+            self.thread.ranges.add(self)
+            self._hang()
+
+    @property
+    def granted(self) -> bool:
+        return self.blocker is None
+
+    def overlaps(self, other: _Range) -> bool:
+        return self.start < other.end and other.start < self.end
+
+    def _hang(self) -> None:
+        """Hang on the newest earlier range that overlaps; granted if there is none. With the lock."""
+        other = self.older
+        while other is not None and not (other.start < self.end and self.start < other.end):
+            other = other.older
+        self.blocker: _Range | None = other
+        if other is not None:
+            other.followers[self] = None
+
+    def wait(self) -> None:
+        """Wait until it is granted."""
+        self.event = Event()
+        while not self.granted:         # now another thread's grant is seen here, or sets the event
+            self.event.wait(ANOTHER_LOOK)
 
     def let_go(self) -> None:
-        """Once is enough: also by others, where the greenlet that holds it can never go on."""
-        if self.over.is_set():
-            return
-        self.over.set()
-        _held[self.inode].remove(self)
-        if not _held[self.inode]:
+        """Give it back, granted or not; twice is fine. From any thread."""
+        with _lock:
+            if self.over:
+                return
+            self.over = True
+            self.thread.ranges.discard(self)
+            self._unlink()
+            if self.blocker is not None:
+                del self.blocker.followers[self]
+            followers, self.followers = self.followers, {}
+            for one in followers:
+                one._hang()
+        for one in followers:
+            if one.granted:
+                one._wake()
+
+    def _unlink(self) -> None:
+        if self.newer is not None:
+            self.newer.older = self.older
+        else:
+            self.ranges.newest = self.older
+        if self.older is not None:
+            self.older.newer = self.newer
+        self.ranges.count -= 1
+        if self.ranges.newest is None:
             del _held[self.inode]
 
+    def _wake(self) -> None:
+        if self.event is None:
+            return                      # it has not begun to wait, and will look first
+        if self.ident == get_ident():
+            self.event.set()
+            return
+        loop = self.hub.loop            # None if its thread has ended
+        if loop is not None:
+            with contextlib.suppress(ValueError):       # the loop is destroyed
+                loop.run_callback_threadsafe(self.event.set)
 
-@contextlib.contextmanager
-def holding(inode: Inode, start: int, end: int, is_being_written: Callable[[], bool]) -> Iterator[None]:
-    """Hold the bytes from *start* to *end*: waits for those who asked before and overlap, and for writes that
-    took no turn, for nobody held anything when they began."""
-    before = [other for other in _held.get(inode, ()) if other.start < end and start < other.end]
+
+def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable[[], bool],
+         is_unsettled: Callable[[], bool]) -> _Range:
+    """Return the range from *start* to *end* of the file *fd*, held: after all earlier ones that overlap it,
+    and after the writes there that took no turn, because no range was held when they began.
+
+    *is_being_written* tells whether there are such writes in the range, *is_unsettled* whether there are any.
+    """
+    stays = _staying(fd)
     mine = _Range(inode, start, end)
-    hub = get_hub()
-    before_destroy(hub, mine.let_go)
     try:
-        for other in before:
-            other.over.wait()
-        while is_being_written():       # too rare for anything better than a look every millisecond
-            gevent.sleep(0.001)
-        yield
-    finally:
-        forget(hub, mine.let_go)
+        if not mine.granted:
+            mine.wait()
+        while not mine.ranges.settled and is_being_written():
+            gevent.sleep(SETTLING)
+        if not mine.ranges.settled and not is_unsettled():
+            mine.ranges.settled = True
+    except BaseException as error:
         mine.let_go()
+        thrown(error)
+        raise
+    finally:
+        stays.close()
+    return mine
 
 
 def _after_fork_in_child() -> None:
-    for mine in [mine for ranges in _held.values() for mine in ranges]:
-        if mine.thread != get_ident():          # it stayed with the parent
-            mine.let_go()
+    global _lock
+    _lock = _make_lock()
+    for ranges in list(_held.values()):
+        for mine in list(ranges):
+            if mine.ident != get_ident():       # it stayed with the parent
+                mine.let_go()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -88,14 +262,20 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 class Shielded:
     """``work()``, in a greenlet of its own. If a greenlet that waits for it is killed, the work is finished
-    all the same. *fd* stays the same file until then, even if it is closed."""
+    all the same. *fd* stays the same file until then, even if it is closed. At the end *let_go* is called."""
 
-    def __init__(self, fd: int, work: Callable[[], int]) -> None:
-        self._stays = contextlib.ExitStack()
-        self._stays.enter_context(_fallback.using(fd))
+    def __init__(self, fd: int, work: Callable[[], int], let_go: Callable[[], object] | None = None) -> None:
         self._work = work
         self._result = -1
         self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
+        try:
+            self._stays = _staying(fd)
+        except BaseException:
+            if let_go is not None:
+                let_go()
+            raise
+        if let_go is not None:
+            self._stays.callback(let_go)
         self._greenlet = gevent.spawn(self._capture)
         self._greenlet.rawlink(lambda _: self._stays.close())
 
@@ -121,9 +301,9 @@ class Shielded:
             self._error = None          # its traceback has us
 
 
-def shielded(fd: int, work: Callable[[], int]) -> int:
+def shielded(fd: int, work: Callable[[], int], let_go: Callable[[], object] | None = None) -> int:
     """Return ``work()``, which is finished even if this greenlet is killed: no sector is left half done."""
-    return Shielded(fd, work).get()
+    return Shielded(fd, work, let_go).get()
 
 
 def write(data: bytes, offset: int, align: int, size: int,

@@ -3,13 +3,14 @@
 import errno
 import os
 import random
+import threading
 
 import gevent
 import pytest
 from conftest import MIB, pattern, run_python
 
 import greenaio.os
-from greenaio import File, _hub, aligned_buffer, alignment
+from greenaio import File, _fallback, _hub, aligned_buffer, alignment
 
 
 @pytest.fixture
@@ -349,3 +350,177 @@ def test_what_goes_again_by_a_thread_does_so_on_its_own_file(folder, busy, writi
             assert one.read(4096) == b'W' * 4096
         else:
             assert asked.value == b'm' * 4096
+
+
+# The ranges --------------------------------------------------------------------------------------
+
+def never():
+    return False
+
+
+def hold(file, start, end):
+    st = os.stat(file.name)
+    return alignment.hold(file.fileno(), (st.st_dev, st.st_ino), start, end, never, never)
+
+
+def test_ranges_asked_for_and_given_back_at_random_keep_their_order():
+    """Beside a list that looks at all pairs; some are given back before they are granted, as by a kill."""
+    choose = random.Random(20261130)
+    for _ in range(30):
+        ranges = []
+        for _ in range(120):
+            if ranges and choose.random() < 0.5:
+                one = ranges.pop(choose.randrange(len(ranges)))
+                one.let_go()
+                one.let_go()            # twice is fine
+            else:
+                start = choose.randrange(100)
+                end = choose.choice([start + 1, start + 10, alignment.EVERYTHING])
+                ranges.append(alignment._Range((0, 0), start, end))
+            if ranges:
+                alignment._held[0, 0]._check()
+                assert list(alignment._held[0, 0]) == ranges[::-1]
+        for one in ranges:
+            one.let_go()
+        assert not alignment._held
+
+
+def test_cost_of_a_range_does_not_grow_with_those_that_wait():
+    compared = 0
+
+    class Counting(int):
+        def __lt__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) < other
+
+    count = 10_000
+    ranges = [alignment._Range((0, 0), Counting(0), 512) for _ in range(count)]
+    for one in ranges[::2]:
+        one.let_go()                    # granted, or killed before
+    for one in ranges[1::2]:
+        assert one.granted
+        one.let_go()
+    assert compared <= 10 * count
+    assert not alignment._held
+
+
+def test_killed_writers_that_had_not_begun_leave_nothing(file):
+    mine = hold(file, 0, 512)
+    before = len(_fallback._uses)
+    try:
+        writers = [gevent.spawn(file.pwrite, b'odd', i % 100) for i in range(1000)]
+        gevent.sleep(0)
+        assert len(mine.ranges) == 1001
+        assert _hub.get_driver().waiting == 0
+        for writer in writers[::2] + writers[1::2]:
+            writer.kill()
+        assert list(mine.ranges) == [mine]
+        assert not mine.followers
+        assert len(_fallback._uses) == before
+        other = gevent.spawn(file.pwrite, b'elsewhere', 4096 + 7)       # overlaps nothing
+        assert other.get(timeout=10) == 9
+    finally:
+        mine.let_go()
+    assert contents(file)[:4096] == pattern(65536)[:4096]
+
+
+def test_misaligned_writes_of_threads_all_succeed(folder):
+    """
+        thread one              thread two
+        holds the sector
+                                waits in its own hub, where nothing else is to do
+        gives it back, and wakes
+        that hub's loop
+    """
+    path = os.path.join(folder, 'threads')
+    with open(path, 'wb') as made:
+        made.write(bytes(MIB))
+        os.fsync(made.fileno())
+    run_python('''
+        import os, sys, threading, gevent
+        from greenaio import File, aligned_buffer, alignment
+        file = File(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+        done, count = [], 60
+
+        def work(i, with_hub):
+            if with_hub:
+                gevent.get_hub()
+            for turn in range(count):
+                assert file.pwrite(bytes([65 + i, 97 + turn % 26]) * 20, i * 40) == 40
+                if turn % 10 == 5:
+                    assert file.pwrite(aligned_buffer(4096), 4096) == 4096
+                done.append(i)
+
+        threads = [threading.Thread(target=work, args=(i, i % 2)) for i in range(1, 4)]
+        for thread in threads:
+            thread.start()
+        work(0, True)
+        for thread in threads:
+            thread.join(30)
+        assert len(done) == 4 * count, len(done)
+        assert not alignment._held
+        assert file.pwrite(b'after', 5) == 5
+        data = open(sys.argv[1], 'rb').read(160)
+        for i in range(1, 4):
+            assert data[i * 40:i * 40 + 40] == bytes([65 + i, 97 + (count - 1) % 26]) * 20, data
+    ''', path)
+
+
+def end_thread(work):
+    """Do *work* in a thread that ends without destroying its hub, and close the fds of that hub."""
+    hubs = []
+
+    def begin():
+        hubs.append(gevent.get_hub())
+        work()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    hubs[0].loop.destroy()
+
+
+def test_thread_that_ends_gives_its_range_back_when_the_disk_is_done(held_disk):
+    """
+        thread                  the disk                main
+        misaligned write: reads
+                                reads, held
+        ends
+                                                        writes there: must wait
+                                done
+                                                        reads the sector, writes it
+    """
+    with File(held_disk.file, os.O_RDWR | os.O_DIRECT) as file:
+        file.pwrite(b'warm', 0)
+        held_disk.hold()
+
+        def work():
+            gevent.spawn(file.pwrite, b'thread', 100)
+            gevent.spawn(file.pwrite, b'queued', 200)
+            gevent.sleep(0.01)
+
+        end_thread(work)
+        assert not alignment._held
+        writer = gevent.spawn(file.pwrite, b'main', 300)
+        gevent.sleep(0.05)
+        assert not writer.ready()
+        held_disk.release()
+        assert writer.get(timeout=10) == 4
+        data = contents(file)[:512]
+    assert data[300:304] == b'main'
+    assert data[100:106] in (b'thread', pattern(512)[100:106])
+    assert data[:100] == b'warm' + pattern(512)[4:100]
+
+
+def test_threads_end_amidst_their_misaligned_writes_and_nobody_hangs(file):
+    for i in range(20):
+        def work(i=i):
+            gevent.spawn(file.pwrite, b'abc', 5)
+            for _ in range(1 + i % 4):
+                gevent.sleep(0)
+
+        end_thread(work)
+        with gevent.Timeout(10):
+            assert file.pwrite(b'abc', 5) == 3
+    assert contents(file)[:8] == pattern(8)[:5] + b'abc'
