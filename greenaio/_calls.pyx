@@ -8,37 +8,54 @@ write. In line go only those on files that have no disk.
 import os
 import posix            # for what may be patched in os
 import sys
+from io import FileIO
 
 from gevent._hub_local import get_hub_if_exists
 from greenlet import getcurrent
 
 cimport cython
 from cpython.number cimport PyIndex_Check
+from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EBADF
 from libc.stdint cimport int64_t, uint64_t
 from posix.fcntl cimport open as open_fd
 from posix.unistd cimport close as close_fd
 
+from gevent import sleep
+
 from greenaio import _fallback
 from greenaio._hub import all_drivers, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
-from greenaio._engine cimport NEW, Request
+from greenaio._engine cimport NEW, Request, meetings, meetings_under_way
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, STORED, WRITABLE, Device, Known, c_int, device_of_path, failed, file_size, in_line, know, open_at_hand,
-    path_at_hand,
+    ANSWER, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
+    open_at_hand, open_there, path_at_hand, stat_there,
 )
-from greenaio._threads cimport POSIX_FALLOCATE, Pool, new_call
+from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, new_call, new_chain
 
 cdef extern from *:
     """
     #include <fcntl.h>
+    #include <poll.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+
+    /* The beginning of io.FileIO's object, in CPython since 3.0. */
+    struct raw_file { PyObject_HEAD int fd; };
+
+    /* Whether something is at the other end of a FIFO, or has left something to read. */
+    static inline int is_met(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        return poll(&one, 1, 0) < 1 || one.revents & POLLIN || !(one.revents & (POLLHUP | POLLERR));
+    }
     """
-    const long SYS_openat
+    bint is_met(int fd)
+    struct raw_file:
+        int fd
     const long SYS_close
     const long SYS_ftruncate
     const long SYS_fallocate
@@ -55,6 +72,8 @@ cdef extern from *:
     const int O_CLOEXEC
     const int O_NOFOLLOW
     const int O_PATH
+    const int O_CREAT
+    const int O_EXCL
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -72,6 +91,13 @@ cdef extern from *:
         timespec st_atim
         timespec st_mtim
         timespec st_ctim
+
+
+cdef enum:
+    LONELY = -5002              # as GO_ON: the FIFO is open, but nothing is at its other end; open it again
+
+LEASE_MIN = 0.001               # seconds between two attempts to open a file that has a lease; more each time, up to ...
+LEASE_MAX = 0.25                # ... this, so that 1,000 such greenlets are no load
 
 
 cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0,
@@ -132,8 +158,8 @@ cdef class _Place:
 cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
     cdef bytes encoded = _encoded(path)
     cdef Driver driver = current_driver()
-    cdef Request request
     cdef _Place place
+    cdef Walk walk
     cdef int64_t fd
     sys.audit('open', path, None, flags)
     driver.check_caller()
@@ -146,12 +172,67 @@ cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
             raise
         return fd
     place = _Place(encoded, dir_fd)
-    request = new_call(-1, place, SYS_openat, place.dir_fd, <long><char *>place.path, flags | O_CLOEXEC, mode)
-    request.other_fd = dir_fd           # its number must not come to mean another directory
-    request.gives_fd = True
-    fd = driver.perform_by_thread(request, device_of_path(encoded, dir_fd).pool())
+    fd = LONELY
+    while fd == LONELY:
+        walk = Walk(place.path, place.dir_fd, not flags & O_NOFOLLOW and flags & (O_CREAT | O_EXCL) != O_CREAT | O_EXCL)
+        walk.keep = place
+        walk.way.opens, walk.way.flags, walk.way.permissions = True, flags, mode
+        fd = _walk(driver, walk, dir_fd, 'open', open_there)
+        if fd == LEASED:
+            fd = _wait_for_lease(driver, walk, dir_fd)
     if fd < 0:
         raise failed(fd, path)
+    return fd
+
+
+cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) except? -4096:
+    """What *call* says at the end of *walk*, each part of which waits with the threads of its own device."""
+    cdef Request request
+    cdef Pool pool
+    cdef int64_t result = GO_ON
+    cdef bint is_fifo
+    cdef int met
+    while result == GO_ON:
+        pool = walk.go_on()
+        request = new_chain(-1, walk, name, call, walk.way)
+        request.other_fd = dir_fd       # its number must not come to mean another directory
+        request.gives_fd = walk.way.opens
+        request.fifo = walk.arrive()
+        is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
+        result = driver.perform_by_thread(request, pool)
+        if is_fifo and result >= 0 and meetings() != met and not _has_peer(<int>result):
+            result = LONELY
+    return result
+
+
+cdef bint _has_peer(int fd) except -1:
+    """Whether the other end of the FIFO *fd* is open; if not, close *fd*. For an open that may have met only
+    `Request.meet`, because another greenlet that waited for the same FIFO was killed meanwhile."""
+    cdef bint has = False
+    cdef double delay = LEASE_MIN
+    try:
+        while meetings_under_way() and delay < LEASE_MAX:       # they end when their threads have returned
+            sleep(delay)
+            delay *= 1.5
+        has = is_met(fd)
+    finally:
+        if not has:
+            close_fd(fd)
+    return has
+
+
+cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096:
+    """Open the file again and again until the process that has a lease on it has given it up, or the kernel has
+    taken it away, after ``/proc/sys/fs/lease-break-time`` at most.
+
+    The first attempt has told that process. Nothing tells us when it has answered, unless a thread waits in
+    open(2), where it can't be called back: a greenlet that is killed would leave it there for 45 seconds."""
+    cdef int64_t fd = LEASED
+    cdef double delay = LEASE_MIN
+    while fd == LEASED:
+        sleep(delay)
+        delay = min(delay * 1.5, LEASE_MAX)
+        fd = _walk(driver, walk, dir_fd, 'open', open_there)
     return fd
 
 
@@ -180,10 +261,21 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
             close_fd(fd)
         current_driver().end_in_line()
         return found
-    cdef Device device = device_of_path(encoded, where)
-    if device.in_memory:
-        return posix.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
-    return _stat(-1, _Place(encoded, where), flags, device, path, where)
+    cdef _Place place = _Place(encoded, where)
+    cdef Walk walk = Walk(place.path, place.dir_fd, follow_symlinks)
+    cdef AlignedBuffer memory
+    walk.go_on()
+    if walk.is_in_memory():
+        if walk.way.error:
+            raise failed(walk.way.error, path)
+        return posix.fstat(walk.way.end)
+    memory = scratch(sizeof(c_stat))
+    walk.way.flags, walk.way.answer = flags, memory.address
+    walk.keep = place, memory
+    cdef int64_t result = _walk(current_driver(), walk, where, 'stat', stat_there)
+    if result < 0:
+        raise failed(result, path)
+    return _stat_result(<c_stat *>memory.address)
 
 
 def fstat(fd):
@@ -191,16 +283,15 @@ def fstat(fd):
     cdef Known known = _open_file(number)
     if in_line(known, 0) or known.device.is_local:
         return posix.fstat(number)
-    return _stat(number, _Place(b'', number), AT_EMPTY_PATH, known.device, None)
-
-
-cdef object _stat(int fd, _Place place, int flags, Device device, name, int dir_fd=-1):
     cdef AlignedBuffer memory = scratch(sizeof(c_stat))
-    cdef c_stat *st = <c_stat *>memory.address
-    cdef int64_t result = _call(fd, device, (place, memory), SYS_newfstatat, place.dir_fd,
-                                <long><char *>place.path, <long>st, flags, 0, dir_fd)
+    cdef int64_t result = _call(number, known.device, memory, SYS_newfstatat, number, <long><char *>b'',
+                                <long>memory.address, AT_EMPTY_PATH)
     if result < 0:
-        raise failed(result, name)
+        raise failed(result, None)
+    return _stat_result(<c_stat *>memory.address)
+
+
+cdef object _stat_result(c_stat *st):
     atime, mtime, ctime = _ns(st.st_atim), _ns(st.st_mtim), _ns(st.st_ctim)
     return os.stat_result(
         (st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid, st.st_size,
@@ -225,6 +316,21 @@ def facts(fd):
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
     return known.mode, file_size(number), known.kind & ANSWER != 0
+
+
+def give_number(object raw, int fd):
+    """Make the `io.FileIO` *raw* one of *fd*, in place of the number that it was initialized with, which stays open.
+    Return whether it was done: where the objects of `io` are others than we know, it is not."""
+    cdef raw_file *memory = <raw_file *><PyObject *>raw
+    if not isinstance(raw, FileIO) or memory.fd != FileIO.fileno(raw):
+        return False
+    memory.fd = fd
+    if hasattr(raw, '_blksize'):        # what the buffers above it are to have
+        try:
+            raw._blksize = block_size(fd)
+        except AttributeError:          # Python 3.14 does not let us
+            pass
+    return True
 
 
 def lseek(int fd, int64_t offset, int whence):

@@ -61,6 +61,9 @@ cdef class Request:
     cdef void *_job                     # what a thread works on; lives as long as we do
     cdef int other_fd                   # a second one that it needs, or -1
     cdef bint gives_fd                  # its result is an fd, which must not be lost
+    cdef str name                       # what its call is called in `os`, if its number does not tell
+    cdef int fifo                       # O_PATH, closed with it: the FIFO for whose other end it may wait; or -1
+    cdef int peer                       # both ends of that, closed with it; or -1
     cdef bint must_run                  # even if its greenlet is gone before a thread had begun
     cdef bint stays                     # its greenlet may be killed and another come for the result: never abandoned
     cdef readonly bint abandoned        # its greenlet is gone
@@ -74,6 +77,7 @@ cdef class Request:
     cdef void advance(self, uint64_t nbytes) noexcept
     cdef void *address(self) noexcept
     cdef _unpin(self)
+    cdef void meet(self) noexcept
     cdef bint goes_again(self) noexcept
     cdef release(self)
 
@@ -146,4 +150,6 @@ cdef class Engine(Tally):
     cdef void _stalled(self, uint64_t took, int n, bint waited) noexcept
     cpdef Request take_culprit(self)
 
+cdef int meetings() noexcept
+cdef int meetings_under_way() noexcept
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

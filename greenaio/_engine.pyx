@@ -52,7 +52,33 @@ cdef enum:
 
 
 cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <stdio.h>
+
+    /* Both ends of the FIFO that an O_PATH fd is of. */
+    static int open_both_ends(int fd)
+    {
+        char link[32];
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        return open(link, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    }
+    """
+    int open_both_ends(int fd)
     int __builtin_clzll(unsigned long long)
+
+cdef int _meetings = 0                  # FIFOs of which both ends were opened by `Request.meet` ...
+cdef int _under_way = 0                 # ... and of those, the ones that still are
+
+
+cdef int meetings() noexcept:
+    """How often `Request.meet` has opened a FIFO."""
+    return _meetings
+
+
+cdef int meetings_under_way() noexcept:
+    """How many of those are open still."""
+    return _under_way
 
 
 cdef inline int bucket_of(uint64_t ns) noexcept:
@@ -88,7 +114,7 @@ cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags,
     request.offset = offset
     request.flags = flags
     request.max_batch = max_batch
-    request.other_fd = -1
+    request.other_fd = request.fifo = request.peer = -1
     return request
 
 
@@ -120,7 +146,7 @@ cdef class Request:
         self.offset = offset
         self.flags = flags
         self.max_batch = max_batch
-        self.other_fd = -1
+        self.other_fd = self.fifo = self.peer = -1
         if opcode in (PREADV, PWRITEV):
             self.pin_all(buffers)
         elif opcode in (PREAD, PWRITE):
@@ -194,16 +220,40 @@ cdef class Request:
     cdef release(self):
         """Let go of the buffers and all else. May run any code: take the request out of its list
         first."""
+        global _under_way
         if self._count:
             self._unpin()
         self.waiter = None
         if self.abandoned and self.gives_fd and self._result >= 0:
             self.gives_fd = False
             close(<int>self._result)    # nobody is there to take it
+        if self.fifo >= 0:
+            close(self.fifo)
+        if self.peer >= 0:
+            close(self.peer)
+            _under_way -= 1
+        self.fifo = self.peer = -1
         self.keep = None
         self.file = None
         if not self.goes_again():   # else the fd must stay what it was
             self.closer = None
+
+    cdef void meet(self) noexcept:
+        """Have the open of a FIFO, in which a thread waits for the other end, return.
+
+        Opening both ends gives every open that waits there its peer, and also one that is about to begin: other
+        greenlets look at `meetings`, other processes find that their peer is gone again. The ends stay open until
+        `release`, after the thread's open has returned: if they were closed before, a writer would get SIGPIPE.
+        Where this process may not open both ends, the thread goes on waiting, and a peer will end it.
+        """
+        global _meetings, _under_way
+        if self.fifo >= 0 and self.peer < 0:
+            self.peer = open_both_ends(self.fifo)
+            if self.peer >= 0:
+                close(self.fifo)        # fds may be few: where 1,000 are killed, no more than before
+                self.fifo = -1
+                _meetings += 1
+                _under_way += 1
 
     cdef bint goes_again(self) noexcept:
         """Whether the result is not its own: a thread is asked yet."""

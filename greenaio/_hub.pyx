@@ -434,6 +434,7 @@ cdef class Driver:
         else:                           # the engine keeps it, and _drain lets go of it at its event
             request.abandoned = True
             engine.abandoned += 1
+            request.meet()
 
     cdef bint _run_is_over(self, int limit=RUN_MAX, uint64_t now=0) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
@@ -760,6 +761,8 @@ cdef class Driver:
             request.abandoned = True
             if not request.must_run and withdraw(request):
                 self.engine._finish(request, -<int64_t>ECANCELED)
+            else:
+                request.meet()
         return 0
 
     def _end(self):

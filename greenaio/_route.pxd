@@ -22,14 +22,58 @@ cdef class Device:
     cdef readonly bint in_memory
     cdef readonly bint answers          # its files have no bytes: the kernel makes up what is read
     cdef readonly bint is_local         # nobody is told of what is read or closed
+    cdef readonly bint is_guess         # its file system is not known yet
     cdef readonly int limit
     cdef readonly Nowait reads
     cdef readonly Nowait writes
 
+    cdef int has(self, str file_system) except -1
     cdef Pool pool(self)
     cdef Way way(self, Nowait direction) noexcept
 
-cdef Device device_of(uint64_t number)
+cdef Device device_of(uint64_t number, uint64_t mount=*)
+
+cdef enum:              # what `open_there` and `stat_there` say besides an errno; no errno is as large
+    GO_ON = -5000       # the next step is for other threads: `Walk.go_on` tells which
+    LEASED = -5001      # a process has a lease on the file, and was asked to give it up
+
+cdef struct way:
+    int folder          # O_PATH: the directory where the walk is; or AT_FDCWD
+    int link            # O_PATH: the link in it that comes next; or -1
+    int end             # O_PATH: where the path leads; or -1
+    uint64_t device     # what the next step may have to wait for ...
+    uint64_t mount      # ... and the unique number of its mount, or 0
+    unsigned int mode   # st_mode of the end; 0 where there is none
+    int error           # minus the errno with which the walk ended; or 0
+    int links           # followed
+    bint follows        # the last link, too
+    bint jumps          # links lead to files, not to the paths that they name
+    bint is_over
+    char *room          # memory of ours, in which ...
+    char *ahead         # ... the names are that are still to be walked ...
+    char *name          # ... and the last one before them
+    int dir_fd          # the call: what it gets ...
+    const char *path
+    int flags
+    int permissions
+    void *answer        # ... and for stat, where its answer goes
+    bint opens
+    bint is_local       # no server is asked
+    bint is_alone       # the thread is no disk's
+
+cdef class Walk:
+    cdef bytes path
+    cdef object keep                # what else `way` points into
+    cdef way *way
+
+    cdef int _begin(self) except -1
+    cdef Pool go_on(self)
+    cdef Pool _pool(self, Device device)
+    cdef bint is_in_memory(self) except -1
+    cdef int arrive(self) noexcept
+
+cdef long open_there(void *arg) noexcept nogil
+cdef long stat_there(void *arg) noexcept nogil
 
 cdef enum:
     IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long
@@ -59,7 +103,8 @@ cdef class Known:
 cdef Known know(int fd, name)
 cdef bint in_line(Known known, uint64_t nbytes) except -1
 cdef int64_t file_size(int fd) noexcept
-cdef Device device_of_path(bytes path, int dir_fd)
+cdef unsigned int block_size(int fd) noexcept
+cdef bint is_certain(int error) noexcept
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef extern from *:

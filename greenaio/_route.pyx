@@ -2,11 +2,10 @@
 """What is known of devices and file systems, and which way an operation on them goes without waiting.
 
 The kernel is asked in ways that never wait themselves: ``statfs`` would, on a frozen FUSE file system, but
-the list of mounts and sysfs do not. What only use can tell, whether RWF_NOWAIT helps, is learned from
+``statmount``, the list of mounts and sysfs do not. What only use can tell, whether RWF_NOWAIT helps, is learned from
 the answers, and forgotten again.
 """
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -20,19 +19,25 @@ from gevent import spawn
 
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
-from posix.stat cimport S_ISBLK, S_ISCHR, S_ISREG
+from libc.errno cimport EACCES, EAGAIN, ELOOP, ENAMETOOLONG, ENOENT, ENOMEM, ENOTDIR, errno as c_errno
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, strlen
+from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
 from greenaio._context cimport monotonic_ns
-from greenaio._threads cimport Pool, pool_of
+from greenaio._threads cimport Pool, lone_threads, pool_of, start_worker
 
 cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
+    #include <limits.h>
     #include <stdint.h>
     #include <stdio.h>
+    #include <stdlib.h>
+    #include <string.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/sysmacros.h>
@@ -40,7 +45,7 @@ cdef extern from *:
 
     /* What the kernel has in memory of a file: DONT_SYNC, for a frozen FUSE or network file system would
        have to be asked else. */
-    struct facts { uint64_t device, inode, size; unsigned mode, links, align, align_memory; };
+    struct facts { uint64_t device, inode, size, mount; unsigned mode, links, align, align_memory, block; };
 
     static inline int facts_of(int dir, const char *path, struct facts *f)
     {
@@ -49,12 +54,15 @@ cdef extern from *:
                  unsigned rdev_major, rdev_minor, dev_major, dev_minor; uint64_t mnt_id;
                  unsigned dio_mem_align, dio_offset_align; uint64_t more[16]; } st = { 0 };
         if (syscall(SYS_statx, dir, path, 0x1000 /* AT_EMPTY_PATH */ | 0x4000 /* AT_STATX_DONT_SYNC */,
-                    0x7ffu | 0x2000u /* STATX_BASIC_STATS, STATX_DIOALIGN: Linux 6.1 */, &st) < 0)
+                    0x7ffu | 0x2000u /* STATX_BASIC_STATS, STATX_DIOALIGN: Linux 6.1 */
+                    | 0x4000u /* STATX_MNT_ID_UNIQUE: Linux 6.8 */, &st) < 0)
             return -errno;
+        f->mount = st.mask & 0x4000u && !S_ISBLK(st.mode) ? st.mnt_id : 0;
         f->mode = st.mode;
         f->links = st.nlink;
         f->inode = st.ino;
         f->size = st.size;
+        f->block = st.blksize;
         f->device = S_ISBLK(st.mode) ? makedev(st.rdev_major, st.rdev_minor)
                                      : makedev(st.dev_major, st.dev_minor);
         f->align = st.mask & 0x2000u ? st.dio_offset_align : 0;
@@ -62,13 +70,41 @@ cdef extern from *:
         return 0;
     }
 
+    static int has_cached_path = 1;     /* 0: openat2 is denied, or too old (before Linux 5.12) */
+
     /* What a path leads to, as far as that is cached: an fd for it, or minus the errno, which is EAGAIN for
        what is not cached. Without a wait. */
     static inline int cached_path(int dir, const char *path, int flags)
     {
         struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC | flags, 0, 0x20 /* RESOLVE_CACHED */ };
-        long fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
-        return fd < 0 ? -errno : (int)fd;
+        long fd;
+        if (!has_cached_path)
+            return -EAGAIN;
+        fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
+        if (fd >= 0)
+            return (int)fd;
+        if (errno == EPERM || errno == ENOSYS || errno == EINVAL) {     /* O_PATH itself is never answered so */
+            has_cached_path = 0;
+            return -EAGAIN;
+        }
+        return -errno;
+    }
+
+    static inline int path_fd(int dir, const char *path, int flags)
+    {
+        int fd = openat(dir, path, O_PATH | O_CLOEXEC | flags);
+        return fd < 0 ? -errno : fd;
+    }
+
+    /* openat for a regular file, which fails with EAGAIN instead of waiting for a process that has a lease. */
+    static inline int open_leased(int dir, const char *path, int flags, int mode)
+    {
+        int fd = openat(dir, path, flags | O_CLOEXEC | O_NONBLOCK, mode);
+        if (fd < 0)
+            return -errno;
+        if (!(flags & O_NONBLOCK))
+            fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
+        return fd;
     }
 
     /* The file that an O_PATH fd is of, opened: this one, whatever its path leads to by now. */
@@ -76,24 +112,111 @@ cdef extern from *:
     {
         char link[32];
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-        fd = openat(AT_FDCWD, link, flags | O_CLOEXEC | O_NONBLOCK);    /* or it waits for who has a lease */
-        if (fd < 0)
-            return -errno;
-        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-        return fd;
+        return open_leased(AT_FDCWD, link, flags, 0);
     }
 
-    /* The device that it is on, or 0. */
-    static inline uint64_t path_device(int dir, const char *path)
+    #define KIND_MAX 64                 /* bytes of a file system's name, and of its server's: "fuse.sshfs" */
+
+    /* The kind of file system that the mount of that unique number has: statmount(2). Whether it is known, and on
+       *device*: else that is none of the mount's own, as of a file below an overlay. */
+    static int kind_of_mount(uint64_t mount, uint64_t device, char *kind)
     {
-        struct facts f = { 0 };
-        int fd = cached_path(dir, path, 0);
-        int error;
-        if (fd < 0)
+        struct { unsigned size, spare; uint64_t mount, wanted; } request = { 24, 0, mount,
+            0x1 | 0x20 | 0x100 /* STATMOUNT_SB_BASIC, STATMOUNT_FS_TYPE, STATMOUNT_FS_SUBTYPE */ };
+        struct { unsigned size, options; uint64_t mask; unsigned major, minor; uint64_t magic; unsigned flags, type;
+                 uint64_t more[10]; unsigned subtype, source; uint64_t rest[48]; char text[512]; } answer = { 0 };
+        if (syscall(457 /* statmount */, &request, &answer, sizeof answer, 0) < 0 || !(answer.mask & 0x20))
             return 0;
-        error = facts_of(fd, "", &f);
-        close(fd);
-        return error ? 0 : f.device;
+        snprintf(kind, KIND_MAX, answer.mask & 0x100 ? "%s.%s" : "%s", answer.text + answer.type,
+                 answer.text + answer.subtype);
+        return 1;
+    }
+
+    /* /proc/self/mountinfo, without the paths. */
+    struct mount_table { long count; struct { uint64_t device; char kind[KIND_MAX]; } mounts[]; };
+
+    static struct mount_table *mount_table;     /* the hub's */
+    static struct mount_table *read_table;      /* from the thread that has read it to the hub, which takes it */
+    static int reads_mounts;                    /* a thread is at it */
+
+    static struct mount_table *parse_mounts(char *text)
+    {
+        long lines = 1;
+        char *line, *next;
+        struct mount_table *table;
+        for (line = text; *line; line++)
+            lines += *line == '\\n';
+        table = malloc(sizeof *table + lines * sizeof table->mounts[0]);
+        if (table == NULL)
+            return NULL;
+        table->count = 0;
+        for (line = text; (next = strchr(line, '\\n')) != NULL; line = next + 1) {
+            unsigned number[2];
+            char *kind;
+            *next = 0;
+            kind = strstr(line, " - ");
+            if (kind == NULL || sscanf(line, "%*s %*s %u:%u", &number[0], &number[1]) != 2)
+                continue;
+            table->mounts[table->count].device = makedev(number[0], number[1]);
+            sscanf(kind, " - %63s", table->mounts[table->count].kind);
+            table->count++;
+        }
+        return table;
+    }
+
+    /* Runs in a thread. */
+    static void *read_mount_table(void *unused)
+    {
+        size_t n = 0, room = 65536;
+        char *text = malloc(room);
+        int fd = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC);
+        long got = 0;
+        while (fd >= 0 && text != NULL && (got = read(fd, text + n, room - n - 1)) > 0) {
+            n += got;
+            if (room - n < room / 4) {
+                char *more = realloc(text, room *= 2);
+                if (more == NULL)
+                    break;
+                text = more;
+            }
+        }
+        if (fd >= 0)
+            close(fd);
+        if (fd >= 0 && text != NULL && got == 0) {
+            text[n] = 0;
+            free(__atomic_exchange_n(&read_table, parse_mounts(text), __ATOMIC_ACQ_REL));
+        }
+        free(text);
+        __atomic_store_n(&reads_mounts, 0, __ATOMIC_RELEASE);
+        return unused;
+    }
+
+    static inline int begin_mount_table(void)
+    { return __atomic_exchange_n(&reads_mounts, 1, __ATOMIC_ACQ_REL) == 0; }
+
+    static inline void end_mount_table(void)
+    { __atomic_store_n(&reads_mounts, 0, __ATOMIC_RELEASE); }
+
+    /* Take what the thread has read, if there is something; whether there is a table and no thread at the next. */
+    static int take_mount_table(void)
+    {
+        struct mount_table *table;
+        if (__atomic_load_n(&reads_mounts, __ATOMIC_ACQUIRE))
+            return 0;
+        table = __atomic_exchange_n(&read_table, NULL, __ATOMIC_ACQ_REL);
+        if (table != NULL) {
+            free(mount_table);
+            mount_table = table;
+        }
+        return mount_table != NULL;
+    }
+
+    static const char *kind_in_table(uint64_t device)
+    {
+        for (long i = 0; i < mount_table->count; i++)
+            if (mount_table->mounts[i].device == device)
+                return mount_table->mounts[i].kind;
+        return "";
     }
 
     /* The path by which *fd* was opened, not terminated; minus 1 if that is not known. */
@@ -115,14 +238,26 @@ cdef extern from *:
         uint64_t device
         uint64_t inode
         uint64_t size
+        uint64_t mount              # the unique number of its mount; 0 before Linux 6.8, and for a block device
         unsigned int mode
         unsigned int links
         unsigned int align
         unsigned int align_memory
-    int facts_of(int dir, const char *path, facts *found)
-    int cached_path(int dir, const char *path, int flags)
+        unsigned int block
+    const int KIND_MAX
+    unsigned int major(uint64_t device)
+    bint kind_of_mount(uint64_t mount, uint64_t device, char *kind)
+    void *read_mount_table(void *unused) noexcept nogil
+    bint begin_mount_table()
+    void end_mount_table()
+    bint take_mount_table()
+    const char *kind_in_table(uint64_t device)
+    bint has_cached_path
+    int facts_of(int dir, const char *path, facts *found) nogil
+    int cached_path(int dir, const char *path, int flags) nogil
+    int path_fd(int dir, const char *path, int flags) nogil
+    int open_leased(int dir, const char *path, int flags, int mode) nogil
     int reopen(int fd, int flags)
-    uint64_t path_device(int dir, const char *path)
     int __builtin_popcountll(unsigned long long)
     bint mounts_changed(int fd)
     ssize_t path_of(int fd, char *path, size_t n)
@@ -137,12 +272,37 @@ cdef extern from "<fcntl.h>":
     const int O_PATH
     const int O_ACCMODE
     const int O_RDONLY
+    const int O_RDWR
+    const int O_CREAT
+    const int O_EXCL
+    const int O_DIRECTORY
+    const int O_NONBLOCK
+    const int AT_FDCWD
     const int F_GETFL
+    const int F_DUPFD_CLOEXEC
+    int openat(int dir_fd, const char *path, int flags, ...) nogil
     int c_fcntl "fcntl"(int fd, int command, ...)
+
+cdef extern from "<limits.h>":
+    const int PATH_MAX
+
+cdef extern from "<sys/stat.h>":
+    struct c_stat "stat":
+        pass
+    int fstatat(int dir_fd, const char *path, c_stat *found, int flags) nogil
+
+cdef extern from "<unistd.h>":
+    long readlinkat(int dir_fd, const char *path, char *text, size_t room) nogil
 
 cdef enum:
     REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
     DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
+    LINKS_MAX = 40              # on one way, as the kernel's MAXSYMLINKS
+
+cdef enum:                      # how far a walk came
+    ARRIVED
+    STOPPED
+    CROSSED
 
 cdef uint64_t PAUSE_NS = 1000000000         # then ask again: a habit may be that of one file
 cdef uint64_t DEMOTED_NS = 60000000000      # how long a file takes threads whose submission stalled
@@ -205,14 +365,19 @@ cdef class Device:
 
     def __init__(self, number, file_system):
         self.number = number
-        self.file_system = file_system
-        self.in_memory = file_system in IN_MEMORY
-        self.answers = file_system in ANSWERING
-        self.is_local = self.in_memory or self.answers or file_system in LOCAL or (
-            os.major(number) != 0 and file_system != 'fuseblk')
         self.limit = max(1, _nr_requests(number) // 2)
         self.reads = Nowait()
         self.writes = Nowait()
+        self.has(file_system)
+
+    cdef int has(self, str file_system) except -1:
+        self.file_system = file_system
+        self.is_guess = False
+        self.in_memory = file_system in IN_MEMORY
+        self.answers = file_system in ANSWERING
+        self.is_local = self.in_memory or self.answers or file_system in LOCAL or (
+            major(self.number) != 0 and file_system != 'fuseblk')
+        return 0
 
     cdef Pool pool(self):
         return pool_of(self.number)     # asked for each time: a fork makes new ones
@@ -240,25 +405,65 @@ cdef class Device:
 
 cdef dict _devices = {}
 cdef int _mounts = -1                   # /proc/self/mountinfo
+cdef bint _table_is_current = False     # no mount has changed since it was read, or began to be
 
 
-cdef Device device_of(uint64_t number):
-    """The device of that ``st_dev``. Numbers without a real device behind them are reused after an
-    unmount, so for those the list of mounts is watched."""
-    if os.major(number) == 0 and mounts_changed(_mounts):
-        for known in [known for known in _devices if os.major(known) == 0]:
-            del _devices[known]
+cdef Device device_of(uint64_t number, uint64_t mount=0):
+    """The device of that ``st_dev``, which is on the mount of that unique number, if this is known. Waits for nothing.
+
+    Numbers without a real device behind them are reused after an unmount, so for those the list of mounts is
+    watched."""
+    cdef Device found
+    if major(number) == 0:
+        _notice_mounts()
     found = _devices.get(number)
     if found is None:
-        found = _devices[number] = Device(number, _file_systems().get(number, ''))
+        found = _devices[number] = Device(number, '')
+        found.is_guess = True
+    if found.is_guess:
+        _find_out(found, mount)
     return found
+
+
+cdef int _find_out(Device device, uint64_t mount) except -1:
+    """Find out what file system *device* has. The kernel tells that of one mount since Linux 6.8. Before, only the
+    list of all mounts has it, which takes milliseconds where there are many: a thread reads it, and until it
+    has, every operation takes the way of a file system that may wait."""
+    global _table_is_current
+    cdef char kind[KIND_MAX]
+    if mount and kind_of_mount(mount, device.number, kind):
+        device.has(kind.decode())
+        return 0
+    if _mounts < 0:
+        device.is_guess = False         # there is no list: it stays unknown
+        return 0
+    _notice_mounts()
+    if take_mount_table() and _table_is_current:
+        device.has(kind_in_table(device.number).decode())
+    elif begin_mount_table():
+        _table_is_current = start_worker(read_mount_table, NULL) == 0
+        if not _table_is_current:
+            end_mount_table()
+    return 0
+
+
+cdef int _notice_mounts() except -1:
+    """Forget what may not be true since mounts have changed."""
+    global _table_is_current
+    if mounts_changed(_mounts):
+        _table_is_current = False
+        for known in [known for known in _devices if os.major(known) == 0]:
+            del _devices[known]
+    return 0
 
 
 def _watch_mounts():
     """At import, and in each forked child: who shares an open file shares what it was told of."""
-    global _mounts
+    global _mounts, _table_is_current
     if _mounts >= 0:
         close_fd(_mounts)
+    _table_is_current = False
+    end_mount_table()                   # the thread that was at it stayed with the parent
     try:
         _mounts = posix.open('/proc/self/mountinfo', os.O_RDONLY)
     except OSError:
@@ -269,33 +474,17 @@ _watch_mounts()
 os.register_at_fork(after_in_child=_watch_mounts)
 
 
-def _mount_table():
-    """(device number, mount point, file system type) of each mount."""
-    found = []
-    with contextlib.suppress(OSError), open('/proc/self/mountinfo', 'rb') as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(b' - ')
-            major, minor = fields.split()[2].split(b':')
-            point = re.sub(rb'\\([0-7]{3})', lambda octal: bytes([int(octal[1], 8)]), fields.split()[4])
-            found.append((os.makedev(int(major), int(minor)), point, rest.split()[0].decode()))
-    return found
-
-
-def _file_systems():
-    return {number: kind for number, _, kind in _mount_table()}
-
-
 def mounted_at(path):
-    """The device number of the longest mount point above *path*, absolute and as bytes; 0 if unknown."""
-    number, longest = 0, -1
-    for this, point, _ in _mount_table():
-        if len(point) >= longest and (path + b'/').startswith(point.rstrip(b'/') + b'/'):
-            number, longest = this, len(point)
-    return number
+    """The device number that *path*, as bytes, leads to, as far as the kernel has it in memory."""
+    cdef Walk walk = Walk(path, AT_FDCWD, True)
+    walk.go_on()
+    return walk.way.device
 
 
 def _nr_requests(number):
     """How many requests the device's queue holds."""
+    if os.major(number) == 0:
+        return DEFAULT_QUEUE
     block = f'/sys/dev/block/{os.major(number)}:{os.minor(number)}'
     for queue in (f'{block}/queue', f'{block}/../queue'):       # a partition's is its disk's
         try:
@@ -376,7 +565,7 @@ cdef Known know(int fd, object name):
     known.kind = _kind(found.mode, c_fcntl(fd, F_GETFL))
     known.mode = found.mode
     known.inode = found.inode
-    known.device = device_of(found.device)
+    known.device = device_of(found.device, found.mount)
     known.is_nameless = found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
     if known.device.answers and known.kind & STORED:
         known.kind |= _kind_of_answer(fd, known.device.file_system)
@@ -427,16 +616,15 @@ cdef int64_t file_size(int fd) noexcept:
     return 0 if facts_of(fd, b'', &found) else found.size
 
 
-cdef Device device_of_path(bytes path, int dir_fd):
-    """The device that *path* is on: as the kernel has it in memory, else by its longest mount point."""
-    cdef uint64_t device = path_device(dir_fd, path)
-    cdef bytes folder
-    if device == 0:                     # it may be about to be created
-        folder = os.path.dirname(path) or b'.'
-        device = path_device(dir_fd, folder)
-    if device == 0:
-        device = mounted_at(os.path.abspath(path))
-    return device_of(device)
+cdef bint is_certain(int error) noexcept:
+    """Whether minus the errno *error* tells of the path, not of the moment."""
+    return error in (-ENOENT, -ENOTDIR, -EACCES, -ELOOP, -ENAMETOOLONG)
+
+
+cdef unsigned int block_size(int fd) noexcept:
+    """In bytes: what its file system likes to have read and written at a time."""
+    cdef facts found
+    return 0 if facts_of(fd, b'', &found) else found.block
 
 
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
@@ -446,13 +634,13 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     cdef Device device
     cdef int fd = cached_path(dir_fd, path, flags)
     if fd < 0:
-        if fd in (-errno.ENOENT, -errno.ENOTDIR, -errno.EACCES, -errno.ELOOP, -errno.ENAMETOOLONG):
+        if is_certain(fd):
             raise failed(fd, name)
         return -1
     cdef bint is_good = False
     try:
         if facts_of(fd, b'', &found) == 0:
-            device = device_of(found.device)
+            device = device_of(found.device, found.mount)
             is_good = device.is_local and device.file_system != 'overlay'       # that has two below it
     finally:
         if not is_good:
@@ -474,6 +662,277 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
         opened = max(-1, reopen(fd, flags & ~O_NOFOLLOW))
     close_fd(fd)
     return opened
+
+
+# The way to a path -------------------------------------------------------------------------------
+#
+# A path leads over directories, links and mounts, and each of its names may have to be asked of another device.
+# Each wait has to be with the threads of the device that is asked: a link on a healthy disk to a server that hangs
+# may not hold up the disk. So the hub walks as far as the kernel has the names cached, and hands the walk to the
+# device where it stops; a thread there walks on, waiting, and gives the walk back at the border of its device.
+#
+#     hub                                thread of the device
+#     STOPPED, at a name of device A
+#                                        looks names up, reads links: as long as they are on A
+#                                        CROSSED to B: gives it back
+#     walks on from the cache: it may
+#     come far, or stop at once, on B
+#                                        ARRIVED: makes the call, by the path as it was given
+#
+# The walk decides only where to wait. The call itself takes the whole path once more, from the cache now, so all
+# that the kernel checks on the way to a file, it checks. If the path has changed meanwhile, the call may wait with
+# the threads of the wrong device; that is as much as a walk without locks can promise.
+
+cdef void _let_go(way *this) noexcept nogil:
+    """Close all that the walk has open: a call that waits needs no fds besides its own."""
+    if this.folder >= 0:
+        close_fd(this.folder)
+    if this.link >= 0:
+        close_fd(this.link)
+    if this.end >= 0:
+        close_fd(this.end)
+    this.folder = this.link = this.end = -1
+
+
+cdef void _free_way(way *this) noexcept nogil:
+    _let_go(this)
+    free(this.room)
+    free(this)
+
+
+cdef bint _note_place(way *this, int fd) noexcept nogil:
+    """Note the device and mount that *fd* is on; whether the device is another than before."""
+    cdef facts found
+    cdef bint is_other
+    if facts_of(fd, b'', &found):
+        return False
+    is_other = found.device != this.device
+    this.device, this.mount, this.mode = found.device, found.mount, found.mode
+    return is_other
+
+
+cdef int _arrive(way *this, int error) noexcept nogil:
+    this.is_over = True
+    if error:
+        this.error = error
+        this.mode = 0
+    return ARRIVED
+
+
+cdef int _look_up(way *this, bint may_wait) noexcept nogil:
+    """An O_PATH fd of the name that is next, or of the link that it is; or minus the errno."""
+    cdef int fd = -ENOTDIR
+    cdef char *end = this.ahead
+    cdef char kept
+    this.name = end
+    while end[0] != 0 and end[0] != b'/':
+        end += 1
+    kept, end[0] = end[0], 0
+    if kept:            # as a directory, for that mounts what is mounted on first use
+        fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW | O_DIRECTORY)
+    if fd == -ENOTDIR:
+        fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW)
+    end[0] = kept
+    if fd >= 0:
+        this.ahead = end
+    return fd
+
+
+cdef int _follow(way *this) noexcept nogil:
+    """Read the link, and put its text ahead of the names that are still to be walked. Or minus the errno."""
+    cdef long n, more = strlen(this.ahead)
+    cdef char *text = <char *>malloc(PATH_MAX + more + 2)
+    if text == NULL:
+        return -ENOMEM
+    n = readlinkat(this.link, b'', text, PATH_MAX)
+    this.links += 1
+    if n <= 0 or this.links > LINKS_MAX:
+        free(text)
+        return -ELOOP
+    memcpy(text + n, this.ahead, more + 1)      # nothing, or a slash and what follows
+    free(this.room)
+    this.room = this.ahead = text
+    return 0
+
+
+cdef int _jump(way *this) noexcept nogil:
+    """Follow the link as the kernel does, to what it is, whatever its text says: an O_PATH fd, or minus the errno."""
+    cdef char kept = this.ahead[0]
+    this.ahead[0] = 0
+    cdef int fd = path_fd(this.folder, this.name, 0)
+    this.ahead[0] = kept
+    return fd
+
+
+cdef int _walk(way *this, bint may_wait) noexcept nogil:
+    """Walk on. Return ARRIVED; STOPPED, if the next step would have to wait for `device`; or, with *may_wait*,
+    CROSSED as soon as it is on another device."""
+    cdef int fd
+    cdef bint is_other
+    while True:
+        if this.link >= 0:
+            if not may_wait:
+                return STOPPED
+            fd = _jump(this) if this.jumps else _follow(this)
+            close_fd(this.link)
+            this.link = -1
+            if fd < 0:
+                return _arrive(this, fd)
+            if not this.jumps:
+                continue
+        elif this.ahead[0] == b'/':
+            while this.ahead[0] == b'/':
+                this.ahead += 1
+            fd = path_fd(AT_FDCWD, b'/', 0)     # it is in memory
+            if fd < 0:
+                return _arrive(this, fd)
+        elif this.ahead[0] == 0:
+            this.end, this.folder = this.folder, -1
+            return _arrive(this, 0)
+        else:
+            fd = _look_up(this, may_wait)
+            if fd == -EAGAIN and not may_wait:
+                return STOPPED
+            if fd < 0:
+                return _arrive(this, fd)
+        is_other = _note_place(this, fd)
+        if S_ISLNK(this.mode) and (this.ahead[0] or this.follows):
+            this.link = fd
+        elif this.ahead[0] == 0:
+            this.end = fd
+            _arrive(this, 0)
+        elif not S_ISDIR(this.mode):
+            close_fd(fd)
+            return _arrive(this, -ENOTDIR)
+        else:
+            while this.ahead[0] == b'/':
+                this.ahead += 1
+            if this.folder >= 0:
+                close_fd(this.folder)
+            this.folder = fd
+        if is_other and may_wait:
+            return CROSSED
+        if this.is_over:
+            return ARRIVED
+
+
+cdef bint _waits_for_a_peer(way *this) noexcept nogil:
+    """Whether an open waits there for the other end of a FIFO, or for a device to be ready."""
+    if not this.opens or this.flags & O_PATH:
+        return False
+    if S_ISFIFO(this.mode):
+        return not this.flags & O_NONBLOCK and this.flags & O_ACCMODE != O_RDWR
+    return S_ISCHR(this.mode)
+
+
+cdef long open_there(void *arg) noexcept nogil:
+    """In a thread: walk on, then open. Or GO_ON: it is for other threads. Or LEASED: a process has to give up its
+    lease first."""
+    cdef way *this = <way *>arg
+    cdef int fd
+    if not this.is_over and _walk(this, True) == CROSSED:
+        return GO_ON
+    if _waits_for_a_peer(this) and not this.is_alone:
+        return GO_ON
+    _let_go(this)
+    if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH):
+        fd = open_leased(this.dir_fd, this.path, this.flags, this.permissions)
+        return LEASED if fd == -EAGAIN else fd
+    fd = openat(this.dir_fd, this.path, this.flags | O_CLOEXEC, this.permissions)
+    return fd if fd >= 0 else -c_errno
+
+
+cdef long stat_there(void *arg) noexcept nogil:
+    """In a thread: walk on, then stat. Or GO_ON, see `open_there`."""
+    cdef way *this = <way *>arg
+    if not this.is_over and _walk(this, True) == CROSSED:
+        return GO_ON
+    _let_go(this)
+    return 0 if fstatat(this.dir_fd, this.path, <c_stat *>this.answer, this.flags) == 0 else -c_errno
+
+
+@cython.final
+cdef class Walk:
+    """The way to *path*, for a call that may have to wait; to where it leads, if that is a link and it *follows*."""
+
+    def __cinit__(self, bytes path, int dir_fd, bint follows):
+        cdef way *this
+        self.path = path
+        self.way = this = <way *>calloc(1, sizeof(way))
+        if this == NULL:
+            raise MemoryError
+        this.folder = this.link = this.end = -1
+        this.room = this.ahead = <char *>malloc(len(path) + 1)
+        if this.room == NULL:
+            raise MemoryError
+        memcpy(this.room, <char *>path, len(path) + 1)
+        this.dir_fd, this.path, this.follows = dir_fd, path, follows
+        if not path:
+            _arrive(this, -ENOENT)
+        self._begin()
+
+    def __dealloc__(self):
+        if self.way != NULL:
+            _free_way(self.way)
+
+    cdef int _begin(self) except -1:
+        """From the directory that it is in, if that is cached; or from where the path begins."""
+        cdef way *this = self.way
+        cdef char *slash = NULL
+        cdef char *at = this.ahead
+        while at[0] != 0:
+            if at[0] == b'/' and at[1] != b'/' and at[1] != 0:
+                slash = at
+            at += 1
+        if slash > this.ahead:
+            slash[0] = 0
+            this.folder = max(-1, cached_path(this.dir_fd, this.ahead, O_DIRECTORY))
+            slash[0] = b'/'
+            if this.folder >= 0:
+                this.ahead = slash + 1
+        if this.folder < 0 and this.ahead[0] != b'/':
+            # The directory where the program is has no number, and needs none.
+            this.folder = c_fcntl(this.dir_fd, F_DUPFD_CLOEXEC, 0) if this.dir_fd >= 0 else this.dir_fd
+        _note_place(this, this.folder if this.folder >= 0 else AT_FDCWD)
+        return 0
+
+    cdef Pool go_on(self):
+        """Walk on without a wait. Return the threads with which the rest of it has to wait."""
+        cdef Device device
+        while True:
+            if self.way.is_over or _walk(self.way, False) == ARRIVED:
+                break
+            device = device_of(self.way.device, self.way.mount)
+            if not (device.in_memory or device.answers):
+                return self._pool(device)
+            # There even a look-up that is not cached waits for nothing. The links of /proc lead to files, not to
+            # the paths that they name.
+            self.way.jumps = device.file_system == 'proc'
+            _walk(self.way, True)
+            self.way.jumps = False
+        device = device_of(self.way.device, self.way.mount)
+        self.way.is_alone = _waits_for_a_peer(self.way)
+        return lone_threads() if self.way.is_alone else self._pool(device)
+
+    cdef Pool _pool(self, Device device):
+        self.way.is_local = device.is_local
+        return device.pool()
+
+    cdef bint is_in_memory(self) except -1:
+        """Whether the walk itself, which waited for nothing, tells all that a stat would: `way.end` or `way.error`."""
+        cdef Device device = device_of(self.way.device, self.way.mount)
+        return (self.way.is_over and self.way.links == 0 and (device.in_memory or device.answers)
+                and (self.way.end >= 0 or is_certain(self.way.error)))
+
+    cdef int arrive(self) noexcept:
+        """Close what is not needed any more, if it is over; return an O_PATH fd of the FIFO that it leads to, if an
+        open waits there, or -1. The fd is the caller's."""
+        cdef int fifo = -1
+        if self.way.is_over:
+            if self.way.is_alone and S_ISFIFO(self.way.mode):
+                fifo, self.way.end = self.way.end, -1
+            _let_go(self.way)
+        return fifo
 
 
 cdef object failed(long code, name):

@@ -2,6 +2,9 @@ from greenaio._engine cimport Engine, Request
 
 cdef enum:
     POSIX_FALLOCATE = -1            # in place of a system call's number
+    CHAIN = -2                      # a function of ours, which makes several
+
+ctypedef long (*chain)(void *arg) noexcept nogil
 
 cdef struct mailbox
 cdef struct pool
@@ -14,7 +17,7 @@ cdef class Inbox:
 
 cdef class Pool:
     cdef pool *_pool
-    cdef readonly object device         # st_dev
+    cdef readonly object device         # st_dev; None: for calls that wait for no disk
 
     cdef int submit(self, Request request, Inbox inbox) except -1
     cdef bint all_busy(self) noexcept
@@ -23,5 +26,8 @@ cdef class Pool:
 cdef bint withdraw(Request request) noexcept
 cdef bint any_busy() noexcept
 cdef Pool pool_of(device)
+cdef Pool lone_threads()
+cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept
+cdef Request new_chain(int fd, keep, str name, chain calls, void *arg)
 cdef Request new_call(int fd, keep, long number, long a=*, long b=*, long c=*, long d=*, long e=*, long f=*)
 cdef int as_call(Request request) except -1

@@ -6,6 +6,9 @@ Request; makes its one system call; and puts the job into the mailbox of the hub
 request, job and buffers until the hub has taken it out there. A pool starts a thread when there is more to do
 than there are idle ones, and keeps it for as long as the process lives: starting and ending threads is a
 latency spike of its own. A frozen disk fills its own pool and nobody else's.
+
+A call that waits for a peer, such as the open of a FIFO, waits for no disk, and may do so for ever. It gets a
+thread of its own from `lone_threads`, which ends afterwards.
 """
 
 import os
@@ -23,6 +26,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <limits.h>
     #include <pthread.h>
     #include <signal.h>
     #include <sys/syscall.h>
@@ -47,7 +51,8 @@ cdef extern from *:
         return error;
     }
     """
-    int start_worker(void *(*work)(void *) noexcept nogil, void *arg)
+    const int INT_MAX
+    int start_native "start_worker"(void *(*work)(void *) noexcept nogil, void *arg)
     long syscall(long number, ...) nogil
     const long SYS_openat
     const long SYS_close
@@ -77,6 +82,9 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *cond, void *attributes)
     int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
     int pthread_cond_signal(pthread_cond_t *cond)
+
+cdef enum:
+    LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
 
 cdef struct job:
     job *next                   # in the queue of the pool, then in the mailbox
@@ -109,9 +117,15 @@ cdef struct pool:
     int idle                    # threads that wait for a job
     int threads
     int limit
+    int kept                    # idle threads: one more ends
     pool *older                 # all pools, for any_busy
 
 cdef pool *_newest = NULL
+
+
+cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept:
+    """Start a native thread, with signals blocked; return 0 or an errno."""
+    return start_native(work, arg)
 
 
 # What runs in a worker ---------------------------------------------------------------------------
@@ -154,6 +168,8 @@ cdef void _post(job *one) noexcept nogil:
 
 cdef long _make(job *one) noexcept nogil:
     cdef long result
+    if one.number == CHAIN:
+        return (<chain>one.args[0])(<void *>one.args[1])
     if one.number == POSIX_FALLOCATE:   # the C library's, which can do without the file system's help
         return -posix_fallocate(<int>one.args[0], one.args[1], one.args[2])
     result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3], one.args[4], one.args[5])
@@ -166,6 +182,10 @@ cdef void *_work(void *arg) noexcept nogil:
     pthread_mutex_lock(&home.lock)
     while True:
         while home.first == NULL:
+            if home.idle >= home.kept:
+                home.threads -= 1
+                pthread_mutex_unlock(&home.lock)
+                return NULL
             home.idle += 1
             pthread_cond_wait(&home.wanted, &home.lock)
             home.idle -= 1
@@ -205,6 +225,14 @@ cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, l
     return request
 
 
+cdef Request new_chain(int fd, keep, str name, chain calls, void *arg):
+    """A request for ``calls(arg)``: several system calls, of which each may depend on the one before. It gets no
+    GIL. *name* is that of the operation in `os`."""
+    cdef Request request = new_call(fd, keep, CHAIN, <long>calls, <long>arg)
+    request.name = name
+    return request
+
+
 _NAMES = {
     SYS_openat: 'open', SYS_close: 'close', SYS_pread64: 'pread', SYS_newfstatat: 'stat', SYS_lseek: 'lseek',
     SYS_ftruncate: 'ftruncate', SYS_fallocate: 'fallocate', POSIX_FALLOCATE: 'posix_fallocate',
@@ -216,6 +244,8 @@ def operation(Request request not None):
     """What the call of *request* is called in `os`, or nearly."""
     if request.opcode != CALL:
         return Opcode_name(request.opcode).lower()
+    if request.name is not None:
+        return request.name
     return _NAMES.get((<job *>request._job).number if request._job != NULL else 0, 'call')
 
 
@@ -326,7 +356,8 @@ _pools = {}                             # by device; kept for the life of the pr
 
 
 cdef class Pool:
-    """The threads of one device; ``config.threads`` of them at most."""
+    """The threads of one device, ``config.threads`` of them at most; without *device*, as many as there are
+    calls."""
 
     def __cinit__(self, device):
         global _newest
@@ -336,6 +367,7 @@ cdef class Pool:
             raise MemoryError
         pthread_mutex_init(&self._pool.lock, NULL)
         pthread_cond_init(&self._pool.wanted, NULL)
+        self._pool.kept = INT_MAX if device is not None else LONE_KEPT
         self._pool.older = _newest
         _newest = self._pool            # never freed: its threads wait on it
 
@@ -363,7 +395,7 @@ cdef class Pool:
         cdef pool *home = self._pool
         cdef job *one = <job *>request._job
         cdef bint more, failed = False
-        home.limit = config.threads
+        home.limit = config.threads if self.device is not None else INT_MAX
         one.home, one.back, one.previous, one.next = home, inbox._box, NULL, NULL
         pthread_mutex_lock(&inbox._box.lock)
         inbox._box.out += 1
@@ -384,14 +416,15 @@ cdef class Pool:
             pthread_cond_signal(&home.wanted)
         pthread_mutex_unlock(&home.lock)
         if more:
-            error = start_worker(_work, home)
+            error = start_native(_work, home)
             if error:
                 pthread_mutex_lock(&home.lock)
                 home.threads -= 1
-                failed = home.threads == 0
+                failed = home.threads == 0 or self.device is None
                 pthread_mutex_unlock(&home.lock)
                 if failed and withdraw(request):
-                    raise RuntimeError(f"can't start a thread for device {self.device}: "
+                    raise RuntimeError(f"can't start a thread for "
+                                       f'{"a call that waits" if self.device is None else f"device {self.device}"}: '
                                        f'{os.strerror(error)}; pids.max, ulimit -u?')
         return 0
 
@@ -421,6 +454,11 @@ cdef Pool pool_of(device):
     if found is None:
         found = _pools[device] = Pool(device)
     return found
+
+
+cdef Pool lone_threads():
+    """The pool for calls that wait for something that is no disk: each has a thread of its own at once."""
+    return pool_of(None)
 
 
 def pools():

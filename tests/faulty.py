@@ -1,6 +1,7 @@
 """A file system of one file whose operations fail on demand: ``python faulty.py MOUNT CONTROL``.
 
-The control file holds lines "operation errno", for read, write and fsync; what is not named there works.
+The control file holds lines "operation errno", for read, write and fsync; what is not named there works. An
+ioctl makes a file beside it. Further arguments are options of the mount, as ``attr_timeout=0``.
 """
 
 import errno
@@ -46,10 +47,15 @@ class Faulty(mfusepy.Operations):
         self.data[offset:offset + len(data)] = data
         return len(data)
 
+    def ioctl(self, path, cmd, arg, fh, flags, data):
+        with open(self.control + '-ioctl', 'w'):
+            raise mfusepy.FuseOSError(errno.ENOTTY)
+
     def fsync(self, path, datasync, fh):
         self._fail('fsync')
         return 0
 
 
 if __name__ == '__main__':
-    mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True, nothreads=True)
+    mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True, nothreads=True,
+                 **dict(option.split('=') for option in sys.argv[3:]))

@@ -12,7 +12,7 @@ from _thread import get_ident
 
 import gevent
 import pytest
-from conftest import MIB, pattern, run_python
+from conftest import MIB, path_of_tests, pattern, run_python
 from gevent import socket as gsocket
 
 import greenaio
@@ -323,17 +323,15 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
         import os, sys, gevent, greenaio.os
         from greenaio import _threads
         folder = sys.argv[1]
-        os.mkfifo(folder + '/plug')
+        from test_threads import Plug
         file = greenaio.File(folder + '/x', os.O_WRONLY | os.O_CREAT)
         fd = file.fileno()
-        plug = gevent.spawn(greenaio.os.open, folder + '/plug', os.O_RDONLY)
-        gevent.sleep(0.05)
+        plug = Plug(folder, 1)
         closing = gevent.spawn(file.close)
         gevent.sleep(0.01)
         closing.kill()
         os.fstat(fd)
-        writer = os.open(folder + '/plug', os.O_RDWR)
-        plug.get(timeout=5)
+        plug.pull()
         gevent.sleep(0.05)
         try:
             os.fstat(fd)
@@ -341,7 +339,7 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
             pass
         else:
             raise AssertionError('still open')
-    ''', disk_folder, env={'GREENAIO_THREADS': '1'})
+    ''', disk_folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
 
 
 def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, monkeypatch):

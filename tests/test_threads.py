@@ -1,14 +1,16 @@
 """What native AIO can't do: in line where the page cache has it, else by a native thread of its device."""
 
+import contextlib
 import errno
 import os
 import socket
+import tempfile
 import threading
 import time
 
 import gevent
 import pytest
-from conftest import MIB, missing, pattern, run_python
+from conftest import MIB, missing, path_of_tests, pattern, run_python
 from greenlet import settrace
 
 import greenaio.os
@@ -40,21 +42,25 @@ def cold_file(disk_folder):
 
 
 class Plug:
-    """Keeps threads of one device busy: each opens a FIFO that nobody writes."""
+    """Keeps threads of one device busy: each sends a file of it into a pipe that is full."""
 
     def __init__(self, folder, count):
-        self.path = os.path.join(folder, f'greenaio-plug-{os.getpid()}')
-        os.mkfifo(self.path)
-        self.greenlets = [gevent.spawn(greenaio.os.open, self.path, os.O_RDONLY) for _ in range(count)]
+        self.file = tempfile.TemporaryFile(dir=folder)      # noqa: SIM115  # `pull` closes it
+        self.file.truncate(MIB)
+        self.reader, self.writer = os.pipe()
+        self.greenlets = [gevent.spawn(self._send) for _ in range(count)]
         gevent.sleep(0.05)
 
+    def _send(self):
+        with contextlib.suppress(BrokenPipeError):
+            while True:                 # the first fills the pipe
+                greenaio.os.sendfile(self.writer, self.file.fileno(), 0, MIB)
+
     def pull(self):
-        writer = os.open(self.path, os.O_RDWR)      # lets all of them through
+        os.close(self.reader)           # lets all of them go
         gevent.joinall(self.greenlets, timeout=10)
-        os.close(writer)
-        for greenlet in self.greenlets:
-            if isinstance(greenlet.value, int):
-                os.close(greenlet.value)
+        os.close(self.writer)
+        self.file.close()
 
 
 def test_page_cache_hit_never_switches(data_file, engine):
@@ -147,12 +153,10 @@ ONE_THREAD = '''
 import os, sys, gevent, greenaio.os
 from greenaio import _hub, _threads
 folder = sys.argv[1]
-os.mkfifo(folder + '/plug')
-plug = gevent.spawn(greenaio.os.open, folder + '/plug', os.O_RDONLY)    # opens when somebody writes
-gevent.sleep(0.05)
+from test_threads import Plug
+plug = Plug(folder, 1)
 def pull():
-    writer = os.open(folder + '/plug', os.O_RDWR)
-    plug.get(timeout=10)
+    plug.pull()
     gevent.sleep(0.05)
 '''
 
@@ -172,7 +176,7 @@ pull()
 gevent.joinall(greenlets, timeout=10, raise_error=True)
 assert order == list(range(20))
 assert (pool.threads, pool.queued) == (1, 0)
-''', folder, env={'GREENAIO_THREADS': '1'})
+''', folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
 
 
 def test_killed_before_a_thread_began_it_never_happens(folder):
@@ -186,7 +190,7 @@ greenlet.kill()
 assert len(_hub.get_driver().engine.lent) == 1                  # the plug's
 pull()
 assert not os.path.exists(path)
-''', folder, env={'GREENAIO_THREADS': '1'})
+''', folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
 
 
 def test_device_that_hangs_holds_up_no_other(cold_file):
@@ -202,7 +206,6 @@ def test_device_that_hangs_holds_up_no_other(cold_file):
             gevent.get_hub().threadpool.apply(time.sleep, (0,))
     finally:
         plug.pull()
-        os.unlink(plug.path)
 
 
 def test_called_in_the_hub_it_raises_and_opens_nothing(data_file):

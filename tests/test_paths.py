@@ -1,0 +1,517 @@
+"""Opens that wait for no disk, paths over several devices, and where each of them waits."""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import gevent
+import pytest
+from conftest import is_mounted, missing, run, run_python
+from test_file import SECCOMP
+
+import greenaio
+import greenaio.os
+from greenaio import File, _hub, _threads, config
+
+OPENAT2, STATMOUNT = 437, 457
+LONE_KEPT = 4
+
+
+def threads():
+    """How many threads there are that are no disk's."""
+    return sum(pool.threads for pool in _threads.pools() if pool.device is None)
+
+
+def open_fds():
+    return len(os.listdir('/proc/self/fd'))
+
+
+def wait_until(true, seconds=10):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        gevent.sleep(0.005)
+    assert true()
+
+
+@pytest.fixture
+def fifo(folder):
+    path = os.path.join(folder, 'fifo')
+    os.mkfifo(path)
+    return path
+
+
+# Without a peer ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('flags', [os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC])
+def test_open_of_a_fifo_without_a_peer_holds_up_no_other_file_and_gives_its_thread_back(folder, fifo, flags):
+    def create():
+        with File(os.path.join(folder, 'other'), os.O_WRONLY | os.O_CREAT) as file:
+            file.pwrite(b'x', 0)
+
+    create()
+    fds = open_fds()
+    waiting = [gevent.spawn(greenaio.os.open, fifo, flags) for _ in range(3 * config.threads)]
+    gevent.sleep(0.05)
+    assert threads() >= len(waiting)
+    with gevent.Timeout(10):
+        create()
+    assert not any(greenlet.ready() for greenlet in waiting)
+    gevent.killall(waiting)
+    wait_until(lambda: threads() <= LONE_KEPT and open_fds() <= fds)
+    with pytest.raises(OSError) as caught:      # nobody has it open any more
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    assert caught.value.errno == errno.ENXIO
+
+
+def test_open_of_a_fifo_that_times_out_again_and_again_piles_up_nothing(fifo):
+    other = gevent.spawn(greenaio.os.open, fifo, os.O_RDONLY)
+    for _ in range(20):
+        with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
+            greenaio.open(fifo)
+    gevent.sleep(0.05)
+    assert not other.ready()            # what ended the opens was no peer for this one
+    other.kill()
+    wait_until(lambda: threads() <= LONE_KEPT and not _hub.get_driver().engine.lent)
+
+
+def test_open_of_a_fifo_that_is_killed_before_a_thread_has_it_opens_nothing(fifo):
+    """
+        greenlet           hub                  thread
+        asks for a thread
+                           kills the greenlet
+                                                begins, or not
+    """
+    fds = open_fds()
+    for _ in range(50):
+        greenlet = gevent.spawn(greenaio.os.open, fifo, os.O_RDONLY)
+        gevent.sleep(0)
+        greenlet.kill()
+        assert isinstance(greenlet.value, gevent.GreenletExit)
+    wait_until(lambda: open_fds() <= fds)
+    with pytest.raises(OSError) as caught:
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    assert caught.value.errno == errno.ENXIO
+
+
+def test_both_ends_of_a_fifo_find_each_other(fifo):
+    with gevent.Timeout(10):
+        reading = gevent.spawn(greenaio.os.open, fifo, os.O_RDONLY)
+        gevent.sleep(0.02)
+        writer = greenaio.os.open(fifo, os.O_WRONLY)
+        reader = reading.get()
+        os.write(writer, b'through')
+        os.close(writer)
+        assert os.read(reader, 100) == b'through'
+        assert os.read(reader, 100) == b''
+    assert fcntl.fcntl(reader, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_NONBLOCK) == os.O_RDONLY
+    os.close(reader)
+
+
+def test_open_of_a_fifo_that_need_not_wait_is_as_os_opens_it(fifo):
+    reader = greenaio.os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_NONBLOCK
+    os.close(reader)
+    with pytest.raises(OSError) as caught:
+        greenaio.os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    assert caught.value.errno == errno.ENXIO
+    os.close(greenaio.os.open(fifo, os.O_RDWR))
+    os.close(greenaio.os.open(fifo, os.O_PATH))
+
+
+def test_what_only_looks_at_a_fifo_does_not_wait_for_it(folder, fifo):
+    os.symlink('fifo', os.path.join(folder, 'link'))
+    for path in (fifo, os.path.join(folder, 'link')):
+        with gevent.Timeout(10):
+            assert greenaio.os.stat(path) == os.stat(path)
+            assert greenaio.os.stat(path, follow_symlinks=False) == os.lstat(path)
+
+
+def test_writer_killed_beside_a_process_that_waits_to_write_does_not_end_it(fifo):
+    """The other writer gets a reader, for as long as it takes our open to return: no SIGPIPE then."""
+    opens = 'import os, sys; os.open(sys.argv[1], os.O_WRONLY)'
+    other = subprocess.Popen([sys.executable, '-c', opens, fifo])
+    writing = gevent.spawn(greenaio.os.open, fifo, os.O_WRONLY)
+    gevent.sleep(0.5)
+    writing.kill()
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert other.wait(10) == 0
+    os.close(reader)
+
+
+@pytest.mark.parametrize('path', ['/dev/null', '/dev/zero', '/dev/ptmx', '/dev/urandom'])
+def test_character_device_is_opened_by_no_thread_of_a_disk(path):
+    greenaio.os.stat('/dev')
+    pool = {pool.device: pool.threads for pool in _threads.pools() if pool.device is not None}
+    os.close(greenaio.os.open(path, os.O_RDWR))
+    assert pool == {pool.device: pool.threads for pool in _threads.pools() if pool.device is not None}
+
+
+def test_what_can_not_be_opened_says_so_as_in_os(folder):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.join(folder, 'socket'))
+    for name, flags in (('socket', os.O_RDONLY), ('', os.O_WRONLY), ('socket/', os.O_RDONLY),
+                        ('no/such', os.O_RDWR | os.O_CREAT), ('socket/x', os.O_RDWR | os.O_CREAT),
+                        ('socket', os.O_RDWR | os.O_CREAT | os.O_EXCL), ('socket', os.O_DIRECTORY)):
+        with pytest.raises(OSError) as wanted:
+            os.open(os.path.join(folder, name), flags)
+        with pytest.raises(type(wanted.value)) as caught:
+            greenaio.os.open(os.path.join(folder, name), flags)
+        assert (caught.value.errno, caught.value.filename) == (wanted.value.errno, wanted.value.filename)
+
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+@pytest.mark.parametrize('end', ['fork', 'destroy', 'exit', 'raise'])
+def test_open_of_a_fifo_that_waits_ends_with_its_hub(disk_folder, loop, end):
+    fifo = os.path.join(disk_folder, 'fifo')
+    os.mkfifo(fifo)
+    done = run_python('''
+        import errno, os, sys, threading, time, warnings, gevent, greenaio.os
+        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
+        fifo, end = sys.argv[1:]
+        def wait():
+            try:
+                greenaio.os.open(fifo, os.O_RDONLY)
+            except OSError as error:
+                return error.errno
+        def work():
+            waiting = gevent.spawn(wait)
+            gevent.sleep(0.05)
+            if end == 'destroy':
+                gevent.get_hub().destroy(True)
+            return waiting
+        if end == 'destroy':
+            greenaio.os.stat('/')
+            fds = len(os.listdir('/proc/self/fd'))
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            until = time.monotonic() + 10
+            while len(os.listdir('/proc/self/fd')) > fds:
+                time.sleep(0.01)
+                assert time.monotonic() < until, (fds, os.listdir('/proc/self/fd'))
+            sys.exit()
+        waiting = work()
+        if end == 'fork':
+            pid = gevent.os.fork_gevent()
+            if pid == 0:
+                assert waiting.get(timeout=5) == errno.ECANCELED
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            waiting.kill()
+            gevent.sleep(0.05)
+        elif end == 'raise':
+            sys.exit(7)
+    ''', fifo, end, env={'GEVENT_LOOP': loop}, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (7 if end == 'raise' else 0, '')
+
+
+# Leases ------------------------------------------------------------------------------------------
+
+LEASE = '''
+import fcntl, os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+for path in sys.argv[2:]:
+    fd = os.open(path, os.O_RDWR)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print(flush=True)
+if sys.argv[1] == 'give up':
+    signal.sigwait([signal.SIGIO])
+    time.sleep(0.2)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+sys.stdin.read()
+'''
+
+
+@contextlib.contextmanager
+def leased(how, *paths):
+    with subprocess.Popen([sys.executable, '-c', LEASE, how, *paths], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        yield
+        holder.stdin.close()
+
+
+def test_open_of_a_leased_file_holds_up_no_other_file_and_can_be_killed(folder):
+    paths = [os.path.join(folder, str(i)) for i in range(config.threads + 5)]
+    for path in paths:
+        with open(path, 'w'):
+            pass
+    before = threads()
+    with leased('keep', *paths):
+        ways = (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        waiting = [gevent.spawn(greenaio.os.open, path, ways[i % 3]) for i, path in enumerate(paths)]
+        gevent.sleep(0.1)
+        with gevent.Timeout(10), File(os.path.join(folder, 'other'), os.O_WRONLY | os.O_CREAT) as file:
+            file.pwrite(b'x', 0)
+        assert not any(greenlet.ready() for greenlet in waiting)
+        gevent.killall(waiting)
+        wait_until(lambda: not _hub.get_driver().engine.lent)
+    assert threads() == before
+
+
+def test_open_of_a_leased_file_ends_when_the_lease_is_given_up(folder):
+    path = os.path.join(folder, 'leased')
+    with open(path, 'w') as file:
+        file.write('here')
+    for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT):
+        with leased('give up', path):
+            began = time.monotonic()
+            fd = greenaio.os.open(path, flags)
+            assert 0.1 < time.monotonic() - began < 10
+            assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+            assert os.read(fd, 10) == b'here'
+            os.close(fd)
+    with leased('keep', path), pytest.raises(BlockingIOError):
+        greenaio.os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+# Another device ----------------------------------------------------------------------------------
+
+class Server:
+    """A FUSE file system that remembers nothing in the kernel, and that can be stopped."""
+
+    def __init__(self, folder, **options):
+        if os.geteuid() != 0:
+            missing('needs root')
+        if importlib.util.find_spec('mfusepy') is None:
+            missing('needs mfusepy')
+        self.mount, self.control = os.path.join(folder, 'mount'), os.path.join(folder, 'control')
+        os.mkdir(self.mount)
+        with open(self.control, 'w'):
+            pass
+        options = {'attr_timeout': 0, 'entry_timeout': 0, 'negative_timeout': 0} | options
+        program = os.path.join(os.path.dirname(__file__), 'faulty.py')
+        self.process = subprocess.Popen(
+            [sys.executable, program, self.mount, self.control,
+             *[f'{name}={value}' for name, value in options.items()]])
+        wait_until(lambda: is_mounted(self.mount))
+
+    def close(self):
+        self.process.send_signal(signal.SIGCONT)
+        for _ in range(50):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                run('umount', self.mount)
+                break
+            time.sleep(0.1)
+        self.process.wait(10)
+
+
+@pytest.fixture
+def server(tmp_path):
+    found = Server(str(tmp_path))
+    yield found
+    found.close()
+
+
+HUNG = '''
+import gevent, greenaio, greenaio.os, os, signal, sys, time
+from greenaio import File, config
+folder, mount, server, way = *sys.argv[1:3], int(sys.argv[3]), sys.argv[4]
+paths = []
+for i in range(3 * config.threads):
+    name = f'{folder}/{i}'
+    if way == 'link':
+        os.symlink(f'{mount}/data', name)
+    elif way == 'chain':
+        os.symlink(f'{name}-', name)
+        os.symlink('../' * 20 + f'{mount}/data', f'{name}-')
+    elif way == 'folder':
+        os.symlink(mount, name)
+        name += '/data'
+    elif way == 'long link':
+        os.symlink(f'{mount}/' + './' * 100 + 'data', name)
+    else:
+        name = os.path.relpath(f'{mount}/data', folder)
+        name = f'{folder}/{name}'
+    paths.append(name)
+if 'long' in way:                       # it is not in memory
+    os.system(f'sync; echo 2 >/proc/sys/vm/drop_caches')
+os.kill(server, signal.SIGSTOP)
+calls = [lambda path: greenaio.os.open(path, os.O_RDONLY), greenaio.os.stat,
+         lambda path: greenaio.open(path, 'rb'), lambda path: greenaio.os.open(path, os.O_RDWR | os.O_CREAT)]
+waiting = [gevent.spawn(calls[i % 4], path) for i, path in enumerate(paths)]
+try:
+    gevent.sleep(0.2)
+    began = time.monotonic()
+    with gevent.Timeout(10), File(f'{folder}/other', os.O_WRONLY | os.O_CREAT) as file:
+        file.pwrite(b'x', 0)
+    assert not any(greenlet.ready() for greenlet in waiting)
+    gevent.killall(waiting[::2])
+finally:
+    os.kill(server, signal.SIGCONT)
+gevent.joinall(waiting[1::2], timeout=20, raise_error=True)
+assert all(greenlet.ready() for greenlet in waiting)
+for greenlet in waiting[1::2]:
+    if isinstance(greenlet.value, int):
+        os.close(greenlet.value)
+os._exit(0)
+'''
+
+
+@pytest.mark.parametrize('way', ['link', 'chain', 'folder', 'long link', 'dots'])
+def test_path_into_a_hung_mount_holds_up_no_disk_that_it_begins_on(server, disk_folder, way):
+    run_python(HUNG, disk_folder, server.mount, server.process.pid, way)
+
+
+def test_links_are_followed_as_far_as_the_kernel_follows_them(folder):
+    path = os.path.join(folder, 'file')
+    with open(path, 'w') as file:
+        file.write('here')
+    os.symlink('file', f'{path}-0')
+    for i in range(45):
+        os.symlink(f'file-{i}', f'{path}-{i + 1}')
+    os.symlink('round', os.path.join(folder, 'round'))
+    for name in (*[f'{path}-{i}' for i in (0, 38, 39, 40, 45)], os.path.join(folder, 'round'), f'{path}-1/'):
+        for flags in (os.O_RDONLY, os.O_WRONLY | os.O_CREAT):
+            try:
+                os.close(os.open(name, flags))
+                wanted = None
+            except OSError as error:
+                wanted = error.errno
+            try:
+                os.close(greenaio.os.open(name, flags))
+                found = None
+            except OSError as error:
+                found = error.errno
+            assert found == wanted, (name, flags)
+
+
+def test_links_of_proc_lead_to_files_not_to_names(folder):
+    path = os.path.join(folder, 'file')
+    with open(path, 'w+') as file:
+        file.write('here')
+        file.flush()
+        os.unlink(path)
+        name = f'/proc/self/fd/{file.fileno()}'
+        for flags in (os.O_RDONLY, os.O_RDWR):
+            fd = greenaio.os.open(name, flags)
+            assert os.pread(fd, 10, 0) == b'here'
+            os.close(fd)
+        assert greenaio.os.stat(name) == os.stat(name)
+    folder_fd = os.open(folder, os.O_RDONLY)
+    fd = greenaio.os.open(f'/proc/self/fd/{folder_fd}/new', os.O_RDWR | os.O_CREAT)
+    assert os.path.exists(os.path.join(folder, 'new'))
+    os.close(fd)
+    os.close(folder_fd)
+
+
+def test_file_is_created_below_a_link_and_below_a_directory_given_by_number(folder):
+    os.mkdir(os.path.join(folder, 'there'))
+    os.symlink('there', os.path.join(folder, 'link'))
+    os.symlink('there/later', os.path.join(folder, 'dangling'))
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for name, made in (('link/new', 'there/new'), ('dangling', 'there/later'), ('link/../beside', 'beside')):
+        os.close(greenaio.os.open(name, os.O_RDWR | os.O_CREAT, dir_fd=fd))
+        assert os.path.isfile(os.path.join(folder, made))
+        assert greenaio.os.stat(name, dir_fd=fd) == os.stat(name, dir_fd=fd)
+    os.close(fd)
+
+
+# Containers --------------------------------------------------------------------------------------
+
+USE = '''
+import gevent, greenaio, greenaio.os, os, sys, time
+from greenaio import _route
+folder = sys.argv[1]
+for i in range(3):
+    path = f'{folder}/{i}'
+    with greenaio.open(path, 'w') as file:
+        file.write('here')
+    os.symlink(path, path + '-link')
+    for name in (path, path + '-link'):
+        with greenaio.open(name) as file:
+            assert file.read() == 'here'
+        assert greenaio.os.stat(name) == os.stat(name)
+    for call in (greenaio.os.stat, greenaio.open):
+        try:
+            call(path + '-no')
+        except FileNotFoundError as error:
+            assert error.filename == path + '-no'
+        else:
+            raise AssertionError
+end = time.monotonic() + 10
+def file_system():
+    found = [device for device in _route.devices() if device.number == os.stat(folder).st_dev]
+    greenaio.os.fstat(0), greenaio.os.stat(folder)
+    return found[0].file_system if found else ''
+while not file_system():
+    gevent.sleep(0.01)
+    assert time.monotonic() < end
+print(file_system())
+'''
+
+
+def deny(*numbers, code):
+    return SECCOMP + ''.join(f'deny({number}, errno.{code})\n' for number in numbers)
+
+
+@pytest.mark.parametrize('denied, code', [
+    ((), 'EPERM'), ((OPENAT2,), 'EPERM'), ((OPENAT2,), 'ENOSYS'), ((STATMOUNT,), 'EPERM'),
+    ((OPENAT2, STATMOUNT), 'ENOSYS'),
+])
+def test_calls_that_a_sandbox_denies_change_no_result(folder, denied, code):
+    done = run_python(deny(*denied, code=code) + USE, folder)
+    assert done.stdout.strip() == run('stat', '-f', '-c', '%T', folder).strip().replace('ext2/ext3', 'ext4')
+
+
+def test_openat2_is_not_asked_again_where_it_is_denied(disk_folder):
+    """A second filter ends the process at the second try."""
+    run_python(deny(OPENAT2, code='EPERM') + '''
+import gevent, greenaio.os
+greenaio.os.stat(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+filters = b''.join(struct.pack('HBBI', *f) for f in [
+    (0x20, 0, 0, 0), (0x15, 0, 1, 437), (0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7fff0000)])
+memory = ctypes.create_string_buffer(filters)
+program = ctypes.create_string_buffer(struct.pack('HxxxxxxP', 4, ctypes.addressof(memory)))
+assert libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0) == 0
+for _ in range(10):
+    greenaio.os.stat(sys.argv[1])
+    os.close(greenaio.os.open(sys.argv[1], os.O_RDONLY))
+''', disk_folder)
+
+
+@pytest.mark.parametrize('denied', [(), (STATMOUNT,)])
+def test_hub_does_not_parse_the_list_of_mounts(tmp_path, denied):
+    """In a mount namespace of many mounts; the hub reads none of it."""
+    if os.geteuid() != 0:
+        missing('needs root')
+    done = run_python(deny(*denied, code='ENOSYS') + '''
+import gevent, greenaio.os, builtins
+from greenaio import _route
+libc = ctypes.CDLL(None, use_errno=True)
+folder = sys.argv[1].encode()
+assert libc.unshare(0x20000) == 0                                               # CLONE_NEWNS
+assert libc.mount(b'none', b'/', None, 0x44000, None) == 0                      # MS_REC | MS_PRIVATE
+for i in range(300):
+    os.mkdir(folder + b'/%d' % i)
+    assert libc.mount(b'none', folder + b'/%d' % i, b'tmpfs', 0, b'size=64k') == 0
+def refuse(path, *args, **kwargs):
+    assert 'mountinfo' not in str(path)
+    return plain(path, *args, **kwargs)
+plain, builtins.open = builtins.open, refuse
+def known():
+    for i in (0, 299):
+        greenaio.os.stat(folder + b'/%d/no' % i)
+for _ in range(500):
+    for i in (0, 299):
+        try:
+            greenaio.os.stat(folder + b'/%d/no' % i)
+        except FileNotFoundError:
+            pass
+    found = [device for device in _route.devices() if device.number == os.stat(folder + b'/299').st_dev]
+    if found and found[0].in_memory:
+        break
+    gevent.sleep(0.01)
+else:
+    raise AssertionError(_route.devices())
+print('known')
+''', tmp_path)
+    assert done.stdout == 'known\n'
