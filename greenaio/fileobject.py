@@ -151,13 +151,32 @@ class FileIO(io.FileIO):
         file = File.from_fd(fd)
         if file.kind == stat.S_IFDIR:
             raise IsADirectoryError(21, os.strerror(21), name)
-        # It is not io.FileIO that closes it. And what it asks the kernel may take a server's answer.
-        initialize = functools.partial(super().__init__, fd, mode, False)
         if file.is_local or not can_wait():
-            initialize()
+            super().__init__(fd, mode, False)   # it is not io.FileIO that closes it
         else:
-            _fallback.call(lambda _: initialize(), fd)
+            self._take_from_server(fd, mode)
         self._file, self._fd, self.name = file, fd, name
+
+    def _take_from_server(self, fd: int, mode: str) -> None:
+        """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer.
+
+        So it asks /dev/null, and gets the number afterwards."""
+        null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            super().__init__(null, mode, False)
+            is_taken = _calls.give_number(self, fd)
+        finally:
+            posix.close(null)
+        if not is_taken:
+            initialize = super().__init__
+            _fallback.call(lambda _: initialize(fd, mode, False), fd)
+        elif 'a' in mode:
+            with contextlib.suppress(OSError):      # a pipe has no position
+                _calls.lseek(fd, 0, os.SEEK_END)
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal. No other file than a character device is asked: it may be a server's."""
+        return self.file.kind == stat.S_IFCHR and super().isatty()
 
     @property
     def closefd(self) -> bool:

@@ -414,6 +414,38 @@ def test_file_is_created_below_a_link_and_below_a_directory_given_by_number(fold
     os.close(fd)
 
 
+@pytest.mark.parametrize('how', ['as one reads', 'as one appends'])
+def test_server_is_not_asked_whether_its_file_is_a_terminal(server, how):
+    mode = {'as one reads': 'r', 'as one appends': 'ab'}[how]
+    with greenaio.open(os.path.join(server.mount, 'data'), mode) as file:
+        assert not file.isatty()
+        assert file.tell() == (0 if mode == 'r' else 1 << 20)
+        assert file.buffer.raw._blksize == 4096 if mode == 'r' else file.raw._blksize == 4096
+    assert not os.path.exists(f'{server.control}-ioctl')
+
+
+def test_opens_on_a_server_that_hangs_after_them_hold_up_no_other_server(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'b').mkdir()
+    hung, other = Server(str(tmp_path / 'a')), Server(str(tmp_path / 'b'))
+    try:
+        run_python('''
+            import gevent, greenaio, os, signal, sys
+            hung, server, other = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+            os.kill(server, signal.SIGSTOP)
+            waiting = [gevent.spawn(greenaio.open, hung, 'ab') for _ in range(12)]
+            gevent.sleep(0.2)
+            with gevent.Timeout(10), greenaio.open(other, 'rb') as file:
+                assert len(file.read(10)) == 10
+            os.kill(server, signal.SIGCONT)
+            for greenlet in waiting:
+                greenlet.get(timeout=20).close()
+        ''', os.path.join(hung.mount, 'data'), hung.process.pid, os.path.join(other.mount, 'data'))
+    finally:
+        hung.close()
+        other.close()
+
+
 # Containers --------------------------------------------------------------------------------------
 
 USE = '''
