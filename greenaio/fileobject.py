@@ -47,21 +47,17 @@ except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
     from greenaio._fallback import File  # type: ignore[assignment]
 
-__all__ = ['BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject', 'TextIOWrapper',
-           'open']
+__all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
+           'TextIOWrapper', 'open']
 
 Opener = Callable[[Any, int], int]
 
 FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
          'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
 OURS = ('greenaio.fileobject', 'greenaio.monkey')
+STANDARD = ('greenaio.fileobject', '_io')   # modules of classes that stand for those of `io`
 
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
-
-
-def _refuse_pickle(self: object, _: Any) -> Any:
-    # Protocols 0 and 1 would make one of io's around it, which closes it.
-    raise TypeError(f'cannot pickle {type(self).__name__!r} object')
 
 
 def level_of_caller() -> int:
@@ -98,7 +94,7 @@ class FileIO(io.FileIO):
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
                  flags: int = 0, prefetch: int | None = None) -> None:
-        self._turn = Turn(guards_io=True)   # shared by the layers above
+        self._io_turn = Turn(guards_io=True)   # shared by the layers above
         self._waiting: dict[greenlet, tuple[Any, bool]] = {}
         fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
         try:
@@ -306,14 +302,14 @@ class FileIO(io.FileIO):
 
     def _refuse_if_held(self) -> None:
         """Raise BlockingSwitchOutError inside `uninterrupted`, if a parked greenlet is changing sectors."""
-        if self.file.direct and is_uninterrupted() and not self._turn.finalizing:
+        if self.file.direct and is_uninterrupted() and not self._io_turn.finalizing:
             facts = posix.fstat(self._fd)
             alignment.refuse_if_held((facts.st_dev, facts.st_ino))
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
         stored = _position.is_stored(self.file.kind)
-        if stored and not self._turn.finalizing and not sys.is_finalizing():
+        if stored and not self._io_turn.finalizing and not sys.is_finalizing():
             return _position.turn_of(self._fd)
         return contextlib.nullcontext()
 
@@ -341,7 +337,7 @@ class FileIO(io.FileIO):
             self._drain()
         turn = _position.turns.get(self._fd)
         if turn is not None and turn.owner is not None and (    # it is about to be moved
-                self._can_wait() or is_uninterrupted() and not self._turn.finalizing):
+                self._can_wait() or is_uninterrupted() and not self._io_turn.finalizing):
             return int(self._wait(True, self._seek_in_turn, offset, whence))
         return self._seek(offset, whence)
 
@@ -406,7 +402,7 @@ class FileIO(io.FileIO):
     def _close_fd(self, fd: int, may_wait: bool) -> None:
         try:
             if self._closes and fd >= 0 and self._owner is None:
-                _calls.close(fd, may_wait=may_wait, is_forgotten=self._turn.finalizing)
+                _calls.close(fd, may_wait=may_wait, is_forgotten=self._io_turn.finalizing)
         finally:
             owner, self._owner = self._owner, None
             if owner is not None and self._closes:
@@ -432,7 +428,7 @@ class FileIO(io.FileIO):
             return call(self._fd, *args)
         except OSError as error:
             if was_thrown(error):
-                if self._turn.owner is me:      # a layer above called
+                if self._io_turn.owner is me:      # a layer above called
                     raise _Carrier(error) from None
                 raise
             if not isinstance(error, BlockingIOError):
@@ -445,7 +441,7 @@ class FileIO(io.FileIO):
                 self._waiting[me] = before
 
     def _can_wait(self) -> bool:
-        return can_wait() and not self._turn.finalizing
+        return can_wait() and not self._io_turn.finalizing
 
     def _dealloc_warn(self, source: object) -> None:
         if self._fd >= 0 and self._closes and self._owner is None:
@@ -457,7 +453,7 @@ class FileIO(io.FileIO):
     def __del__(self) -> None:
         if self._file is None:          # nor is there a turn, perhaps
             return
-        self._turn.finalizing = True
+        self._io_turn.finalizing = True
         try:
             if not self.closed:
                 self._dealloc_warn(self)
@@ -466,7 +462,8 @@ class FileIO(io.FileIO):
         if self._unsaid is not None:
             raise self._unsaid
 
-    __reduce_ex__ = _refuse_pickle
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(max(protocol, 2))  # 0 and 1 make one of io's on it, which closes it
 
     def __repr__(self) -> str:
         kind = f'{type(self).__module__}.{type(self).__qualname__}'
@@ -478,13 +475,20 @@ class FileIO(io.FileIO):
 
 # The layers of `io` above it ---------------------------------------------------------------------
 
-def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
-    """*method*, for one greenlet at a time: `io` raises RuntimeError for the second, or mixes their bytes."""
+def _in_turn(method: Callable[..., Any], plain: Callable[..., Any],
+             which: str = '_io_turn') -> Callable[..., Any]:
+    """*method*, for one greenlet at a time: `io` raises RuntimeError for the second, or mixes their bytes.
+
+    *plain* is the method of `io` itself, for an object that has no turn: one that is not initialized, or of
+    a subclass that was there before the patch, and that calls ``io.BufferedWriter.write(self, data)``.
+    """
     @functools.wraps(method)
     def in_turn(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        turn = self._turn
         try:
+            turn: Turn = getattr(self, which)
             me = getcurrent()
+        except AttributeError:
+            return plain(self, *args, **kwargs)
         except RuntimeError:            # the interpreter is being finalized
             return method(self, *args, **kwargs)
         if turn.owner is None:
@@ -516,9 +520,11 @@ def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Cal
 
     `io` closes the raw file whatever its flush raises, and drops what is buffered. So *flush*, the one of
     the class itself, goes first. A flush that the program put in its place is called as `io` calls it.
+    Where the raw file is not ours all is as in `io`.
     """
     def flush_and_close(self: Any) -> None:
-        if not self.closed and self.writable() and not self._turn.finalizing:
+        is_over = self._io_turn.finalizing or self.closed
+        if not is_over and _raw_of(self) is not None and self.writable():
             try:
                 flush(self)
             except BaseException as error:
@@ -527,21 +533,25 @@ def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Cal
                 raise
         method(self)
 
-    in_turn = _in_turn(flush_and_close)
+    in_turn = _in_turn(flush_and_close, method)
 
     @functools.wraps(method)
     def close(self: Any) -> None:
-        turn = self._turn
-        if getattr(self, '_finalizing', False):
+        turn = getattr(self, '_io_turn', None)
+        if turn is not None and getattr(self, '_finalizing', False):
             turn.finalizing = True
-        if turn.owner is None or sys.is_finalizing() or self.closed:
+        if turn is None or turn.owner is None or sys.is_finalizing() or self.closed:
+            in_turn(self)
+            return
+        raw = _raw_of(self)
+        if raw is None:
             in_turn(self)
             return
         turn.refuse_if_stuck()          # before any other greenlet hears of it
         # Who reads is sent away, and who stands behind. What is being written is written first.
         me = getcurrent()
         turn.closers.append(me)
-        self._raw().end_waits(writing=False)
+        raw.end_waits(writing=False)
         try:
             in_turn(self)
         except cancel_wait_ex:
@@ -554,86 +564,154 @@ def _close_in_turn(method: Callable[..., Any], flush: Callable[..., Any]) -> Cal
     return close
 
 
+def _raw_of(layer: Any) -> FileIO | None:
+    """The raw file below a layer, if it is one of ours. Raises ValueError if that was detached."""
+    raw = getattr(getattr(layer, 'buffer', layer), 'raw', None)
+    return raw if isinstance(raw, FileIO) else None
+
+
+def _is_layer(file: Any) -> bool:
+    """Whether *file* is cooperative down to the raw file."""
+    return isinstance(file, _Shared) and _raw_of(file) is not None
+
+
 class _Shared:
-    """A layer of `io` that greenlets may share."""
+    """A layer of `io` that greenlets may share.
 
-    def __init__(self, below: Any, *args: Any, **kwargs: Any) -> None:
-        self._turn: Turn = below._turn
-        super().__init__(below, *args, **kwargs)    # type: ignore[call-arg]
+    It stands on any raw file, or on any object that `io` takes for one. If that is ours, or such a layer,
+    they have one turn; otherwise it is a turn of this layer. Attributes are named ``_io_...``, because a
+    program may make subclasses of these classes, with attributes of its own.
+    """
 
-    def __init_subclass__(cls) -> None:
-        for name in ('detach', 'flush', 'peek', 'read', 'read1', 'readinto', 'readinto1', 'readline',
-                     'reconfigure', 'seek', 'tell', 'truncate', 'write', 'writelines'):
-            if hasattr(cls, name):
-                setattr(cls, name, _in_turn(getattr(cls, name)))
-        cls.close = _close_in_turn(cls.close, cls.flush)    # type: ignore[attr-defined]
+    _io_turn: Turn
 
-    __reduce_ex__ = _refuse_pickle
+    def _io_share(self, below: Any) -> None:
+        turn = getattr(below, '_io_turn', None)
+        self._io_turn = turn if isinstance(turn, Turn) else Turn(guards_io=True)
 
-    def _raw(self) -> Any:
-        layer: Any = self
-        return getattr(layer, 'buffer', layer).raw
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(max(protocol, 2))  # 0 and 1 make one of io's on it, which closes it
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return f'<_io.{text[1:].removeprefix("_io.")}' if type(self).__module__ in STANDARD else text
 
 
+IN_TURN = ('detach', 'flush', 'peek', 'read', 'read1', 'readinto', 'readinto1', 'readline', 'reconfigure',
+           'seek', 'tell', 'truncate', 'write', 'writelines')
+
+
+def _shared(kind: type) -> type:
+    """Give *kind* the methods of the class of `io` that it derives from, in turn. Only these: what a subclass
+    overrides may have a lock of its own, to be taken before the turn."""
+    plain: Any = next(one for one in kind.__mro__ if one.__module__ == '_io')
+    below = 'buffer' if hasattr(plain, 'buffer') else 'raw'
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain.__init__(self, *args, **kwargs)
+        if isinstance(self, _Shared):       # else it is of an older subclass of io's
+            self._io_share(getattr(self, below))
+
+    for name in IN_TURN:
+        if hasattr(plain, name):
+            setattr(kind, name, _in_turn(getattr(kind, name), getattr(plain, name)))
+    kind.__init__ = functools.wraps(plain.__init__)(__init__)       # type: ignore[misc]
+    kind.close = _close_in_turn(plain.close, kind.flush)    # type: ignore[attr-defined]
+    kind.__doc__ = plain.__doc__
+    return kind
+
+
+@_shared
 class BufferedReader(_Shared, io.BufferedReader):
-    __doc__ = io.BufferedReader.__doc__
+    pass
 
 
-class _Writes:
+class _Writes(_Shared):
     """What both that write do besides `io`: flush the raw file, and lose nothing of who is killed above."""
 
-    _is_below_text = False
-    _kept: tuple[bytes, ...] = ()       # what the text layer has let go of, and this has not got yet
+    _io_is_below_text = False           # and above a raw file of ours
+    _io_kept: tuple[bytes, ...] = ()    # what the text layer has let go of, and this has not got yet
+
+    def _io_share(self, below: Any) -> None:
+        super()._io_share(below)
+        _writers[id(self)] = self
 
     def write(self, data: Any, /) -> Any:
-        if not self._is_below_text or self.raw is None:     # type: ignore[attr-defined]
+        if not self._io_is_below_text or self.raw is None:  # type: ignore[attr-defined]
             return super().write(data)  # type: ignore[misc]
         if type(data) is not bytes:
             with memoryview(data) as view:
                 if not view.c_contiguous:
                     raise BufferError('memoryview: underlying buffer is not C-contiguous')
                 data = view.tobytes()
-        self._kept = (*self._kept, data)
-        self._write_kept()
+        self._io_kept = (*self._io_kept, data)
+        self._io_write_kept()
         return len(data)
 
-    def _write_kept(self) -> None:
+    def _io_write_kept(self) -> None:
         # Of what its buffer can hold io takes all or nothing; of more it can't say how much went.
         raw: Any = self.raw             # type: ignore[attr-defined]
-        if raw is None or not self._kept:   # None once detached
+        if raw is None or not self._io_kept:    # None once detached
             return
         piece = raw._piece
         taken = 0                       # of the last of them
         try:
-            while self._kept:
-                data = self._kept[0]
+            while self._io_kept:
+                data = self._io_kept[0]
                 n = min(piece or len(data), len(data))
                 super().write(data[:n])                     # type: ignore[misc]
                 taken = taken + n if n < len(data) else 0
-                self._kept = (data[n:], *self._kept[1:]) if n < len(data) else self._kept[1:]
+                self._io_kept = (data[n:], *self._io_kept[1:]) if n < len(data) else self._io_kept[1:]
         except BaseException as error:
             if not was_thrown(error):
                 if isinstance(error, BlockingIOError):
                     error.characters_written += taken
-                self._kept = ()         # as io: who wrote it knows
+                self._io_kept = ()      # as io: the greenlet that wrote it knows
             raise
 
     def flush(self) -> None:
-        self._write_kept()
+        self._io_write_kept()
         super().flush()                 # type: ignore[misc]
-        self.raw._drain()               # type: ignore[attr-defined]
+        raw: Any = self.raw             # type: ignore[attr-defined]
+        if isinstance(raw, FileIO):
+            raw._drain()
 
 
-class BufferedWriter(_Shared, _Writes, io.BufferedWriter):
-    __doc__ = io.BufferedWriter.__doc__
+@_shared
+class BufferedWriter(_Writes, io.BufferedWriter):
+    pass
 
 
-class BufferedRandom(_Shared, _Writes, io.BufferedRandom):
-    __doc__ = io.BufferedRandom.__doc__
+@_shared
+class BufferedRandom(_Writes, io.BufferedRandom):
+    pass
 
 
+@_shared
 class TextIOWrapper(_Shared, io.TextIOWrapper):
-    __doc__ = io.TextIOWrapper.__doc__
+    def _io_share(self, below: Any) -> None:
+        super()._io_share(below)
+        if isinstance(below, _Writes) and _raw_of(self) is not None:
+            below._io_is_below_text = True
+        if self.writable():
+            _writers[id(self)] = self
+
+
+class BufferedRWPair(_Shared, io.BufferedRWPair):
+    """Two raw files, one to read and one to write. Each has its turn: a reader that waits for a peer does not
+    hold up the writer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._io_turn, self._io_write_turn = Turn(guards_io=True), Turn(guards_io=True)
+
+
+for _name in ('peek', 'read', 'read1', 'readinto', 'readinto1', 'readline', 'close'):
+    _method = getattr(io.BufferedRWPair, _name)
+    setattr(BufferedRWPair, _name, _in_turn(_method, _method))
+for _name in ('write', 'writelines', 'flush', 'close'):
+    _method = getattr(BufferedRWPair, _name)
+    setattr(BufferedRWPair, _name, _in_turn(_method, getattr(io.BufferedRWPair, _name), '_io_write_turn'))
 
 
 def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None = None,
@@ -702,35 +780,35 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         size = max(raw._blksize, io.DEFAULT_BUFFER_SIZE)
     if size == 0 and 'b' in mode:
         if raw._behind is not None:
-            _writers.add(raw)
+            _writers[id(raw)] = raw
         return raw
     if not _position.is_stored(raw.file.kind):
         raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
-    layer = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
+    layer: Any = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)
     if 'b' not in mode:
-        result._is_below_text = True
         result = TextIOWrapper(result, io.text_encoding(encoding), errors, newline, by_line)
         result.mode = mode
-    if raw.writable():
-        _writers.add(result)
     return result
 
 
-_writers: weakref.WeakSet[Any] = weakref.WeakSet()
+# Files that may have something buffered, by id, because a subclass need not be hashable.
+_writers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @atexit.register
 def _flush_all() -> None:
     """While there is a Python to do it: those that are still there when the modules go could not."""
-    for file in list(_writers):
+    for file in list(_writers.values()):
         with contextlib.suppress(Exception):    # as `io`, which can tell nobody either
             if file.closed:
                 continue
-            if file._turn.owner is None:
-                file._turn.finalizing = True
-            elif isinstance(file, _Shared) and not _position.is_stored(file._raw().file.kind):
-                continue                # whoever has it may wait for ever, for the reader of a pipe
+            if file._io_turn.owner is None:
+                file._io_turn.finalizing = True
+            elif not isinstance(file, FileIO):
+                raw = _raw_of(file)
+                if raw is None or not _position.is_stored(raw.file.kind):
+                    continue            # whoever has it may wait for ever, for the reader of a pipe
             file.flush()
 
 
@@ -745,7 +823,7 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[type-arg]
 
     def _do_open_raw(self) -> Any:
         fobj = self._fobj
-        if isinstance(fobj, _Shared):
+        if _is_layer(fobj):
             return fobj
         if not hasattr(fobj, 'fileno'):
             return FileIO(fobj, self.fileio_mode, self.closefd)
@@ -769,7 +847,7 @@ class _Descriptor(OpenDescriptor):                  # type: ignore[type-arg]
         return self._opened
 
     def _layers_on(self, raw: Any) -> Any:
-        if not isinstance(raw, _Shared):
+        if not _is_layer(raw):
             return _layers(raw, self.mode, self.buffering, self.encoding, self.errors, self.newline)
         if self.binary or isinstance(raw, TextIOWrapper):
             return raw
@@ -788,7 +866,7 @@ class FileObject(FileObjectBase):                   # type: ignore[type-arg]
     def __new__(cls, fobj: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(fobj, FileObject):
             fobj = fobj.io
-        if hasattr(fobj, 'read') and not isinstance(fobj, (io.RawIOBase, _Shared)):
+        if hasattr(fobj, 'read') and not isinstance(fobj, io.RawIOBase) and not _is_layer(fobj):
             return FileObjectThread(fobj, *args, threadpool=_fallback._pool(), **kwargs)
         descriptor = _Descriptor(fobj, *args, **kwargs)
         raw: Any = descriptor.opened_raw()

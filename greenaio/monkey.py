@@ -9,11 +9,14 @@ nothing. Code in C that reads files by itself is untouched: sqlite3, mmap, dbm, 
 
 from __future__ import annotations
 
+import abc
+import copyreg
 import functools
 import io
 import os
 import pathlib
 import posix
+import socket
 import sys
 import threading
 import warnings
@@ -136,6 +139,72 @@ class _Builtins:
     open = _Builtin(_open, 'io')
 
 
+# Objects of `io`'s own classes on one of these have no file of ours below, so they stay `io`'s, and as fast.
+_FOREIGN = frozenset({io.FileIO, io.BytesIO, socket.SocketIO})
+_LAYERS = frozenset({io.BufferedReader, io.BufferedWriter, io.BufferedRandom})
+
+
+def _is_foreign(below: Any) -> bool:
+    kind = type(below)
+    return kind in _FOREIGN or kind is _PLAIN_PAIR or kind in _LAYERS and type(below.raw) in _FOREIGN
+
+
+_PLAIN_PAIR = io.BufferedRWPair
+
+
+class _Kind(abc.ABCMeta):
+    """The class of classes that stand for those of `io`, and of their subclasses."""
+
+
+def _pickle_kind(kind: _Kind) -> Any:
+    """Name a class for pickle: in `_io`, where those of `io` say that they are, it would find another."""
+    import pkgutil  # hardly ever
+
+    name = kind.__qualname__
+    return (pkgutil.resolve_name, (f'io:{name}',)) if vars(_Io).get(name) is kind else name
+
+
+copyreg.pickle(_Kind, _pickle_kind)
+
+
+def _stand_in(name: str) -> type:
+    """A class to stand in `io` for the one called *name*: its objects may be shared by greenlets.
+
+    `gzip` and others read and write through such an object. With one of `io`'s own, a second greenlet that
+    comes while the file below waits would get ``RuntimeError: reentrant call``.
+
+    ``sys.stdin``, subclasses from before the patch and all else that is of `io`'s own class counts as an
+    instance or subclass of this one. That takes a metaclass; one derived from ABCMeta goes with most.
+    """
+    plain, ours = getattr(io, name), getattr(fileobject, name)
+
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is stand_in and args and all(map(_is_foreign, args[:_FILES_BELOW.get(name, 1)])):
+            return plain(*args, **kwargs)
+        return ours.__new__(cls)
+
+    def __subclasshook__(cls: Any, kind: type) -> Any:
+        return issubclass(kind, plain) if cls is stand_in else NotImplemented
+
+    stand_in: Any = _Kind(name, (ours,), {
+        '__new__': __new__, '__subclasshook__': classmethod(__subclasshook__), '__doc__': plain.__doc__,
+        '__module__': plain.__module__})
+    return stand_in  # type: ignore[no-any-return]
+
+
+_FILES_BELOW = {'BufferedRWPair': 2}
+
+
+class _Io:
+    """What it copies into `io`."""
+
+    __implements__ = ['BufferedReader', 'BufferedWriter', 'BufferedRandom', 'BufferedRWPair', 'TextIOWrapper']
+
+
+for _name in _Io.__implements__:
+    setattr(_Io, _name, _stand_in(_name))
+
+
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
     check_environment()
@@ -155,11 +224,12 @@ def _supported() -> Iterator[tuple[Any, set[Any]]]:
 
 
 def patch_builtins() -> None:
-    """Replace the built-in ``open`` and ``io.open``, which `pathlib`, `tempfile`, `logging` and others call.
-    Twice is fine."""
+    """Replace the built-in ``open`` and ``io.open``, which `pathlib`, `tempfile`, `logging` and others call,
+    and the classes of `io` that buffer, of which `gzip` makes objects over a file. Twice is fine."""
     check_environment()
     for module in _modules():
         patch_module(module, _Builtins)     # type: ignore[arg-type]
+    patch_module(io, _Io)                   # type: ignore[arg-type]
     _replace_copies()
 
 
@@ -177,6 +247,8 @@ def _replace_copies() -> None:
     for module, name in _COPIES:
         if module in sys.modules:
             setattr(sys.modules[module], name, io.open)
+    if 'tarfile' in sys.modules:        # files of an archive are objects of a subclass
+        sys.modules['tarfile'].ExFileObject.__bases__ = (io.BufferedReader,)
     accessor = getattr(pathlib, '_NormalAccessor', None)    # of Python 3.10
     if accessor is not None:
         accessor.open, accessor.stat = io.open, os.stat
@@ -271,6 +343,8 @@ def unpatch_all() -> None:
         names.discard(ours)
     for module in _modules():
         module.open = get_original(module.__name__, 'open')
+    for name in _Io.__implements__:
+        setattr(io, name, get_original('io', name))
     _replace_copies()
     gevent.util.format_run_info = _plain_run_info  # type: ignore[assignment]
 

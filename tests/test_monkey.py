@@ -453,3 +453,255 @@ def test_patched_unusual_arguments_are_taken_as_by_os():
                      PATCHED + UNUSUAL_ARGUMENTS + 'use()'))
     assert plain.count('\n') == 49
     assert green.splitlines() == alone.splitlines() == plain.splitlines()
+
+
+# Files over files --------------------------------------------------------------------------------
+
+SLOW = PATCHED + '''
+import bz2, gzip, lzma, tarfile, zipfile
+class Slow(io.RawIOBase):
+    """A file below which something waits at each call."""
+    def __init__(self, content=b''):
+        self.memory = io.BytesIO(content)
+    def readable(self): return True
+    def writable(self): return True
+    def seekable(self): return True
+    def readinto(self, buffer):
+        gevent.sleep(0)
+        return self.memory.readinto(memoryview(buffer)[:100])
+    def write(self, data):
+        gevent.sleep(0)
+        return self.memory.write(data)
+    def seek(self, *args):
+        return self.memory.seek(*args)
+    def tell(self):
+        return self.memory.tell()
+records = [b'%09d\\n' % i for i in range(3000)]
+def share(use, n=4):
+    gevent.joinall([gevent.spawn(use, i) for i in range(n)], raise_error=True)
+'''
+
+
+def test_greenlets_share_readers_made_over_a_file():
+    """`io`'s kinds, and those of the library that have one inside."""
+    run_python(SLOW + '''
+packed = {module.__name__: module.compress(b''.join(records)) for module in (gzip, bz2, lzma)}
+archive, zipped = io.BytesIO(), io.BytesIO()
+with tarfile.open(fileobj=archive, mode='w') as tar:
+    member = tarfile.TarInfo('member')
+    member.size = 30000
+    tar.addfile(member, io.BytesIO(b''.join(records)))
+with zipfile.ZipFile(zipped, 'w') as file:
+    file.writestr('member', b''.join(records))
+plain = Slow(b''.join(records))
+makers = {
+    'reader': lambda: io.BufferedReader(Slow(b''.join(records)), 64),
+    'random': lambda: io.BufferedRandom(Slow(b''.join(records)), 64),
+    'pair': lambda: io.BufferedRWPair(Slow(b''.join(records)), Slow(), 64),
+    'text': lambda: io.TextIOWrapper(io.BufferedReader(Slow(b''.join(records)), 64)),
+    'text of gzip': lambda: gzip.open(io.BufferedReader(Slow(packed['gzip'])), 'rt'),
+    'gzip': lambda: gzip.open(Slow(packed['gzip'])),
+    'bz2': lambda: bz2.open(Slow(packed['bz2'])),
+    'lzma': lambda: lzma.open(Slow(packed['lzma'])),
+    'tar': lambda: tarfile.open(fileobj=io.BufferedReader(Slow(archive.getvalue()))).extractfile('member'),
+    'lines of text in zip': lambda: io.TextIOWrapper(zipfile.ZipFile(Slow(zipped.getvalue())).open('member')),
+}
+for kind, make in makers.items():
+    for call in ('readline', 'read'):
+        got, file = [], make()
+        def read(_):
+            while record := file.readline() if call == 'readline' else file.read(10):
+                got.append(record if isinstance(record, bytes) else record.encode())
+        share(read)
+        assert sorted(got) == records, (kind, call, len(got))
+''')
+
+
+def test_greenlets_share_writers_made_over_a_file(folder):
+    run_python(SLOW + '''
+def path(kind):
+    return f'{sys.argv[1]}/{kind}'
+opens = {
+    'writer': lambda name: io.BufferedWriter(open(name, 'wb', 0), 64),
+    'random': lambda name: io.BufferedRandom(open(name, 'w+b', 0), 64),
+    'text': lambda name: io.TextIOWrapper(io.BufferedWriter(open(name, 'wb', 0), 64)),
+    'text on text': lambda name: io.TextIOWrapper(open(name, 'wb')),
+    'gzip': lambda name: gzip.open(name, 'wb', 1), 'gzip as text': lambda name: gzip.open(name, 'wt', 1),
+    'bz2': lambda name: bz2.open(name, 'wb', 1), 'lzma': lambda name: lzma.open(name, 'wb', preset=0),
+}
+for kind, opener in opens.items():
+    file = opener(path(kind))
+    def write(i):
+        for record in records[i::4]:
+            file.write(record if isinstance(file, io.BufferedIOBase) else record.decode())
+            if int(record) % 500 == 0:
+                file.flush()
+    share(write)
+    file.close()
+    module = globals().get(kind.split()[0], io)
+    with (module.open if hasattr(module, 'compress') else open)(path(kind), 'rb') as file:
+        got = file.readlines()
+    assert sorted(got) == records, (kind, len(got))
+for make in (lambda: io.BufferedWriter(slow, 64), lambda: io.BufferedRWPair(Slow(), slow, 64),
+             lambda: io.TextIOWrapper(io.BufferedWriter(slow, 64)), lambda: gzip.open(slow, 'wb')):
+    slow = Slow()
+    file = make()
+    share(write)
+    file.flush()
+    if isinstance(file, gzip.GzipFile):
+        file.close()
+        slow.memory = io.BytesIO(gzip.decompress(slow.memory.getvalue()))
+    assert sorted(slow.memory.getvalue().splitlines(True)) == records
+''', folder)
+
+
+def test_reader_that_waits_does_not_hold_up_the_writer_of_a_pair():
+    run_python(SLOW + '''
+(r1, w1), (r2, w2) = os.pipe(), os.pipe()
+pair = io.BufferedRWPair(open(r1, 'rb', 0), open(w2, 'wb', 0))
+reader = gevent.spawn(pair.read, 4)
+gevent.sleep(0.01)
+with gevent.Timeout(5):
+    pair.write(b'ping')
+    pair.flush()
+    assert os.read(r2, 4) == b'ping'
+    os.write(w1, b'pong')
+    assert reader.get() == b'pong'
+    pair.close()
+os.close(w1)
+os.close(r2)
+''')
+
+
+def test_patched_classes_of_io_stand_for_those_of_before(tmp_path):
+    run_python('''
+        import abc, io, pickle, sys, tarfile
+        names = ['BufferedReader', 'BufferedWriter', 'BufferedRandom', 'BufferedRWPair', 'TextIOWrapper']
+        plain = {name: getattr(io, name) for name in names}
+        old = open(sys.executable, 'rb')
+        class Old(io.BufferedReader):
+            pass
+        class OldWriter(io.BufferedWriter):
+            def write(self, data):
+                return io.BufferedWriter.write(self, data.upper())
+        class OldText(io.TextIOWrapper):
+            def __init__(self, file):
+                io.TextIOWrapper.__init__(self, file, encoding='ascii')
+        import greenaio.monkey, gevent
+        for _ in range(2):
+            greenaio.monkey.patch_all()
+        gevent.get_hub()
+        for name in names:
+            kind = getattr(io, name)
+            assert kind is not plain[name] and issubclass(kind, plain[name]) and issubclass(plain[name], kind)
+            assert repr(kind) == repr(plain[name]) and kind.__doc__ == plain[name].__doc__
+            assert pickle.loads(pickle.dumps(kind)) is kind
+            assert issubclass(kind, io.TextIOBase if name == 'TextIOWrapper' else io.BufferedIOBase)
+            assert not issubclass(io.BytesIO, kind) and not isinstance(sys, kind)
+        assert isinstance(old, io.BufferedReader) and not isinstance(old, io.BufferedWriter)
+        assert isinstance(sys.stdin, io.TextIOWrapper) and issubclass(Old, io.BufferedReader)
+        with open(sys.executable, 'rb') as new, open(sys.executable, 'rb', 0) as raw:
+            assert isinstance(new, io.BufferedReader) and isinstance(new, plain['BufferedReader'])
+            made = io.BufferedReader(raw)
+            assert type(made) is io.BufferedReader
+            assert repr(made) == f"<_io.BufferedReader name={sys.executable!r}>" == repr(new) == repr(old)
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+                try:
+                    pickle.dumps(made, protocol)
+                except TypeError:
+                    pass
+                else:
+                    raise AssertionError(protocol)
+            assert made.read(4) == b'\\x7fELF'
+            assert made.detach() is raw
+        # What has no file of ours below stays io's, and as fast.
+        assert type(io.BufferedReader(io.BytesIO())) is plain['BufferedReader']
+        assert type(io.TextIOWrapper(io.BytesIO())) is plain['TextIOWrapper']
+        assert type(io.TextIOWrapper(sys.stdin.buffer)) is plain['TextIOWrapper']
+        for wrong in (dict(), dict(raw=None), dict(raw=io.BytesIO(), buffer_size=0), dict(nothing=1)):
+            outcomes = []
+            for kind in (plain['BufferedReader'], io.BufferedReader):
+                try:
+                    kind(**wrong)
+                except Exception as error:
+                    outcomes.append(type(error))
+            assert len(outcomes) == 2 and outcomes[0] is outcomes[1], (wrong, outcomes)
+        # Classes from before the patch, which call the patched class by its name.
+        with open(sys.argv[1], 'wb', 0) as raw:
+            with OldWriter(raw) as file:
+                file.write(b'text')
+        with OldText(open(sys.argv[1], 'rb')) as file:
+            assert file.read() == 'TEXT'
+        # A class that has a class of io and another metaclass.
+        class Named(abc.ABC):
+            @abc.abstractmethod
+            def label(self): ...
+        class Mine(io.BufferedReader, Named):
+            def label(self):
+                return self.raw.name
+        with open(sys.argv[1], 'rb', 0) as raw:
+            mine = Mine(raw)
+            assert mine.label() == sys.argv[1] and mine.read() == b'TEXT'
+            assert not isinstance(made, Mine) and not isinstance(old, Mine)
+        assert issubclass(tarfile.ExFileObject, greenaio.fileobject.BufferedReader)
+        greenaio.monkey.unpatch_all()
+        assert {name: getattr(io, name) for name in names} == plain
+        assert not issubclass(tarfile.ExFileObject, greenaio.fileobject.BufferedReader)
+        old.close()
+    ''', tmp_path / 'file')
+
+
+def test_subclasses_of_patched_classes_behave_as_of_ios():
+    """What they override is not wrapped: a lock that it takes comes before the turn, as before io's own."""
+    run_python(SLOW + '''
+from gevent.lock import RLock
+class Locked(io.BufferedReader):
+    __slots__ = ()
+    lock, depth = RLock(), 0
+    def read(self, n):
+        with self.lock:
+            type(self).depth += 1
+            data = super().read(n)
+            type(self).depth -= 1
+            return data
+    def readline(self):
+        return self.read(5) + self.read(5)
+assert 'greenaio' not in getattr(Locked.read, '__module__', ''), Locked.read
+file, got = Locked(Slow(b''.join(records)), 64), []
+def read(i):
+    while record := file.read(10) if i % 2 else file.peek(1) and file.read(10):
+        got.append(record)
+with gevent.Timeout(20):
+    share(read)
+assert sorted(got) == records and Locked.depth == 0
+class Forgetful(io.BufferedWriter):
+    def __init__(self):
+        pass
+for call in ('flush', 'close', 'tell', 'detach'):
+    try:
+        getattr(Forgetful(), call)()
+    except ValueError as error:
+        assert 'uninitialized' in str(error)
+    else:
+        raise AssertionError(call)
+''')
+
+
+@pytest.mark.parametrize('end', ['', 'sys.exit(3)', 'raise SystemExit(3)'])
+def test_what_is_buffered_over_a_file_is_written_at_the_end_of_the_process(tmp_path, end):
+    code = '''
+import gzip, io, sys
+keep = [io.BufferedWriter(open(sys.argv[1] + '/binary', 'wb', 0)),
+        io.TextIOWrapper(open(sys.argv[1] + '/text', 'wb')),
+        gzip.open(sys.argv[1] + '/gzip', 'wb')]
+for file in keep:
+    file.write('data' if isinstance(file, io.TextIOBase) else b'data')
+keep.append(keep)
+''' + end
+    for name, prelude in (('plain', ''), ('patched', PATCHED), ('hub', PATCHED + 'gevent.get_hub()\n')):
+        (tmp_path / name).mkdir()
+        run_python(prelude + code, tmp_path / name, check=False, env={'PYTHONWARNINGS': 'ignore'})
+    contents = [{path.name: path.read_bytes()[10 if path.name == 'gzip' else 0:]     # less the time
+                 for path in (tmp_path / name).iterdir()} for name in ('plain', 'patched', 'hub')]
+    assert contents[0]['binary'] == contents[0]['text'] == b'data'
+    assert contents[0] == contents[1] == contents[2]
