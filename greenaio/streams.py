@@ -12,6 +12,7 @@ import errno
 import os
 import posix
 import stat
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,7 +40,10 @@ COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
 
 ASK_AGAIN = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ECANCELED)   # of `File.end`
 NEW = os.O_WRONLY | os.O_CREAT
-CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+# Of copy_file_range, which sandboxes, security modules and file systems refuse with any of these. Reads and
+# writes may do, or say what is wrong.
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES,
+               errno.EBADF, errno.EIO, errno.ENOENT, errno.ENOTTY, errno.EOVERFLOW, errno.ETXTBSY)
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -323,6 +327,7 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
     The kernel copies, in threads, while it reads ahead and begins to write back. *progress* is called with
     the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
     """
+    sys.audit('shutil.copyfile', src, dst)
     src = os.fspath(src)
     with _directory_of_the_call(src, os.fspath(dst)) as here:
         one = _checked(src, here)

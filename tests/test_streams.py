@@ -13,9 +13,13 @@ import threading
 import gevent
 import pytest
 from conftest import MIB, missing, pattern, run_python
+from test_file import SECCOMP
 
 import greenaio
 from greenaio import _fallback, _hub, streams
+
+# The numbers of system calls.
+COPY_FILE_RANGE, PREADV2, PREAD64 = (326, 327, 17) if os.uname().machine == 'x86_64' else (285, 286, 67)
 
 
 @pytest.fixture(params=['tmpfs', 'ext4'])
@@ -529,6 +533,36 @@ def test_dsync_is_not_written_behind(folder):
 
 
 # Copying -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('code', ['EACCES', 'EBADF', 'EIO', 'ENOENT', 'ENOTTY', 'EOVERFLOW', 'ETXTBSY'])
+def test_copy_that_the_kernel_refuses_is_read_and_written(folder, code):
+    """As a sandbox or a file system may refuse copy_file_range: shutil goes on with reads and writes then."""
+    source = make(folder, 5 * MIB)
+    run_python(SECCOMP + f'''
+import greenaio
+deny({COPY_FILE_RANGE}, errno.{code})         # threads begin with it
+told = []
+assert greenaio.copyfile(sys.argv[1], sys.argv[2], progress=lambda done, _: told.append(done))
+assert told[-1] == 5 << 20
+''', source, source + '2')
+    assert pathlib.Path(source + '2').read_bytes() == pathlib.Path(source).read_bytes()
+
+
+def test_copy_that_can_be_neither_copied_nor_read_says_what_the_read_says(folder):
+    source = make(folder, MIB)
+    run_python(SECCOMP + f'''
+deny({COPY_FILE_RANGE}, errno.EIO)
+deny({PREADV2}, errno.EIO)
+deny({PREAD64}, errno.ELOOP)
+import greenaio
+try:
+    greenaio.copyfile(sys.argv[1], sys.argv[2])
+except OSError as error:
+    assert error.errno in (errno.ELOOP, errno.EIO) and error.filename == sys.argv[1], error
+else:
+    raise AssertionError
+''', source, source + '2')
+
 
 @pytest.mark.parametrize('nbytes', [0, 1, 4096, 4 * MIB, 9 * MIB + 11])
 def test_copy_is_the_same(folder, nbytes):
