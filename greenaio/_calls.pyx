@@ -27,7 +27,7 @@ from greenaio import _fallback
 from greenaio._hub import all_drivers, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
-from greenaio._engine cimport NEW, Request, meetings, meetings_under_way
+from greenaio._engine cimport Request, meetings, meetings_under_way
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
@@ -503,13 +503,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
     if request is None:
         _fallback.close(fd, queued, is_slow=is_slow)
         return 0
-    try:
-        result = (<Driver>driver).perform_by_thread(request, pool)
-    except RuntimeError:
-        if request.state != NEW:
-            raise
-        _fallback.close(fd)             # no thread to be had
-        result = 0
+    result = (<Driver>driver).perform_by_thread(request, pool)
     if result < 0:
         raise failed(result, None)
     return 0

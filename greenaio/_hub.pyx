@@ -31,7 +31,7 @@ from greenaio._context cimport BATCH_MAX, Context, forked
 from greenaio._engine cimport (
     CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, Tally, new_request,
 )
-from greenaio._threads cimport Inbox, Pool, withdraw
+from greenaio._threads cimport Inbox, Pool, make_here, withdraw
 
 from greenaio import _threads
 from greenaio._context import acknowledge_fork
@@ -271,13 +271,22 @@ cdef class Driver:
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096:
         """`perform`, by a native thread of *pool*: the same rules, the same result.
 
-        A call that no thread has begun with is withdrawn when the greenlet is killed. Raises RuntimeError when
-        no thread can be started.
+        A call that no thread has begun with is withdrawn when the greenlet is killed. Where no thread can be
+        started, it is the plain call, and blocks.
         """
         current = self._caller()
-        pool.submit(request, self.inbox)
-        self.engine.lend(request)
+        self._lend(request, pool)
         return self._result(request, current)
+
+    cdef int _lend(self, Request request, Pool pool) except -1:
+        cdef int64_t result
+        if pool.submit(request, self.inbox):
+            self.engine.lend(request)
+            return 0
+        result = make_here(request)
+        self.engine.lend(request)
+        self.engine._finish(request, result)
+        return 0
 
     cdef int begin(self, Request request, bint more) except -1:
         """The first half of `perform`: submit now, wait for nothing. `end` is the other; who never calls it
@@ -290,16 +299,20 @@ cdef class Driver:
         if more and self.engine.pending.count < BATCH_MAX:
             return self._end_turn_soon()
         self._flush()
+        self._unready(request)
+        return self._ask_for_pass()
+
+    cdef int _unready(self, Request request) except -1:
         if request.state == DONE and request._list != NULL:
             self.engine.ready.remove(request)   # nobody is to be woken: it takes no place in a pass
             request.release()
-        return self._ask_for_pass()
+        return 0
 
     cdef int begin_by_thread(self, Request request, Pool pool) except -1:
         self._caller()
         request.stays = True
-        pool.submit(request, self.inbox)
-        self.engine.lend(request)
+        self._lend(request, pool)
+        self._unready(request)
         return 0
 
     cdef int64_t end(self, Request request) except? -4096:

@@ -1,3 +1,5 @@
+from libc.stdint cimport int64_t
+
 from greenaio._engine cimport Engine, Request
 
 cdef enum:
@@ -23,6 +25,7 @@ cdef class Pool:
     cdef bint all_busy(self) noexcept
     cdef int busy(self) noexcept
 
+cdef int64_t make_here(Request request) except? -4096
 cdef bint withdraw(Request request) noexcept
 cdef bint any_busy() noexcept
 cdef Pool pool_of(device)

@@ -11,12 +11,14 @@ A call that waits for a peer, such as the open of a FIFO, waits for no disk, and
 thread of its own from `lone_threads`, which ends afterwards.
 """
 
+import logging
 import os
 
 from greenaio._config import config
 from greenaio._engine import Opcode_name
 
-from libc.errno cimport errno as c_errno
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno as c_errno
 from libc.stdlib cimport calloc, free
 
 from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, signal_eventfd
@@ -121,6 +123,9 @@ cdef struct pool:
     pool *older                 # all pools, for any_busy
 
 cdef pool *_newest = NULL
+cdef bint _told_of_no_thread = False
+
+log = logging.getLogger('greenaio')
 
 
 cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept:
@@ -269,6 +274,20 @@ cdef int as_call(Request request) except -1:
     return 0
 
 
+cdef int64_t make_here(Request request) except? -4096:
+    """The result of the call of *request*, made in this thread, which it blocks; or minus the errno."""
+    cdef job *one = <job *>request._job
+    cdef long result
+    while True:
+        with nogil:
+            result = _make(one)
+        if result != -EINTR:
+            return result
+        if one.number == SYS_close:     # it is closed all the same
+            return 0
+        PyErr_CheckSignals()
+
+
 cdef bint withdraw(Request request) noexcept:
     """Take *request* out of its pool's queue; False when a worker has it already."""
     cdef job *one = <job *>request._job
@@ -390,8 +409,8 @@ cdef class Pool:
         return _busy(self._pool)
 
     cdef int submit(self, Request request, Inbox inbox) except -1:
-        """Queue the call of *request*, first in, first out. Raises RuntimeError if there is no thread, and
-        none can be started: then nothing is queued."""
+        """Queue the call of *request*, first in, first out; return whether it is. Nothing is queued if there is no
+        thread, and none can be started."""
         cdef pool *home = self._pool
         cdef job *one = <job *>request._job
         cdef bint more, failed = False
@@ -423,10 +442,17 @@ cdef class Pool:
                 failed = home.threads == 0 or self.device is None
                 pthread_mutex_unlock(&home.lock)
                 if failed and withdraw(request):
-                    raise RuntimeError(f"can't start a thread for "
-                                       f'{"a call that waits" if self.device is None else f"device {self.device}"}: '
-                                       f'{os.strerror(error)}; pids.max, ulimit -u?')
-        return 0
+                    _tell_of_no_thread(error)
+                    return False
+        return True
+
+
+cdef _tell_of_no_thread(int error):
+    global _told_of_no_thread
+    if not _told_of_no_thread:
+        _told_of_no_thread = True       # first: a handler may write to a file
+        log.warning("can't start a thread: %s. Calls that need one block their hub, until one can be started. "
+                    'pids.max, ulimit -u?', os.strerror(error))
 
 
 cdef bint _all_busy(pool *one) noexcept nogil:

@@ -330,30 +330,45 @@ def test_forked_child_has_threads_of_its_own_and_the_parent_loses_nothing(folder
     ''', folder)
 
 
-def test_no_thread_to_be_had_is_a_clear_error_and_nothing_is_lost(folder):
+def test_where_no_thread_can_be_started_it_is_the_plain_call_and_a_warning(folder):
     group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
     if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
         missing('needs root and the pids controller of cgroup v1')
     os.mkdir(group)
     try:
         run_python('''
-            import os, sys, gevent, greenaio.os
+            import logging, os, sys, gevent, greenaio.os
             folder, group = sys.argv[1:]
+            told = []
+            handler = logging.Handler()
+            handler.emit = lambda record: told.append(record.getMessage())
+            logging.getLogger('greenaio').addHandler(handler)
             fd = os.open(folder + '/data', os.O_RDWR | os.O_CREAT)
             greenaio.os.pread(fd, 1, 0)             # the hub's driver is there
             open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
             tasks = len(os.listdir('/proc/self/task'))
             open(group + '/pids.max', 'w').write(str(tasks))
-            for _ in range(3):
-                try:
-                    greenaio.os.open(folder + '/new', os.O_WRONLY | os.O_CREAT)
-                except RuntimeError as error:
-                    assert "can't start a thread" in str(error), error
-                else:
-                    raise AssertionError
-            assert not os.path.exists(folder + '/new')
+            for name in '/new', '/newer':
+                new = greenaio.os.open(folder + name, os.O_RDWR | os.O_CREAT)
+                assert greenaio.os.write(new, b'x' * 5000) == 5000
+                assert greenaio.os.stat(folder + name).st_size == 5000
+                assert greenaio.os.pread(new, 1 << 20, 0) == b'x' * 5000
+                greenaio.os.ftruncate(new, 3)
+                greenaio.os.close(new)
+            with greenaio.open(folder + '/direct', 'wb', direct=True) as file:
+                file.write(b'y' * 300000)           # behind the writer, and longer
+            assert greenaio.copyfile(folder + '/direct', folder + '/copy')
+            with greenaio.open(folder + '/copy', 'rb', direct=True, prefetch=3) as file:
+                assert file.read() == b'y' * 300000
+            try:
+                greenaio.os.open(folder + '/no/such', os.O_WRONLY | os.O_CREAT)
+            except FileNotFoundError as error:
+                assert error.filename == folder + '/no/such'
+            assert len(told) == 1 and "can't start a thread" in told[0], told
+            assert len(os.listdir('/proc/self/task')) == tasks
             open(group + '/pids.max', 'w').write('max')
             os.close(greenaio.os.open(folder + '/new', os.O_WRONLY | os.O_CREAT))
+            assert len(os.listdir('/proc/self/task')) == tasks + 1
             open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
         ''', folder, group)
     finally:
