@@ -23,7 +23,7 @@ from posix.unistd cimport close as close_fd
 
 from gevent import sleep
 
-from greenaio import _fallback
+from greenaio import _fallback, _threads
 from greenaio._hub import all_drivers, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
@@ -344,6 +344,10 @@ def lseek(int fd, int64_t offset, int whence):
             raise failed(result, None)
         return result
     return os.lseek(fd, offset, whence)
+
+
+# The umask of the process, which threads are told of.
+learn_umask, umask = _threads.learn_umask, _threads.umask
 
 
 # Descriptors -------------------------------------------------------------------------------------

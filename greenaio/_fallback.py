@@ -180,18 +180,41 @@ class _Place:
             posix.close(self.dir_fd)
 
 
+_umask = 0
+_umask_changes = 0
+
+
+def learn_umask() -> None:
+    """Learn the umask before `umask` changes it."""
+    global _umask
+    _umask = posix.umask(0o077)         # for that moment a file gets no bit too many
+    posix.umask(_umask)
+
+
+def umask(mask: int, /) -> int:
+    """`os.umask`. A file whose creation has been asked for and not begun gets no bit that the umask until now
+    forbids."""
+    global _umask, _umask_changes
+    _umask_changes += 1
+    old = posix.umask(mask)
+    _umask = mask & 0o777
+    return old
+
+
 def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
     """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
     place = _Place(dir_fd)
+    changes, umask_then = _umask_changes, _umask
 
     def take_back() -> None:
         with contextlib.suppress(IndexError):       # pop() lets only one of the two threads have it
             posix.close(opened.pop())
 
     def work(_: int) -> None:
-        opened.append(posix.open(path, flags, mode, dir_fd=place.dir_fd))
+        narrowed = mode if changes == _umask_changes else mode & ~umask_then
+        opened.append(posix.open(path, flags, narrowed, dir_fd=place.dir_fd))
         if left:
             take_back()
 

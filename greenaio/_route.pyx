@@ -26,7 +26,7 @@ from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
 from greenaio._context cimport monotonic_ns
-from greenaio._threads cimport Pool, lone_threads, pool_of, start_worker
+from greenaio._threads cimport Pool, creation_mode, lone_threads, pool_of, start_worker
 
 cdef extern from *:
     """
@@ -651,7 +651,7 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     """A regular file that is to be read, opened here and now, if it waits for nobody; else -1."""
     cdef facts found
-    cdef int opened = -1
+    cdef int opened = -errno.EAGAIN
     cdef int fd
     if flags & ~(O_CLOEXEC | O_NOFOLLOW | O_DIRECT | O_NOATIME | O_LARGEFILE):
         return -1
@@ -659,9 +659,11 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     if fd < 0:
         return -1
     if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode):
-        opened = max(-1, reopen(fd, flags & ~O_NOFOLLOW))
+        opened = reopen(fd, flags & ~O_NOFOLLOW)
     close_fd(fd)
-    return opened
+    if opened == -errno.EACCES or opened == -errno.EPERM:
+        raise failed(opened, name)      # refused: no thread, which may have been born with other rights, repeats it
+    return max(-1, opened)
 
 
 # The way to a path -------------------------------------------------------------------------------
@@ -830,15 +832,17 @@ cdef long open_there(void *arg) noexcept nogil:
     lease first."""
     cdef way *this = <way *>arg
     cdef int fd
+    cdef int mode
     if not this.is_over and _walk(this, True) == CROSSED:
         return GO_ON
     if _waits_for_a_peer(this) and not this.is_alone:
         return GO_ON
     _let_go(this)
+    mode = creation_mode(this.permissions)
     if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH):
-        fd = open_leased(this.dir_fd, this.path, this.flags, this.permissions)
+        fd = open_leased(this.dir_fd, this.path, this.flags, mode)
         return LEASED if fd == -EAGAIN else fd
-    fd = openat(this.dir_fd, this.path, this.flags | O_CLOEXEC, this.permissions)
+    fd = openat(this.dir_fd, this.path, this.flags | O_CLOEXEC, mode)
     return fd if fd >= 0 else -c_errno
 
 

@@ -25,6 +25,7 @@ cdef class Pool:
     cdef bint all_busy(self) noexcept
     cdef int busy(self) noexcept
 
+cdef long creation_mode(long mode) noexcept nogil
 cdef int64_t make_here(Request request) except? -4096
 cdef bint withdraw(Request request) noexcept
 cdef bint any_busy() noexcept

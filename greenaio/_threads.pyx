@@ -13,10 +13,12 @@ thread of its own from `lone_threads`, which ends afterwards.
 
 import logging
 import os
+import posix            # for what may be patched in os
 
 from greenaio._config import config
 from greenaio._engine import Opcode_name
 
+from cpython.number cimport PyNumber_Index
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno as c_errno
 from libc.stdlib cimport calloc, free
@@ -30,7 +32,13 @@ cdef extern from *:
     #include <fcntl.h>
     #include <limits.h>
     #include <pthread.h>
+    #include <linux/capability.h>
     #include <signal.h>
+    #include <stdint.h>
+    #include <sys/fsuid.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+    #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <unistd.h>
 
@@ -52,9 +60,175 @@ cdef extern from *:
         pthread_attr_destroy(&attributes);
         return error;
     }
+
+    /* What a worker borrows of the caller ----------------------------------------------------------------------
+
+       A call takes some things from the thread that makes it: fsuid and fsgid, capabilities, the umask. A worker
+       makes the call for another thread, and later. So `note_caller` writes these things down in the job, in the
+       caller's thread, and `act_for` puts them on in the worker. A worker keeps them until the next job.
+
+       fsuid and fsgid. setfsuid(-1) changes nothing and returns the present one. glibc changes these two in one
+       thread only, and the other ids in all threads, workers included, by a signal that sigfillset leaves out.
+       Such a change sets the fsuid of every thread again, so a worker trusts no memory of its own: it asks.
+
+       capabilities. Setting the fsuid from 0 to another takes those on files away from a thread, in the caller and
+       in the worker alike. capset also changes one thread only: the worker lowers its effective set as the caller
+       has. It can't have what it was not born with.
+
+       A seccomp filter may end the process at setfsuid: systemd's ``SystemCallFilter=~@privileged`` does. Under a
+       filter nothing is set that need not be, and the ids are read off a new file. That takes 3 us; so they are
+       read only where the capabilities show that this thread is not as the process began.
+
+       umask. A worker shares it with the process. `os.umask`, patched, counts its changes before it makes them; a
+       job knows the number and the umask at its call. If the number has changed, the file that the worker creates
+       gets no bit that the umask of the call forbids. If not, the kernel applies the umask: below a directory with
+       a default ACL it does not, so nothing else may. */
+
+    struct caller {
+        unsigned umask_changes;
+        unsigned umask;
+        uid_t fsuid;
+        gid_t fsgid;
+        int has_ids;                    /* fsuid and fsgid are known, and perhaps not those of the process */
+        int is_filtered;
+        uint64_t effective;             /* capabilities */
+    };
+
+    static unsigned umask_changes;      /* the hub's side changes it with the GIL; workers read it */
+    static unsigned umask_now;          /* with the GIL */
+    static uint64_t first_permitted;    /* capabilities; with the GIL */
+    static int has_first_permitted;
+
+    static int get_capabilities(uint64_t *effective, uint64_t *permitted)
+    {
+        struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct data[2] = { { 0 } };
+        if (syscall(SYS_capget, &head, data) < 0)
+            return -1;
+        *effective = data[0].effective | (uint64_t)data[1].effective << 32;
+        *permitted = data[0].permitted | (uint64_t)data[1].permitted << 32;
+        return 0;
+    }
+
+    static int set_effective(uint64_t effective)
+    {
+        struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct data[2] = { { 0 } };
+        if (syscall(SYS_capget, &head, data) < 0)
+            return -1;
+        data[0].effective = (uint32_t)effective;
+        data[1].effective = (uint32_t)(effective >> 32);
+        return (int)syscall(SYS_capset, &head, data);
+    }
+
+    static int read_ids(struct caller *one)
+    {
+        struct stat made;
+        int fd = memfd_create("greenaio", MFD_CLOEXEC);
+        int found = fd >= 0 && fstat(fd, &made) == 0;
+        if (fd >= 0)
+            close(fd);
+        if (found) {
+            one->fsuid = made.st_uid;
+            one->fsgid = made.st_gid;
+        }
+        return found;
+    }
+
+    static void note_caller(struct caller *one)
+    {
+        uint64_t permitted = 0;
+        one->umask_changes = umask_changes;
+        one->umask = umask_now;
+        one->effective = 0;
+        get_capabilities(&one->effective, &permitted);
+        if (!has_first_permitted) {
+            first_permitted = permitted;
+            has_first_permitted = 1;
+        }
+        one->is_filtered = prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0;
+        if (one->is_filtered)
+            one->has_ids = (one->effective != permitted || permitted != first_permitted) && read_ids(one);
+        else {
+            one->fsuid = setfsuid(-1);
+            one->fsgid = setfsgid(-1);
+            one->has_ids = 1;
+        }
+    }
+
+    static __thread struct caller *acting_for;      /* NULL but in a worker's call */
+    static __thread int has_foreign_ids;            /* it has put on some under a filter */
+    static __thread int is_lowered;                 /* its effective capabilities are fewer than the permitted */
+    static __thread uint64_t own_permitted = ~0ull; /* as far as it knows: not yet */
+
+    static int put_on_ids(uid_t uid, gid_t gid)
+    {
+        if (setfsgid(gid) != gid && setfsgid(-1) != gid)
+            return -EPERM;
+        return setfsuid(uid) != uid && setfsuid(-1) != uid ? -EPERM : 0;
+    }
+
+    /* 0, or minus the errno: then the call must not be made. */
+    static int act_for(struct caller *one)
+    {
+        uint64_t effective, wanted;
+        uid_t uid = one->has_ids ? one->fsuid : geteuid();
+        gid_t gid = one->has_ids ? one->fsgid : getegid();
+        int is_foreign = one->is_filtered && one->has_ids && (uid != geteuid() || gid != getegid());
+        if (is_lowered) {               /* or it may not set the ids */
+            if (get_capabilities(&effective, &own_permitted) < 0 || set_effective(own_permitted) < 0)
+                return -EPERM;
+            is_lowered = 0;
+        }
+        if ((!one->is_filtered || is_foreign || has_foreign_ids) && put_on_ids(uid, gid) < 0)
+            return -EPERM;
+        has_foreign_ids = is_foreign;
+        if (one->effective == own_permitted)
+            return 0;
+        if (get_capabilities(&effective, &own_permitted) < 0)
+            return 0;                   /* denied: then the caller's are not known either */
+        wanted = one->effective & own_permitted;
+        is_lowered = wanted != own_permitted;       /* so it may have been born, by a thread that was */
+        return effective != wanted && set_effective(wanted) < 0 ? -EPERM : 0;
+    }
+
+    /* The mode with which a worker creates a file. */
+    static long mode_for_caller(long mode)
+    {
+        struct caller *one = acting_for;
+        if (one == NULL || __atomic_load_n(&umask_changes, __ATOMIC_ACQUIRE) == one->umask_changes)
+            return mode;
+        return mode & ~(long)one->umask;
+    }
+
+    static void count_umask_change(void)
+    { __atomic_add_fetch(&umask_changes, 1, __ATOMIC_RELEASE); }
+
+    /* The signal that a call has sent to the worker, which blocks it; or 0. */
+    static int take_signal(long result)
+    {
+        int number = result == -EFBIG ? SIGXFSZ : result == -EPIPE ? SIGPIPE : 0;
+        struct timespec now = { 0, 0 };
+        sigset_t one;
+        if (number == 0)
+            return 0;
+        sigemptyset(&one);
+        sigaddset(&one, number);
+        return sigtimedwait(&one, NULL, &now) == number ? number : 0;
+    }
     """
     const int INT_MAX
     int start_native "start_worker"(void *(*work)(void *) noexcept nogil, void *arg)
+    struct caller:
+        pass
+    void note_caller(caller *one) noexcept nogil
+    int act_for(caller *one) noexcept nogil
+    caller *acting_for
+    long mode_for_caller(long mode) noexcept nogil
+    void count_umask_change() noexcept
+    unsigned int umask_now
+    int take_signal(long result) noexcept nogil
+    int c_raise "raise"(int number) noexcept nogil
     long syscall(long number, ...) nogil
     const long SYS_openat
     const long SYS_close
@@ -72,6 +246,8 @@ cdef extern from *:
     const long SYS_fsync
     const long SYS_fdatasync
     int posix_fallocate(int fd, long offset, long length) nogil
+    const int O_CREAT
+    const int O_TMPFILE
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -98,6 +274,8 @@ cdef struct job:
     long number                 # the system call ...
     long args[6]                # ... and what it gets
     long result                 # its answer, or minus the errno
+    int signal                  # that it sent to who made it, or 0
+    caller by                   # for whom it is made
     iovec one                   # what args name where there is one buffer
 
 cdef struct mailbox:
@@ -177,8 +355,25 @@ cdef long _make(job *one) noexcept nogil:
         return (<chain>one.args[0])(<void *>one.args[1])
     if one.number == POSIX_FALLOCATE:   # the C library's, which can do without the file system's help
         return -posix_fallocate(<int>one.args[0], one.args[1], one.args[2])
+    if one.number == SYS_openat and one.args[2] & (O_CREAT | O_TMPFILE):
+        one.args[3] = mode_for_caller(one.args[3])
     result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3], one.args[4], one.args[5])
     return -c_errno if result < 0 else result
+
+
+cdef long creation_mode(long mode) noexcept nogil:
+    """The *mode* with which a worker creates a file for its caller, whose umask may have been another."""
+    return mode_for_caller(mode)
+
+
+cdef void _make_for_caller(job *one) noexcept nogil:
+    global acting_for
+    one.result = act_for(&one.by)
+    if one.result == 0 or one.number == SYS_close:      # which needs nothing of the caller
+        acting_for = &one.by
+        one.result = _make(one)
+        acting_for = NULL
+    one.signal = take_signal(one.result)
 
 
 cdef void *_work(void *arg) noexcept nogil:
@@ -197,7 +392,7 @@ cdef void *_work(void *arg) noexcept nogil:
         one = home.first
         _unlink(home, one)
         pthread_mutex_unlock(&home.lock)
-        one.result = _make(one)
+        _make_for_caller(one)
         _post(one)
         pthread_mutex_lock(&home.lock)
 
@@ -306,6 +501,27 @@ cdef bint withdraw(Request request) noexcept:
     return waiting
 
 
+cdef void _learn_umask(unsigned int mask) noexcept:
+    global umask_now
+    umask_now = mask
+
+
+def learn_umask():
+    """Learn the umask before `umask` changes it."""
+    mask = posix.umask(0o077)           # for that moment a file gets no bit too many
+    posix.umask(mask)
+    _learn_umask(mask)
+
+
+def umask(mask, /):
+    """`os.umask`. A file whose creation has been asked for and not begun gets no bit that the umask until now
+    forbids."""
+    count_umask_change()                # first: else a worker could create a file between the two
+    old = posix.umask(mask)
+    _learn_umask(PyNumber_Index(mask) & 0o777)
+    return old
+
+
 # The hub's side ----------------------------------------------------------------------------------
 
 cdef class Inbox:
@@ -346,6 +562,8 @@ cdef class Inbox:
         engine.reaps()
         while one != NULL:
             following = one.next
+            if one.signal:
+                c_raise(one.signal)     # as if this thread had made the call
             engine._finish(<Request>one.request, one.result)
             one = following
             n += 1
@@ -415,6 +633,8 @@ cdef class Pool:
         cdef job *one = <job *>request._job
         cdef bint more, failed = False
         home.limit = config.threads if self.device is not None else INT_MAX
+        note_caller(&one.by)
+        home.limit = config.threads
         one.home, one.back, one.previous, one.next = home, inbox._box, NULL, NULL
         pthread_mutex_lock(&inbox._box.lock)
         inbox._box.out += 1

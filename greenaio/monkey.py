@@ -114,6 +114,11 @@ def _lstat(path: Any, *, dir_fd: int | None = None) -> os.stat_result:
     return stat(os.fspath(_as_usual('lstat', path)), dir_fd=dir_fd, follow_symlinks=False)
 
 
+@functools.wraps(posix.umask)
+def _umask(mask: int, /) -> int:
+    return _calls.umask(mask)
+
+
 @functools.wraps(io.open)       # noqa: UP020
 def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None = None,
           errors: str | None = None, newline: str | None = None, closefd: bool = True,
@@ -124,10 +129,10 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
 class _Os:
     """What gevent's `patch_module` copies into `os`."""
 
-    __implements__ = [name for name in greenaio.os.__all__ if hasattr(posix, name)] + ['lstat']
+    __implements__ = [name for name in greenaio.os.__all__ if hasattr(posix, name)] + ['lstat', 'umask']
 
 
-_OWN: dict[str, Callable[..., Any]] = {'close': _close, 'lstat': _lstat}
+_OWN: dict[str, Callable[..., Any]] = {'close': _close, 'lstat': _lstat, 'umask': _umask}
 for _name in _Os.__implements__:
     setattr(_Os, _name, _Builtin(_OWN.get(_name) or _cooperative(_name), 'os'))
 
@@ -206,8 +211,10 @@ for _name in _Io.__implements__:
 
 
 def patch_os() -> None:
-    """Replace in `os` the calls that `greenaio.os` has, and ``lstat``, by cooperative ones. Twice is fine."""
+    """Replace in `os` the calls that `greenaio.os` has, ``lstat`` and ``umask``, by cooperative ones. Twice
+    is fine."""
     check_environment()
+    _calls.learn_umask()
     patch_module(os, _Os)           # type: ignore[arg-type]
     for ours, names in _supported():
         names.add(ours)

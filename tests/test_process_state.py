@@ -1,8 +1,15 @@
 """What a call finds of the process is what it was when the call was made, though a thread makes it later."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
-from conftest import run_python
+from conftest import missing, run_python
 from test_fallback import WITHOUT
+from test_file import SECCOMP
+
+PERSONALITY = 135 if os.uname().machine == 'x86_64' else 92     # a system call that nobody misses
 
 # The only thread of a device is busy until `set_free`: it sends a file to a blocking socket that is full.
 BUSY_THREAD = '''
@@ -195,3 +202,313 @@ for i in range(20):
 assert os.listdir(folder) == ['here']
 assert os.listdir('/proc/self/fd') == before
 ''', disk_folder)
+
+
+# The umask ---------------------------------------------------------------------------------------
+
+UMASK = BUSY_THREAD + '''
+import greenaio.monkey
+os.umask(0o022)
+greenaio.monkey.patch_all()
+
+def mode(name):
+    return oct(os.stat(name).st_mode & 0o777)
+
+def create(name, mask):
+    """A greenlet that creates a file while the umask is *mask*; afterwards it is what it was."""
+    def call():
+        old = os.umask(mask)
+        try:
+            with open(name, 'w'):
+                pass
+        finally:
+            os.umask(old)
+    greenlet = gevent.spawn(call)
+    gevent.sleep(0.01)
+    return greenlet
+'''
+
+
+def test_file_gets_no_permission_that_the_umask_of_the_call_forbids(folder):
+    run_python(UMASK + '''
+keep_busy()
+secret = create('secret', 0o077)
+assert os.umask(0o022) == 0o077
+group = create('group', 0o007)
+assert os.umask(0o002) == 0o007
+set_free()
+gevent.joinall([secret, group], raise_error=True)
+assert mode('secret') == '0o600' and mode('group') == '0o660', (mode('secret'), mode('group'))
+assert os.umask(0o022) == 0o022
+with open('public', 'w'):
+    pass
+assert mode('public') == '0o644'
+''', folder, env=ONE_THREAD)
+
+
+def test_umask_that_nobody_changes_is_left_to_the_kernel(folder):
+    """It knows more: below a directory with a default ACL the umask does not count."""
+    if shutil.which('setfacl') is None:
+        missing('needs setfacl')
+    acl = subprocess.run(['setfacl', '-d', '-m', 'g::rwx,o::rwx', folder], capture_output=True, text=True)
+    if acl.returncode:
+        pytest.skip(acl.stderr)         # a file system without ACLs
+    run_python(UMASK + '''
+keep_busy()
+creating = gevent.spawn(greenaio.os.open, 'below', os.O_WRONLY | os.O_CREAT, 0o666)
+gevent.sleep(0.01)
+set_free()
+os.close(creating.get())
+assert mode('below') == '0o666', mode('below')
+''', folder, env=ONE_THREAD)
+
+
+def test_umask_takes_and_refuses_what_os_umask_does(folder):
+    run_python(UMASK + '''
+import posix
+for mask in (0o27, True, 0o7777, -1, 'x', 1.5, None, 1 << 40):
+    found = []
+    for umask in posix.umask, os.umask:
+        posix.umask(0o022)
+        try:
+            found.append((umask(mask), posix.umask(0o022)))
+        except Exception as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1], (mask, found)
+''', folder)
+
+
+def test_without_the_extension_too_a_file_gets_no_permission_that_the_umask_forbids(disk_folder):
+    run_python(WITHOUT + '''
+import sys, greenaio.monkey
+os.chdir(sys.argv[1])
+os.umask(0o022)
+greenaio.monkey.patch_all()
+def create(name):
+    os.umask(0o077)
+    with open(name, 'w'):
+        pass
+for i in range(20):
+    creating = gevent.spawn(create, f'secret{i}')
+    gevent.sleep(0)
+    os.umask(0o022)
+    creating.get()
+    assert os.stat(f'secret{i}').st_mode & 0o777 == 0o600
+''', disk_folder)
+
+
+# Signals that a call sends to its caller ---------------------------------------------------------
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])
+def test_write_beyond_the_limit_of_the_process_sends_its_signal(folder, loop):
+    run_python('''
+        import errno, os, resource, signal, sys, gevent, greenaio.monkey, greenaio.os
+        os.chdir(sys.argv[1])
+        greenaio.monkey.patch_all()
+        gevent.sleep(0)
+        got = []
+        signal.signal(signal.SIGXFSZ, lambda *args: got.append(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, -1))
+        def refused(call, *args):
+            got.clear()
+            try:
+                call(*args)
+            except OSError as error:
+                assert error.errno == errno.EFBIG, error
+            else:
+                raise AssertionError
+            gevent.sleep(0)             # Python calls a handler when it likes
+            return len(got)
+        with open('big', 'wb', 0) as file:
+            file.write(b'x' * 8192)
+            assert refused(file.write, b'y') == 1
+            assert refused(os.ftruncate, file.fileno(), 10000) == 1
+            assert refused(os.pwrite, file.fileno(), b'z', 9000) == 1
+            assert os.stat('big').st_size == 8192
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # as Python begins
+        with open('big', 'ab', 0) as file:
+            assert refused(file.write, b'y') == 0
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        if os.fork() == 0:
+            with open('big', 'ab', 0) as file:
+                file.write(b'y')
+            os._exit(0)
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGXFSZ
+    ''', folder, env={'GEVENT_LOOP': loop, 'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
+
+
+def test_sendfile_by_a_thread_to_a_peer_that_is_gone_sends_its_signal(folder):
+    run_python(BUSY_THREAD + '''
+import signal
+greenaio.os.close(greenaio.os.open('file', os.O_WRONLY | os.O_CREAT))
+with open('file', 'wb') as file:
+    file.write(b'x' * 5000)
+got = []
+signal.signal(signal.SIGPIPE, lambda *args: got.append(1))
+one, other = socket.socketpair()
+other.close()
+fd = os.open('file', os.O_RDONLY)
+try:
+    greenaio.os.sendfile(one.fileno(), fd, 0, 5000)
+except BrokenPipeError:
+    pass
+else:
+    raise AssertionError
+assert got == [1]
+''', folder)
+
+
+# Credentials -------------------------------------------------------------------------------------
+
+# Threads of the device are there before the credentials of this one change.
+CREDENTIALS = '''
+import ctypes, errno, os, sys, gevent, greenaio, greenaio.os
+libc = ctypes.CDLL(None, use_errno=True)
+folder = sys.argv[1]
+os.chdir(folder)
+os.chmod(folder, 0o777)
+NOBODY = 65534
+
+def write(name, mode=0o666):
+    os.close(greenaio.os.open(name, os.O_WRONLY | os.O_CREAT, mode))
+
+def owner(name):
+    st = os.stat(name)
+    return st.st_uid, st.st_gid
+
+def outcome(call, *args):
+    try:
+        greenaio.os.close(call(*args))
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return 'done'
+
+def attempts(tag):
+    return {'read': outcome(greenaio.os.open, 'secret', os.O_RDONLY),
+            'write': outcome(greenaio.os.open, 'secret', os.O_RDWR),
+            'create': outcome(greenaio.os.open, f'closed/{tag}', os.O_WRONLY | os.O_CREAT)}
+
+os.umask(0)
+os.mkdir('closed', 0o700)
+with open('secret', 'w') as file:
+    file.write('secret')
+os.chmod('secret', 0o600)
+gevent.joinall([gevent.spawn(write, f'warm{i}') for i in range(8)], raise_error=True)
+ALL = {'read': 'done', 'write': 'done', 'create': 'done'}
+NONE = {'read': 'EACCES', 'write': 'EACCES', 'create': 'EACCES'}
+assert attempts('before') == ALL
+'''
+
+
+def as_root():
+    if os.geteuid() != 0:
+        missing('needs root')
+
+
+FILTERS = {'free': '', 'filtered': SECCOMP + f'\ndeny({PERSONALITY}, errno.EPERM)\n'}
+
+
+@pytest.mark.parametrize('filtered', FILTERS)
+def test_thread_opens_a_file_with_the_fsuid_of_the_caller(folder, filtered):
+    """As a file server sets it for each client. A seccomp filter may forbid to set it: then it is looked at
+    another way."""
+    as_root()
+    run_python(FILTERS[filtered] + CREDENTIALS + '''
+for i in range(3):
+    libc.setfsgid(NOBODY)
+    libc.setfsuid(NOBODY)
+    assert attempts(i) == NONE, attempts(i)
+    write(f'mine{i}')
+    libc.setfsuid(0)
+    libc.setfsgid(0)
+    write(f'yours{i}')
+    assert owner(f'mine{i}') == (NOBODY, NOBODY), owner(f'mine{i}')
+    assert owner(f'yours{i}') == (0, 0), owner(f'yours{i}')
+    assert attempts(f'again{i}') == ALL
+''', folder)
+
+
+def test_fsgid_and_two_fsuids_are_told_apart(folder):
+    as_root()
+    run_python(CREDENTIALS + '''
+libc.setfsgid(1234)
+write('group')
+libc.setfsuid(1000)
+write('one')
+libc.setfsuid(0)
+libc.setfsuid(1001)
+write('two')
+assert outcome(greenaio.os.open, 'secret', os.O_RDWR) == 'EACCES'
+assert [owner(name) for name in ('group', 'one', 'two')] == [(0, 1234), (1000, 1234), (1001, 1234)]
+''', folder)
+
+
+def test_effective_ids_reach_the_threads_whatever_the_fsuid_was(folder):
+    """glibc changes them in all threads. That sets each thread's fsuid too, behind the back of the worker."""
+    as_root()
+    run_python(CREDENTIALS + '''
+os.seteuid(1000)
+write('one')
+os.seteuid(0)
+write('root')
+libc.setfsuid(1000)
+write('two')
+os.seteuid(1000)
+os.seteuid(0)
+libc.setfsuid(1000)
+write('three')
+assert outcome(greenaio.os.open, 'secret', os.O_RDWR) == 'EACCES'
+assert [owner(name)[0] for name in ('one', 'root', 'two', 'three')] == [1000, 0, 1000, 1000]
+os.setgroups([])
+os.setgid(NOBODY)
+os.setuid(NOBODY)
+libc.setfsuid(NOBODY)
+assert outcome(greenaio.os.open, 'secret', os.O_RDWR) == 'EACCES'
+write('four')
+assert owner('four') == (NOBODY, NOBODY)
+''', folder)
+
+
+@pytest.mark.parametrize('filtered', FILTERS)
+def test_capabilities_that_the_caller_gave_up_the_thread_does_not_use(folder, filtered):
+    as_root()
+    run_python(FILTERS[filtered] + CREDENTIALS + '''
+os.chown('secret', 1, 1)
+os.chown('closed', 1, 1)
+
+def effective(*change):
+    """What this thread's effective capabilities were; *change* them."""
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)()
+    assert libc.capget(head, data) == 0
+    before = data[0], data[3]
+    if change:
+        data[0], data[3] = change
+        assert libc.capset(head, data) == 0
+    return before
+
+for i in range(3):
+    low, high = effective()
+    effective(low & ~0b1110, high)                  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+    assert attempts(i) == NONE, attempts(i)
+    effective(0, 0)
+    assert attempts(i) == NONE, attempts(i)
+    effective(low, high)
+    assert attempts(f'again{i}') == ALL, attempts(f'again{i}')
+''', folder)
+
+
+def test_close_that_a_thread_may_not_do_as_the_caller_is_done(folder):
+    """A close needs no permission; an fd that stays open for ever would be worse."""
+    as_root()
+    run_python(CREDENTIALS + '''
+fd = greenaio.os.open('mine', os.O_WRONLY | os.O_CREAT)
+libc.setfsuid(NOBODY)
+greenaio.os.close(fd)
+try:
+    os.fstat(fd)
+except OSError:
+    pass
+else:
+    raise AssertionError('still open')
+''', folder)
