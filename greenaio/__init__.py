@@ -19,9 +19,10 @@ logging.getLogger('greenaio').addHandler(logging.NullHandler())
 try:
     from greenaio._file import File
     from greenaio._memory import aligned_buffer
+    from greenaio._threads import renew_threads
 except ImportError:
     # No compiler, or no Linux: everything by threads. greenaio.native tells.
-    from greenaio._fallback import File, aligned_buffer  # type: ignore[assignment]
+    from greenaio._fallback import File, aligned_buffer, renew_threads  # type: ignore[assignment]
 
     native = False
 else:
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open', 'stats',
-           'uninterrupted']
+__all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open',
+           'renew_threads', 'stats', 'uninterrupted']
 
 _AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams', 'dump': 'greenaio._stats',
                  'stats': 'greenaio._stats', 'uninterrupted': 'greenaio._uninterrupted'}

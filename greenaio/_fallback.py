@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
 
-from gevent import get_hub, getcurrent
+from gevent import get_hub, getcurrent, spawn
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
@@ -123,6 +123,14 @@ def _pool() -> ThreadPool:
     return pool
 
 
+def renew_threads() -> None:
+    """Let new native threads make the calls of this hub from now on, in the place of those that there are."""
+    hub: Any = get_hub()
+    pool = hub.__dict__.pop('_greenaio_pool', None)
+    if pool is not None:
+        spawn(pool.kill)                # which waits for what they do
+
+
 def jobs() -> list[_Job]:
     """Return the calls that are not over yet."""
     return list(_jobs)
@@ -162,6 +170,11 @@ def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = Non
     return value
 
 
+def working_directory() -> int:
+    """Return a new O_PATH fd of the working directory."""
+    return posix.open('.', os.O_PATH | os.O_CLOEXEC)
+
+
 class _Place:
     """Where a thread begins to look up a path: *dir_fd*, or the working directory of this moment."""
 
@@ -172,7 +185,7 @@ class _Place:
         self.dir_fd = dir_fd
         if dir_fd is None:
             with contextlib.suppress(OSError):      # without a free fd it is that of later
-                self.dir_fd = posix.open('.', os.O_PATH | os.O_CLOEXEC)
+                self.dir_fd = working_directory()
                 self._is_ours = True
 
     def __del__(self) -> None:
@@ -201,7 +214,13 @@ def umask(mask: int, /) -> int:
     return old
 
 
-def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+def open_here(path: StrPath, flags: int, mode: int, *, io_mode: str | None = None) -> int:
+    """`open` that blocks this thread."""
+    return posix.open(path, flags, mode)
+
+
+def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None,
+         io_mode: str | None = None) -> int:
     """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
@@ -472,7 +491,7 @@ def fdatasync(fd: int) -> None:
     call(posix.fdatasync, fd)
 
 
-def ftruncate(fd: int, length: int) -> None:
+def ftruncate(fd: int, length: int, *, is_told: bool = False) -> None:
     call(posix.ftruncate, fd, length)
 
 

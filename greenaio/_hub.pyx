@@ -748,6 +748,8 @@ cdef class Driver:
                 self._give_up()
             finally:
                 self._end()
+            if self.hub.thread_ident == _get_ident():
+                _threads.end_own_threads()
 
     def _stop(self, watcher):
         try:

@@ -156,6 +156,8 @@ cdef extern from *:
         }
     }
 
+    static __thread long own_domain;                /* 0: none; see `renew_threads` */
+
     static __thread struct caller *acting_for;      /* NULL but in a worker's call */
     static __thread int has_foreign_ids;            /* it has put on some under a filter */
     static __thread int is_lowered;                 /* its effective capabilities are fewer than the permitted */
@@ -224,6 +226,8 @@ cdef extern from *:
     void note_caller(caller *one) noexcept nogil
     int act_for(caller *one) noexcept nogil
     caller *acting_for
+    long own_domain
+    bint has_first_permitted
     long mode_for_caller(long mode) noexcept nogil
     void count_umask_change() noexcept
     unsigned int umask_now
@@ -260,6 +264,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *cond, void *attributes)
     int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
     int pthread_cond_signal(pthread_cond_t *cond)
+    int pthread_cond_broadcast(pthread_cond_t *cond)
 
 cdef enum:
     LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
@@ -297,10 +302,12 @@ cdef struct pool:
     int idle                    # threads that wait for a job
     int threads
     int limit
-    int kept                    # idle threads: one more ends
+    int kept                    # idle threads: one more ends; 0 once it is retired
     pool *older                 # all pools, for any_busy
 
 cdef pool *_newest = NULL
+cdef pool *_retired = NULL              # to be used again, when their last thread has ended
+cdef long _domains = 0                  # how many there were
 cdef bint _told_of_no_thread = False
 
 log = logging.getLogger('greenaio')
@@ -599,14 +606,16 @@ cdef class Pool:
     def __cinit__(self, device):
         global _newest
         self.device = device
-        self._pool = <pool *>calloc(1, sizeof(pool))
+        self._pool = _used_pool()
         if self._pool == NULL:
-            raise MemoryError
-        pthread_mutex_init(&self._pool.lock, NULL)
-        pthread_cond_init(&self._pool.wanted, NULL)
+            self._pool = <pool *>calloc(1, sizeof(pool))
+            if self._pool == NULL:
+                raise MemoryError
+            pthread_mutex_init(&self._pool.lock, NULL)
+            pthread_cond_init(&self._pool.wanted, NULL)
         self._pool.kept = INT_MAX if device is not None else LONE_KEPT
         self._pool.older = _newest
-        _newest = self._pool            # never freed: its threads wait on it
+        _newest = self._pool            # never freed: its threads wait on it, and a job may still name it
 
     @property
     def threads(self):
@@ -695,16 +704,98 @@ cdef bint any_busy() noexcept:
 
 
 cdef Pool pool_of(device):
-    """The pool of *device*, an ``st_dev``."""
-    found = _pools.get(device)
+    """The pool of *device*, an ``st_dev``: one for all hubs, or since `renew_threads` one for each."""
+    key = (device, _domain()) if _domains else device
+    found = _pools.get(key)
     if found is None:
-        found = _pools[device] = Pool(device)
+        found = _pools[key] = Pool(device)
     return found
 
 
 cdef Pool lone_threads():
     """The pool for calls that wait for something that is no disk: each has a thread of its own at once."""
     return pool_of(None)
+
+
+# A thread is born with what its creator has: a Landlock domain, seccomp filters, namespaces, and more. So threads that
+# one hub has started may do what another may not. Until `renew_threads` is called all hubs share threads, which is
+# right where all hubs may do the same. From then on each hub has threads of its own, a *domain*, which it starts
+# itself: so they have what it has. Its number belongs to the thread of the hub, and is never used again: the number
+# of a thread would be.
+
+cdef long _domain() noexcept:
+    global own_domain, _domains
+    if own_domain == 0:
+        _domains += 1
+        own_domain = _domains
+    return own_domain
+
+
+def renew_threads():
+    """Let new native threads make the calls from now on, in the place of those that there are.
+
+    A native thread is born with the Landlock domain, the seccomp filters, the namespaces, the I/O priority and all
+    else that the thread which started it had. Call this in a thread that has changed one of these for itself, after
+    the change: what it asks for later is done by threads that begin as it is now. So is what other threads ask for,
+    each by threads of its own.
+
+    A thread that is there ends when it has done what was asked for before. One that hangs in a call stays until that
+    returns."""
+    global has_first_permitted
+    has_first_permitted = False
+    if _domains == 0:
+        _domain()
+        for pool in list(_pools.values()):
+            _retire(pool)
+        _pools.clear()
+    else:
+        end_own_threads()
+        _domain()
+
+
+def end_own_threads():
+    """Let the threads that only this thread's hub uses end, because the hub does."""
+    global own_domain
+    if own_domain == 0:
+        return
+    for key in [key for key in _pools if key[1] == own_domain]:
+        _retire(_pools.pop(key))
+    own_domain = 0
+
+
+cdef void _retire(Pool which) noexcept:
+    global _newest, _retired
+    cdef pool *one = which._pool
+    cdef pool **link = &_newest
+    while link[0] != one and link[0] != NULL:
+        link = &link[0].older
+    if link[0] == NULL:
+        return
+    link[0] = one.older
+    one.older = _retired
+    _retired = one
+    pthread_mutex_lock(&one.lock)
+    one.kept = 0
+    pthread_cond_broadcast(&one.wanted)
+    pthread_mutex_unlock(&one.lock)
+
+
+cdef pool *_used_pool() noexcept:
+    """A retired pool without threads, or NULL. A job that it has done may still name it: its memory stays a pool."""
+    global _retired
+    cdef pool **link = &_retired
+    cdef pool *one
+    cdef bint is_over
+    while link[0] != NULL:
+        one = link[0]
+        pthread_mutex_lock(&one.lock)
+        is_over = one.threads == 0 and one.first == NULL
+        pthread_mutex_unlock(&one.lock)
+        if is_over:
+            link[0] = one.older
+            return one
+        link = &one.older
+    return NULL
 
 
 def pools():
@@ -714,6 +805,7 @@ def pools():
 
 def after_fork_in_child():
     """Start anew: the threads stayed with the parent, and may have held any lock."""
-    global _newest
-    _newest = NULL
+    global _newest, _retired, has_first_permitted
+    _newest = _retired = NULL
+    has_first_permitted = False
     _pools.clear()

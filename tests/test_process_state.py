@@ -512,3 +512,181 @@ except OSError:
 else:
     raise AssertionError('still open')
 ''', folder)
+
+# What a thread is born with ----------------------------------------------------------------------
+
+BORN = CREDENTIALS + '''
+def forbid_writing():
+    """A Landlock domain, of this thread and those that it starts, without any write to a file."""
+    rules = (ctypes.c_uint64 * 1)(0x2 | 0x100)      # WRITE_FILE, MAKE_REG
+    fd = libc.syscall(444, rules, 8, 0)             # landlock_create_ruleset
+    if fd < 0:
+        print('no landlock')
+        sys.exit()
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.syscall(446, fd, 0) == 0            # landlock_restrict_self
+    os.close(fd)
+
+def tasks():
+    return len(os.listdir('/proc/self/task'))
+
+def wait_for(condition):
+    with gevent.Timeout(10):
+        while not condition():
+            gevent.sleep(0.001)
+'''
+
+
+def born(code, folder, **kwargs):
+    as_root()
+    if run_python(BORN + code, folder, **kwargs).stdout == 'no landlock\n':
+        missing('needs Landlock')
+
+
+def test_after_renewal_threads_may_do_what_the_caller_may(folder):
+    born('''
+before = tasks()
+forbid_writing()
+greenaio.renew_threads()
+assert outcome(greenaio.os.open, 'new', os.O_WRONLY | os.O_CREAT) == 'EACCES'
+assert outcome(greenaio.os.open, 'warm0', os.O_WRONLY) == 'EACCES'
+assert outcome(greenaio.os.open, 'warm0', os.O_RDONLY) == 'done'
+wait_for(lambda: tasks() < before or before == 2)   # those that were there have ended
+assert not os.path.exists('new')
+''', folder)
+
+
+def test_after_renewal_a_thread_that_was_born_free_does_nothing_for_one_that_is_not(folder):
+    """
+        main thread                      thread with a hub
+        shares its threads
+                                         forbids itself to write; renews
+        writes: a thread of its own
+                                         writes: not by that thread
+    """
+    born('''
+import threading
+found = []
+def work():
+    gevent.get_hub()
+    forbid_writing()
+    greenaio.renew_threads()
+    turn.set()
+    mine.wait()
+    found.append(outcome(greenaio.os.open, 'new', os.O_WRONLY | os.O_CREAT))
+    other = threading.Thread(target=inherit)
+    other.start()
+    other.join()
+    gevent.get_hub().destroy()
+def inherit():
+    found.append(outcome(greenaio.os.open, 'newer', os.O_WRONLY | os.O_CREAT))
+    gevent.get_hub().destroy()
+turn, mine = threading.Event(), threading.Event()
+thread = threading.Thread(target=work)
+thread.start()
+turn.wait()
+for i in range(3):
+    write(f'mine{i}')
+at_most = tasks()
+mine.set()
+thread.join()
+write('again')
+assert found == ['EACCES', 'EACCES'], found
+wait_for(lambda: tasks() < at_most)                 # with its hub, a thread's own threads end
+''', folder)
+
+
+def test_renewed_often_it_keeps_no_thread_and_no_memory_of_the_old_ones(folder):
+    born('''
+from greenaio import _threads
+def rounds(n):
+    for i in range(n):
+        greenaio.renew_threads()
+        gevent.joinall([gevent.spawn(write, f'new{k}') for k in range(4)], raise_error=True)
+    greenaio.renew_threads()
+    write('last')
+    wait_for(lambda: tasks() == 2)
+rounds(5)
+assert len(_threads.pools()) == 1
+fds = len(os.listdir('/proc/self/fd'))
+rounds(50)
+assert len(_threads.pools()) == 1 and len(os.listdir('/proc/self/fd')) == fds
+pid = os.fork()
+if pid == 0:
+    write('child')
+    greenaio.renew_threads()
+    write('child')
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+write('parent')
+''', folder, env={'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
+
+
+def test_renewal_loses_no_call_that_was_asked_for_before(folder):
+    run_python(BUSY_THREAD + '''
+keep_busy()
+calls = [gevent.spawn(greenaio.os.open, f'here/{i}', os.O_WRONLY | os.O_CREAT) for i in range(10)]
+killed = gevent.spawn(greenaio.os.open, 'here/killed', os.O_WRONLY | os.O_CREAT)
+gevent.sleep(0.01)
+greenaio.renew_threads()
+os.close(greenaio.os.open('there/new', os.O_WRONLY | os.O_CREAT))     # the old thread hangs
+assert os.listdir('here') == []
+killed.kill()
+set_free()
+gevent.joinall(calls, raise_error=True)
+for call in calls:
+    os.close(call.value)
+assert sorted(os.listdir('here')) == sorted(map(str, range(10)))
+with gevent.Timeout(10):
+    while len(os.listdir('/proc/self/task')) > 2:
+        gevent.sleep(0.001)
+''', folder, env=ONE_THREAD)
+
+
+def test_after_renewal_threads_see_the_mounts_of_the_caller(disk_folder):
+    born('''
+os.mkdir('A')
+os.mkdir('B')
+assert libc.unshare(0x20000) == 0                   # CLONE_NEWNS
+assert libc.mount(b'none', b'/', None, 0x44000, None) == 0
+assert libc.mount(b'A', b'B', None, 0x1000, None) == 0
+greenaio.renew_threads()
+write('B/new')
+assert os.listdir('A') == ['new'], os.listdir('A')
+assert libc.umount2(b'B', 2) == 0
+assert os.listdir('B') == []
+''', disk_folder)
+
+
+def test_without_the_extension_too_threads_are_renewed(disk_folder):
+    run_python(WITHOUT + '''
+import sys
+os.chdir(sys.argv[1])
+greenaio.os.stat('.')
+pool = gevent.get_hub()._greenaio_pool
+greenaio.renew_threads()
+assert greenaio.os.stat('.') == os.stat('.')
+assert gevent.get_hub()._greenaio_pool is not pool
+''', disk_folder)
+
+
+def test_files_of_this_thread_in_proc_are_those_of_the_caller():
+    run_python('''
+        import os, threading, gevent, greenaio.os
+        def work():
+            tid = threading.get_native_id()
+            with greenaio.open('/proc/thread-self/stat') as file:
+                found.append(file.read().split()[0] == str(tid))
+            fd = greenaio.os.open('/proc/thread-self/comm', os.O_RDONLY)
+            with open(f'/proc/self/task/{tid}/comm', 'rb') as comm:
+                found.append(os.read(fd, 100) == comm.read())
+            mine = os.stat(f'/proc/self/task/{tid}')
+            found.append(greenaio.os.stat('/proc/thread-self').st_ino == mine.st_ino)
+            gevent.get_hub().destroy()
+        found = []
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        work()
+        assert found == [True] * 6, found
+    ''')
