@@ -16,7 +16,7 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF
+from libc.errno cimport EAGAIN, EBADF, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from posix.fcntl cimport open as open_fd
 from posix.unistd cimport close as close_fd
@@ -34,7 +34,7 @@ from greenaio._route cimport (
     ANSWER, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
     open_at_hand, open_there, path_at_hand, stat_there,
 )
-from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, new_call, new_chain
+from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain
 
 cdef extern from *:
     """
@@ -42,6 +42,7 @@ cdef extern from *:
     #include <poll.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <unistd.h>
 
     /* The beginning of io.FileIO's object, in CPython since 3.0. */
     struct raw_file { PyObject_HEAD int fd; };
@@ -56,6 +57,9 @@ cdef extern from *:
     bint is_met(int fd)
     struct raw_file:
         int fd
+    long syscall(long number, ...) nogil
+    const long SYS_gettid
+    const long SYS_openat
     const long SYS_close
     const long SYS_ftruncate
     const long SYS_fallocate
@@ -138,6 +142,8 @@ cdef class _Place:
     cdef bint _is_ours
 
     def __cinit__(self, bytes path, int dir_fd):
+        if path.startswith(b'/proc/thread-self/'):      # of the thread that asks
+            path = b'/proc/self/task/%d/%s' % (syscall(SYS_gettid), path[len(b'/proc/thread-self/'):])
         self.path, self.dir_fd = path, dir_fd
         if dir_fd != AT_FDCWD or path.startswith(b'/'):
             return
@@ -155,13 +161,23 @@ cdef class _Place:
             close_fd(self.dir_fd)
 
 
-cdef int open_file(object path, int flags, int mode, int dir_fd) except -1:
+def working_directory():
+    """Return a new O_PATH fd of the working directory. Audit hooks don't see it: the program opens nothing."""
+    cdef int fd = open_fd('.', O_PATH | O_CLOEXEC)
+    if fd < 0:
+        raise failed(-c_errno, None)
+    return fd
+
+
+cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None) except -1:
+    """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`."""
     cdef bytes encoded = _encoded(path)
     cdef Driver driver = current_driver()
     cdef _Place place
     cdef Walk walk
     cdef int64_t fd
-    sys.audit('open', path, None, flags)
+    flags |= O_CLOEXEC
+    sys.audit('open', path, io_mode, flags)
     driver.check_caller()
     fd = open_at_hand(encoded, dir_fd, flags, path)
     if fd >= 0:
@@ -236,8 +252,21 @@ cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096
     return fd
 
 
-def open(path, flags, mode=0o777, *, dir_fd=None):
-    return open_file(os.fspath(path), c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd))
+def open(path, flags, mode=0o777, *, dir_fd=None, io_mode=None):
+    return open_file(os.fspath(path), c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd),
+                     io_mode)
+
+
+def open_here(path, int flags, int mode, *, io_mode=None):
+    """`open` that blocks this thread."""
+    cdef bytes encoded = _encoded(path)
+    cdef int64_t fd
+    flags |= O_CLOEXEC
+    sys.audit('open', path, io_mode, flags)
+    fd = make_here(new_call(-1, encoded, SYS_openat, AT_FDCWD, <long><char *>encoded, flags, mode))
+    if fd < 0:
+        raise failed(fd, path)
+    return fd
 
 
 def stat(path, *, dir_fd=None, follow_symlinks=True):
@@ -352,12 +381,18 @@ learn_umask, umask = _threads.learn_umask, _threads.umask
 
 # Descriptors -------------------------------------------------------------------------------------
 
-def ftruncate(fd, Py_ssize_t length):
+def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
+    """With *is_told* audit hooks see it, as they see that of `os` and not that of a file object."""
     cdef int number = c_int(fd)
-    cdef Known known = _open_file(number)
+    cdef Known known
+    cdef int64_t result
+    if is_told:
+        sys.audit('os.truncate', number, length)
+    known = _open_file(number)
     if in_line(known, 0):
-        return posix.ftruncate(number, length)
-    cdef int64_t result = truncate_file(number, known.device, length)
+        result = make_here(new_call(number, None, SYS_ftruncate, number, length))
+    else:
+        result = truncate_file(number, known.device, length)
     if result < 0:
         raise failed(result, None)
 

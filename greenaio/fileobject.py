@@ -132,7 +132,8 @@ class FileIO(io.FileIO):
             flags &= ~os.O_APPEND       # the kernel would append whole sectors only
             self._appends = True
         if opener is None:
-            return (_calls.open if can_wait() else posix.open)(file, flags, 0o666)
+            return (_calls.open if can_wait() else _calls.open_here)(file, flags, 0o666, io_mode=mode)
+        sys.audit('open', file, mode, flags)
         fd = opener(file, flags)
         if not isinstance(fd, int):
             raise TypeError('expected integer from opener')
@@ -741,12 +742,18 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
         encoding = io.text_encoding(None, level_of_caller())   # it may warn
     _check_arguments(mode, buffering, encoding, errors, newline)
     flags = (os.O_DIRECT if direct else 0) | (os.O_DSYNC if dsync else 0)
-    raw = FileIO(file, mode.replace('t', ''), closefd, opener, flags=flags, prefetch=prefetch)
+    raw = FileIO(file, _raw_mode(mode), closefd, opener, flags=flags, prefetch=prefetch)
     try:
         return _layers(raw, mode, buffering, encoding, errors, newline)
     except BaseException:
         raw.close()
         raise
+
+
+@functools.lru_cache(64)
+def _raw_mode(mode: str) -> str:
+    """The mode of the raw file, as `io.open` makes it of its own."""
+    return ''.join(letter for letter in 'xrwa+' if letter in mode)
 
 
 def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: str | None,

@@ -87,7 +87,7 @@ def fdatasync(fd: int | _HasFileno) -> None:
 
 def ftruncate(fd: int, length: int, /) -> None:
     """Make the file *length* bytes long. Raises OSError."""
-    _calls.ftruncate(fd, length)
+    _calls.ftruncate(fd, length, is_told=True)
 
 
 def posix_fallocate(fd: int, offset: int, length: int, /) -> None:

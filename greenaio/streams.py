@@ -359,7 +359,7 @@ def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
     here = None
     with contextlib.suppress(OSError):
         if not all(map(os.path.isabs, paths)):
-            here = posix.open('.', os.O_PATH | os.O_CLOEXEC)
+            here = _calls.working_directory()
     try:
         yield here
     finally:

@@ -690,3 +690,87 @@ def test_files_of_this_thread_in_proc_are_those_of_the_caller():
         work()
         assert found == [True] * 6, found
     ''')
+
+
+# What audit hooks see ----------------------------------------------------------------------------
+
+AUDIT = '''
+import io, os, pathlib, shutil, sys, gevent, greenaio.monkey
+os.chdir(sys.argv[1])
+real = os.open, os.ftruncate, io.open, io.FileIO, shutil.copyfile, os.stat, os.fstat
+greenaio.monkey.patch_all()
+gevent.sleep(0)
+ours = os.open, os.ftruncate, open, greenaio.fileobject.FileIO, greenaio.copyfile, os.stat, os.fstat
+seen, listening = [], []
+
+def hook(event, args):
+    if not listening or event not in listening[0]:
+        return
+    if event == 'open' and (isinstance(args[0], int) or args[0] == os.devnull):
+        return              # of the fd below a file object; and where arguments are tried, at their first use
+    seen.append((event, *[(arg, type(arg)) for arg in args], gevent.getcurrent()))
+
+sys.addaudithook(hook)
+
+def events(call, *args):
+    seen.clear()
+    listening.append(('open', 'os.truncate', 'shutil.copyfile'))
+    try:
+        result = call(*args)
+    except OSError:
+        result = None
+    listening.clear()
+    if call in (real[0], ours[0]) and result is not None:
+        os.close(result)
+    elif hasattr(result, 'close'):
+        result.close()
+    return list(seen)
+'''
+
+
+def test_audit_hooks_see_what_os_and_io_tell_them(folder):
+    run_python(AUDIT + '''
+with real[2]('file', 'w') as file:
+    file.write('text')
+fd = os.open('file', os.O_RDWR)
+def opener(name, flags):
+    return os.open(name, flags)
+path = pathlib.Path('file')
+for i, args in [(0, ('file', os.O_RDONLY)), (0, (b'file', os.O_RDWR)), (0, (path, os.O_WRONLY)),
+                (0, ('missing', os.O_RDONLY)), (0, ('new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)),
+                (1, (fd, 3)), (1, (fd, 5)), (2, ('file',)), (2, ('file', 'rb')), (2, ('file', 'wb')),
+                (2, ('file', 'b+r')), (2, ('file', 'a+')), (2, (b'file', 'rt')), (2, (path, 'w')),
+                (2, ('missing', 'rb')), (2, ('file', 'rb', -1, None, None, None, True, opener)),
+                (3, ('file', 'br+')), (3, ('file', 'r')), (5, ('file',)), (6, (fd,))]:
+    for _ in range(2):
+        assert events(ours[i], *args) == events(real[i], *args), (i, args, events(ours[i], *args))
+with open('file', 'r+b') as file, real[2]('file', 'r+b') as plain:
+    assert events(file.truncate, 2) == events(plain.truncate, 2) == []
+assert [one[0] for one in events(ours[4], 'file', 'copy')] == ['shutil.copyfile', 'open', 'open']
+
+told = []
+def callback():         # in the hub it is the plain call
+    told.append(events(ours[2], 'file', 'rb'))
+gevent.get_hub().loop.run_callback(callback)
+gevent.sleep(0.01)
+assert [one[:-1] for one in told[0]] == [one[:-1] for one in events(real[2], 'file', 'rb')]
+os.close(fd)
+''', folder)
+
+
+def test_audit_hook_that_forbids_an_open_is_obeyed(folder):
+    run_python(AUDIT + '''
+def forbid(event, args):
+    if event == 'open' and args[0] == 'file' and args[1] == 'w':
+        raise PermissionError('not that')
+with open('file', 'wb') as file:
+    file.write(b'kept')
+sys.addaudithook(forbid)
+try:
+    open('file', 'w')
+except PermissionError:
+    pass
+else:
+    raise AssertionError
+assert pathlib.Path('file').read_bytes() == b'kept'
+''', folder)
