@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,7 +114,8 @@ class _End:
         self.thread = thread
 
     def __del__(self) -> None:
-        self.thread.give_back()
+        if sys is not None and not sys.is_finalizing():
+            self.thread.give_back()
 
 
 _local = get_original('_thread', '_local')()

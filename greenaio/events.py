@@ -44,7 +44,8 @@ class FileDemoted:
 class Fallback:
     """The kernel gave a hub less of native AIO than was asked for, or none.
 
-    *reason* is its answer. *depth* requests may be in flight; if *native* is False threads do it all.
+    *reason* is its answer. *depth* requests may be in flight; if *native* is False threads do it all. A hub
+    that had none because it was used up, and gets it later, sends this again with *native* True.
     """
 
     reason: str

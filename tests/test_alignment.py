@@ -524,3 +524,14 @@ def test_threads_end_amidst_their_misaligned_writes_and_nobody_hangs(file):
         with gevent.Timeout(10):
             assert file.pwrite(b'abc', 5) == 3
     assert contents(file)[:8] == pattern(8)[:5] + b'abc'
+
+
+def test_interpreter_that_ends_while_ranges_are_held_says_nothing():
+    done = run_python('''
+        import gevent
+        from greenaio import alignment
+        ranges = [alignment._Range((0, 0), 0, 512) for _ in range(2)]
+        gevent.spawn(ranges[1].wait)
+        gevent.sleep(0)
+    ''')
+    assert done.stderr == ''
