@@ -38,7 +38,8 @@ try:
 except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
 
-__all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_os', 'unpatch_all']
+__all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_multiprocessing',
+           'patch_os', 'unpatch_all']
 
 class _Builtin(staticmethod):       # type: ignore[type-arg]
     """A function that behaves as a built-in one of *module*: no method of a class that keeps it.
@@ -316,6 +317,34 @@ def _unpatch_locks() -> None:
         setattr(owner, name, lock)
 
 
+def patch_multiprocessing() -> None:
+    """Make `multiprocessing` cooperative: its connections, and the locks, semaphores, conditions and queues
+    that are made from now on. Twice is fine."""
+    try:
+        import _multiprocessing  # type: ignore[import-not-found]
+
+        from greenaio import _semaphore
+    except ImportError:                 # a platform without semaphores
+        return
+    patch_module(_multiprocessing, _semaphore)
+    _let_connections_use(os.read, os.write)
+
+
+def _unpatch_multiprocessing() -> None:
+    module: Any = sys.modules.get('_multiprocessing')
+    if module is not None and 'greenaio._semaphore' in sys.modules:
+        module.SemLock = get_original('_multiprocessing', 'SemLock')
+        _let_connections_use(get_original('os', 'read'), get_original('os', 'write'))
+
+
+def _let_connections_use(read: Any, write: Any) -> None:
+    """`multiprocessing.connection` keeps the calls that it found, as defaults of arguments."""
+    module: Any = sys.modules.get('multiprocessing.connection')
+    if module is not None:              # else it finds these
+        module.Connection._recv.__defaults__ = (read,)
+        module.Connection._send.__defaults__ = (write,)
+
+
 # Its stub says that it returns nothing.
 _plain_run_info: Callable[..., list[str]] = gevent.util.format_run_info  # type: ignore[assignment]
 
@@ -329,11 +358,14 @@ def _format_run_info(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def patch_all() -> None:
-    """`patch_os`, `patch_builtins` and `patch_locks`, and `greenaio.events.explain_blocked` for what is not
-    reached. Call ``gevent.monkey.patch_all()`` before, for sockets and threads. Twice is fine."""
+    """`patch_os`, `patch_builtins`, `patch_locks` and `patch_multiprocessing`; and
+    `greenaio.events.explain_blocked` for what is not reached.
+
+    Call ``gevent.monkey.patch_all()`` before, for sockets and threads. Twice is fine."""
     patch_os()
     patch_builtins()
     patch_locks()
+    patch_multiprocessing()
     _blocked.explain_blocked()
     gevent.util.format_run_info = _format_run_info  # type: ignore[assignment]
 
@@ -342,6 +374,7 @@ def unpatch_all() -> None:
     """Put back what was there before."""
     _blocked.stop_explaining()
     _unpatch_locks()
+    _unpatch_multiprocessing()
     if not is_patched():
         return
     for name in _Os.__implements__:

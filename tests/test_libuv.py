@@ -30,7 +30,7 @@ def runs(request):
 
 @pytest.mark.parametrize('name', ['test_hub', 'test_file', 'test_fork', 'test_races', 'test_stress',
                                   'test_streams', 'test_monkey', 'test_write_ahead_log', 'test_stats',
-                                  'test_odd_files'])
+                                  'test_odd_files', 'test_multiprocessing', 'test_uninterrupted'])
 def test_on_the_other_loop(request, runs, name):
     done = runs[request.node.name].result()
     assert done.returncode == 0, done.stdout[-5000:]
