@@ -643,7 +643,6 @@ cdef class Pool:
         cdef bint more, failed = False
         home.limit = config.threads if self.device is not None else INT_MAX
         note_caller(&one.by)
-        home.limit = config.threads
         one.home, one.back, one.previous, one.next = home, inbox._box, NULL, NULL
         pthread_mutex_lock(&inbox._box.lock)
         inbox._box.out += 1
