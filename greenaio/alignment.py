@@ -57,6 +57,7 @@ class _Ranges:
     def __init__(self) -> None:
         self.newest: _Range | None = None
         self.count = 0
+        self.low, self.high = EVERYTHING, 0     # where all that were in it begin and end
         self.settled = False            # no write that took no turn is under way any more
 
     def __len__(self) -> int:
@@ -161,7 +162,10 @@ class _Range:
             self.ranges.newest = self
             self.ranges.count += 1
             self.thread.ranges.add(self)
-            self._hang()
+            self.blocker: _Range | None = None
+            if start < self.ranges.high and self.ranges.low < end:      # else none overlaps
+                self._hang()
+            self.ranges.low, self.ranges.high = min(self.ranges.low, start), max(self.ranges.high, end)
 
     @property
     def granted(self) -> bool:
@@ -175,7 +179,7 @@ class _Range:
         other = self.older
         while other is not None and not (other.start < self.end and self.start < other.end):
             other = other.older
-        self.blocker: _Range | None = other
+        self.blocker = other
         if other is not None:
             other.followers[self] = None
 
