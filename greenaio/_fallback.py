@@ -443,6 +443,17 @@ class File:
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'
 
 
+class Filling(bytearray):
+    """What is to become bytes, where the extension was not built: those are a copy."""
+
+    def resize(self, nbytes: int, /) -> None:
+        del self[nbytes:]
+        self.extend(bytes(nbytes - len(self)))
+
+    def take(self, nbytes: int) -> bytes:
+        return bytes(memoryview(self)[:nbytes])
+
+
 def aligned_buffer(nbytes: int, alignment: int = 4096) -> memoryview:
     if nbytes < 0:
         raise ValueError(f'nbytes must not be negative, but is {nbytes}')

@@ -26,7 +26,7 @@ from greenaio._calls cimport AT_FDCWD, close_file, fallocate_file, open_file, tr
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
-from greenaio._memory cimport AlignedBuffer, scratch
+from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device, Known,
     Nowait, Way, c_int, failed, file_size, in_line, is_ready, know,
@@ -485,11 +485,19 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
 
 
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    cdef bytes data = PyBytes_FromStringAndSize(NULL, n)        # nobody else has it yet
-    cdef char *at = PyBytes_AS_STRING(data)
+    cdef bytes data = None              # nobody else has it yet
+    cdef Filling large = None
+    cdef object keep
+    cdef char *at
     cdef int64_t got = 0, more
     cdef Request request
     cdef AlignedBuffer buffer
+    if n > IN_LINE_MAX:                 # then a short result is cut without a copy
+        keep = large = Filling.__new__(Filling, n)
+        at = PyBytes_AS_STRING(<object>large._data)
+    else:
+        keep = data = PyBytes_FromStringAndSize(NULL, n)
+        at = PyBytes_AS_STRING(data)
     driver.check_caller()
     if known is None and any_busy():
         known = know(fd, name)
@@ -522,13 +530,15 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         more = read_now(fd, at + got, n - got, offset + got, 0)
         driver.end_in_line()
     else:
-        request = new_call(fd, data, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
+        request = new_call(fd, keep, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
         request.offset, request.nbytes = offset + got, n - got      # for who asks what waits
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)
     if more > 0:
         got += more
+    if large is not None:
+        return large.take(got)
     return data if got == n else data[:got]
 
 

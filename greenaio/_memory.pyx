@@ -7,6 +7,8 @@ for the next request of their size, for a mapping costs two system calls and a p
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.ref cimport PyObject, Py_XDECREF
 from libc.string cimport memset
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -19,6 +21,10 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MAP_ANONYMOUS
     const int MADV_WIPEONFORK
     void *MAP_FAILED
+
+cdef extern from "Python.h":
+    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *content, Py_ssize_t nbytes) except NULL
+    int _PyBytes_Resize(PyObject **data, Py_ssize_t nbytes) except -1
 
 cdef enum:
     PAGE = 4096
@@ -106,3 +112,49 @@ def aligned_buffer(nbytes, alignment=PAGE):
     buffer = AlignedBuffer.__new__(AlignedBuffer, n, a)
     memset(buffer.address, 0, n)
     return memoryview(buffer)
+
+
+cdef class Filling:
+    """A bytes object of *nbytes* that is still to be filled: writable memory, by the buffer protocol, until
+    `take` gives the object away. So what is read whole is in memory once.
+
+    The kernel may write there as long as a request pins the buffer. `resize` and `take` raise BufferError then.
+    """
+
+    def __cinit__(self, Py_ssize_t nbytes):
+        self._data = new_bytes(NULL, nbytes)
+
+    def __dealloc__(self):
+        Py_XDECREF(self._data)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self._check_there()
+        PyBuffer_FillInfo(view, self, PyBytes_AS_STRING(<object>self._data), len(self), False, flags)
+        self._exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self._exports -= 1
+
+    def __len__(self):
+        self._check_there()
+        return PyBytes_GET_SIZE(<object>self._data)
+
+    cdef int _check_there(self) except -1:
+        if self._data == NULL:
+            raise ValueError('the bytes were taken')
+        return 0
+
+    def resize(self, Py_ssize_t nbytes):
+        """Make it *nbytes* long. What is new has no defined content."""
+        self._check_there()
+        if self._exports:
+            raise BufferError('the memory is in use')
+        _PyBytes_Resize(&self._data, nbytes)
+
+    def take(self, Py_ssize_t nbytes):
+        """Return the first *nbytes* as bytes. Afterwards this is of no use."""
+        self.resize(nbytes)
+        data = <object>self._data
+        Py_XDECREF(self._data)
+        self._data = NULL
+        return data

@@ -43,9 +43,10 @@ from greenaio.streams import ReadAhead, WriteBehind
 try:
     from greenaio import _calls
     from greenaio._file import File
+    from greenaio._memory import Filling
 except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio._fallback import File  # type: ignore[assignment]
+    from greenaio._fallback import File, Filling  # type: ignore[assignment]
 
 __all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
            'TextIOWrapper', 'open']
@@ -55,6 +56,7 @@ Opener = Callable[[Any, int], int]
 FLAGS = {'r': os.O_RDONLY, 'w': os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
          'x': os.O_WRONLY | os.O_CREAT | os.O_EXCL, 'a': os.O_WRONLY | os.O_CREAT | os.O_APPEND}
 OURS = ('greenaio.fileobject', 'greenaio.monkey')
+GROW_MIN = 8192                 # bytes: of what grows while it is read, as in `io`
 STANDARD = ('greenaio.fileobject', '_io')   # modules of classes that stand for those of `io`
 
 _io_open = io.open              # noqa: UP020  # the one that is there before anybody patches it
@@ -194,6 +196,8 @@ class FileIO(io.FileIO):
         if not self._can_wait():
             with self._plain():
                 return posix.readv(self._fd, [buffer])
+        if type(buffer) is memoryview and buffer.nbytes > streams.BLOCK_MAX and buffer.obj is None:
+            buffer = buffer[:streams.BLOCK_MAX]     # of io's C code, which asks again: it takes a copy
         if self._ahead is not None:
             return self._wait(False, self._read_ahead, buffer)
         turn = _position.turns.get(self._fd)
@@ -250,12 +254,11 @@ class FileIO(io.FileIO):
     def read(self, size: int | None = -1, /) -> bytes | None:       # type: ignore[override]
         if size is None or size < 0:
             return self.readall()
-        data = bytearray(size)
+        data = Filling(size)
         n = self.readinto(data)
-        return None if n is None else bytes(memoryview(data)[:n])
+        return None if n is None else data.take(n)
 
     def readall(self) -> bytes | None:      # type: ignore[override]
-        data = bytearray()
         size = 0
         self._drain()
         try:
@@ -263,11 +266,17 @@ class FileIO(io.FileIO):
         except OSError as error:        # a pipe has no position
             if was_thrown(error):
                 raise
+        # One byte more than it has, so that the end shows without more memory.
+        data = Filling(size + 1 if size > 0 else io.DEFAULT_BUFFER_SIZE)
+        piece = streams.BLOCK_MAX if self.file.direct else len(data)    # bounds the copy for O_DIRECT
+        done = 0
         while True:
-            chunk = self.read(max(size - len(data), 0) + io.DEFAULT_BUFFER_SIZE)
-            if not chunk:
-                return bytes(data) if data or chunk is not None else None
-            data += chunk
+            if done == len(data):       # it grew, or its size says nothing
+                data.resize(done + max(done >> 3 if done > io.DEFAULT_BUFFER_SIZE << 3 else done, GROW_MIN))
+            n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
+            if not n:
+                return None if n is None and not done else data.take(done)
+            done += n
 
     def write(self, data: Any, /) -> Any:
         if not self.writable():

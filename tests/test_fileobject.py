@@ -1101,3 +1101,111 @@ def test_file_that_showwarning_forgets_is_not_reported_again(tmp_path, forget):
         {forget.replace('text', 'path')}
         assert len(shown) == 13, shown
     ''', tmp_path / 'file')
+
+
+# Read whole --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('options', [{}, {'direct': True}, {'direct': True, 'prefetch': 0}, {'prefetch': 4}])
+def test_file_read_whole_is_in_memory_once(disk_folder, options):
+    path = os.path.join(disk_folder, 'large')
+    with open(path, 'wb') as file:
+        for i in range(64):
+            file.write(bytes([i]) * MIB)
+    run_python('''
+        import gevent, greenaio, hashlib, os, resource, sys
+        gevent.get_hub()
+        path, size, options = sys.argv[1], 64 << 20, eval(sys.argv[2])
+        def peak():
+            with open('/proc/self/status') as status:
+                return next(int(line.split()[1]) << 10 for line in status if line.startswith('VmHWM'))
+        def reset():
+            with open('/proc/self/clear_refs', 'w') as file:
+                file.write('5')
+        def whole(data):
+            return all(data[i << 20] == data[(i + 1 << 20) - 1] == i for i in range(64)) and len(data) == size
+        greenaio.open(path, 'rb', **options).close()
+        with greenaio.open(path, 'rb', **options) as file, greenaio.open(path, 'rb', 0, **options) as raw, \\
+                greenaio.File(path) as plain:
+            ways = [file.read, lambda: file.read(size), raw.read, lambda: plain.pread(size + 4096, 0)]
+            if 'direct' not in options:
+                ways += [lambda: raw.read(size), lambda: raw.read(size + 4096)]
+            for way in ways:
+                file.seek(0)
+                raw.seek(0)
+                reset()
+                before = peak()
+                data = way()
+                grown = peak() - before
+                assert whole(data)
+                del data
+                assert grown < size * 1.3, (ways.index(way), grown >> 20)
+    ''', path, options)
+
+
+@pytest.mark.parametrize('options', [{}, {'direct': True}, {'prefetch': 2}])
+def test_read_whole_what_is_longer_or_shorter_than_it_says(folder, options):
+    path = os.path.join(folder, 'file')
+    for size in (0, 1, 4095, 4096, 4097, 262143, 262144, 262145, 3 * MIB + 5):
+        content = (pattern(size + 8))[:size]
+        pathlib.Path(path).write_bytes(content)
+        with greenaio.open(path, 'rb', 0, **options) as raw, greenaio.open(path, 'rb', **options) as file:
+            assert raw.read() == content == file.read()
+            assert raw.read() == b''
+            raw.seek(size // 2)
+            assert raw.read() == content[size // 2:]
+            raw.seek(size + 10)
+            assert raw.read() == b''
+            raw.seek(0)
+            with open(path, 'ab') as other:
+                other.write(b'more')
+            assert raw.read() == content + b'more'
+            raw.seek(0)
+            os.truncate(path, size // 2)
+            assert raw.read() == content[:size // 2]
+
+
+def test_read_whole_of_files_whose_size_says_nothing():
+    with open('/proc/self/mountinfo', 'rb') as wanted, greenaio.open('/proc/self/mountinfo', 'rb', 0) as file:
+        assert file.read() == wanted.read()
+    with greenaio.open('/sys/kernel/mm/transparent_hugepage/enabled', 'rb', 0) as file:
+        assert b'[' in file.read() and file.read() == b''
+    reader, writer = os.pipe()
+    sent = pattern(MIB)
+    with greenaio.open(reader, 'rb', 0) as file:
+        def send():
+            with greenaio.open(writer, 'wb', 0) as other:
+                left = memoryview(sent)
+                while left:
+                    left = left[other.write(left):]
+        sender = gevent.spawn(send)
+        assert file.read() == sent
+        sender.get()
+
+
+def test_killed_while_it_reads_whole_it_gives_no_bytes_away(held_disk):
+    with greenaio.open(held_disk.file, 'rb', 0, direct=True) as file:
+        held_disk.hold()
+        reader = gevent.spawn(file.read)
+        gevent.sleep(0.05)
+        reader.kill()
+        assert isinstance(reader.value, gevent.GreenletExit)
+        held_disk.release()
+        file.seek(0)
+        assert file.read(16) == pattern(16)
+
+
+class Growing(FileIO):
+    def readinto(self, buffer):
+        n = super().readinto(buffer)
+        if n and os.path.getsize(self.name) < 600000:
+            with open(self.name, 'ab') as other:
+                other.write(pattern(100000))
+        return n
+
+
+def test_read_whole_of_a_file_that_grows_meanwhile(folder):
+    path = os.path.join(folder, 'file')
+    pathlib.Path(path).write_bytes(pattern(80))
+    with Growing(path) as file:
+        data = file.read()
+    assert data == pathlib.Path(path).read_bytes() and len(data) == 600080

@@ -5,9 +5,9 @@ import mmap
 
 import gevent
 import pytest
-from conftest import path_of_tests, run_python
+from conftest import path_of_tests, pattern, run_python
 
-from greenaio import aligned_buffer
+from greenaio import _fallback, _memory, aligned_buffer
 
 
 def address(buffer):
@@ -97,3 +97,29 @@ def test_ten_thousand_waiting_greenlets_cost_at_most_a_kibibyte_each():
     code = done.args[2]
     waiting = float(run_python(code, 'wait', env=path_of_tests()).stdout)
     assert waiting - sleeping <= 1024, (waiting, sleeping)
+
+
+@pytest.mark.parametrize('kind', [_memory.Filling, _fallback.Filling])
+def test_bytes_that_are_filled_are_given_away_once(kind):
+    for size, resized, taken in ((0, 0, 0), (1, 1, 1), (10, 10, 4), (10, 30, 25), (10, 3, 0), (0, 5, 5)):
+        filling = kind(size)
+        assert len(filling) == size
+        filling.resize(resized)
+        view = memoryview(filling)
+        view[:] = pattern(32)[:resized]
+        if resized:
+            with pytest.raises(BufferError):
+                filling.resize(resized + 1)
+        del view
+        data = filling.take(taken)
+        assert type(data) is bytes and data == pattern(32)[:taken]
+
+
+def test_bytes_that_were_taken_are_not_written_any_more():
+    filling = _memory.Filling(8)
+    filling.take(8)
+    for use in (len, memoryview, lambda one: one.resize(9), lambda one: one.take(1)):
+        with pytest.raises(ValueError):
+            use(filling)
+    with pytest.raises((SystemError, ValueError, MemoryError)):
+        _memory.Filling(-1)
