@@ -350,8 +350,9 @@ file = greenaio.open('data', 'r+b', buffering=0, direct=True)
 fd, leave = os.open('data', os.O_RDWR), Event()
 st = os.fstat(fd)
 def change():
-    with alignment.holding((st.st_dev, st.st_ino), 0, 4096, lambda: False):
-        leave.wait()
+    held = alignment._Range((st.st_dev, st.st_ino), 0, 4096)
+    leave.wait()
+    held.let_go()
 changer = gevent.spawn(change)
 gevent.sleep(0)
 calls = [lambda: os.pwrite(fd, b'x', 4095), lambda: os.pwritev(fd, [b'x', b'y'], 0),
