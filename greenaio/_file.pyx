@@ -48,9 +48,27 @@ cdef extern from *:
     static inline int fd_is_direct(int fd)      /* no for what is no open file: a read will say so */
     { int flags = fcntl(fd, F_GETFL); return flags >= 0 && flags & O_DIRECT; }
 
+    static int is_denied[2];        /* pwritev2, preadv2: by a sandbox */
+
+    /* Whether the call itself is refused, and not this file: of no file it would say EBADF else. */
+    static inline int denies(int reading, long result)
+    {
+        if (result != -ENOSYS && result != -EPERM)
+            return 0;
+        result = RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, -1, NULL, 0L, 0L, 0L, 0L));
+        return is_denied[reading] = result == -ENOSYS || result == -EPERM;
+    }
+
     static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
     {
-        return RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, fd, v, (long)n, offset, 0L, flags));
+        long result;
+        if (flags == 0)                 /* the older calls, which no sandbox denies */
+            return offset == -1 ? RESULT(reading ? readv(fd, v, n) : writev(fd, v, n))
+                                : RESULT(reading ? preadv(fd, v, n, offset) : pwritev(fd, v, n, offset));
+        if (flags == 8 /* RWF_NOWAIT */ && is_denied[reading])
+            return -EOPNOTSUPP;         /* then a thread does it */
+        result = RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, fd, v, (long)n, offset, 0L, flags));
+        return flags == 8 && denies(reading, result) ? -EOPNOTSUPP : result;
     }
 
     static inline long buffer_now(int reading, int fd, void *at, uint64_t n, int64_t offset, unsigned flags)

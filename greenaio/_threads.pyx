@@ -245,6 +245,10 @@ cdef extern from *:
     const long SYS_lseek
     const long SYS_readahead
     const long SYS_sync_file_range
+    const long SYS_readv
+    const long SYS_writev
+    const long SYS_preadv
+    const long SYS_pwritev
     const long SYS_preadv2
     const long SYS_pwritev2
     const long SYS_fsync
@@ -470,7 +474,13 @@ cdef int as_call(Request request) except -1:
         one.one.iov_base = request.address()
         one.one.iov_len = request.nbytes
         buffers, count = &one.one, 1
-    one.number = SYS_preadv2 if opcode == PREAD or opcode == PREADV else SYS_pwritev2
+    cdef bint reading = opcode == PREAD or opcode == PREADV
+    if request.flags:
+        one.number = SYS_preadv2 if reading else SYS_pwritev2
+    elif request.offset == -1:          # the file's own position
+        one.number = SYS_readv if reading else SYS_writev
+    else:                               # a sandbox may deny the newer calls
+        one.number = SYS_preadv if reading else SYS_pwritev
     # The offset in two halves, of which a 64-bit kernel takes the first whole.
     _set(one, request.fd, <long>buffers, count, request.offset, 0, request.flags)
     return 0

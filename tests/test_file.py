@@ -571,3 +571,33 @@ def test_signals_disturb_nothing(data_file):
             gevent.joinall([gevent.spawn(work, n) for n in range(32)], raise_error=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
     ''', data_file)
+
+
+DENIED = {'statx': 332, 'preadv2': 327, 'pwritev2': 328} if os.uname().machine == 'x86_64' else \
+    {'statx': 291, 'preadv2': 286, 'pwritev2': 287}
+
+
+@pytest.mark.parametrize('code', ['ENOSYS', 'EPERM'])
+@pytest.mark.parametrize('call', DENIED)
+def test_sandbox_that_denies_a_newer_call_changes_no_result(folder, call, code):
+    run_python(SECCOMP + f'''
+deny({DENIED[call]}, errno.{code})
+import gevent, greenaio, greenaio.os
+os.chdir(sys.argv[1])
+for direct in False, True:
+    with greenaio.open('file', 'wb', direct=direct) as file:
+        file.write(b'x' * 9000)
+    with greenaio.open('file', 'rb', direct=direct) as file:
+        assert file.read() == b'x' * 9000
+fd = greenaio.os.open('file', os.O_RDWR)
+assert greenaio.os.pread(fd, 100, 8950) == b'x' * 50
+assert greenaio.os.pwritev(fd, [b'yy', b'zz'], 9000) == 4
+buffers = [bytearray(3), bytearray(3)]
+assert greenaio.os.preadv(fd, buffers, 8999) == 5 and buffers == [b'xyy', b'zz\\0']
+assert greenaio.os.read(fd, 2) == b'xx' and greenaio.os.write(fd, b'w') == 1
+assert greenaio.os.stat('file').st_size == greenaio.os.fstat(fd).st_size == 9004
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+assert greenaio.os.pread(fd, 3, 0) == b'xxw'
+assert greenaio.copyfile('file', 'copy') and os.path.getsize('copy') == 9004
+greenaio.os.close(fd)
+''', folder)
