@@ -28,10 +28,10 @@ from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device, Known,
-    Nowait, Way, c_int, failed, file_size, in_line, is_ready, know,
+    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device,
+    Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, know, waited_in_hub,
 )
-from greenaio._threads cimport any_busy, as_call, new_call
+from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
 
 from greenaio._memory import aligned_buffer
 
@@ -204,6 +204,7 @@ cdef class File:
         cdef Known known = self._known
         cdef unsigned int flags = 0 if known.device.in_memory or known.kind & ANSWER else RWF_NOWAIT
         cdef int64_t got = 0, more
+        cdef uint64_t began = coarse_ns()
         driver.check_caller()
         if known.kind & (STORED | DIRECT) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
             return -1
@@ -215,6 +216,8 @@ cdef class File:
             return -1
         while True:
             more = buffer_now(1, fd, <char *>view.buf + got, view.len - got, -1, flags)
+            if coarse_ns() - began > WAITED_NS:
+                waited_in_hub(fd, began)
             if more <= 0:
                 break
             got += more
@@ -508,6 +511,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     cdef object keep
     cdef char *at
     cdef int64_t got = 0, more
+    cdef uint64_t began = coarse_ns()
     cdef Request request
     cdef AlignedBuffer buffer
     if n > IN_LINE_MAX:                 # then a short result is cut without a copy
@@ -523,6 +527,8 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
             known is not None and known.kind & ANSWER):
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
+            if coarse_ns() - began > WAITED_NS:
+                waited_in_hub(fd, began)
             if more <= 0:
                 break
             got += more
@@ -770,6 +776,7 @@ def _write_in_turn(Known known, Request request, memory):
 cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
+    cdef uint64_t began = coarse_ns()
     driver.check_caller()
     if request.flags & RWF_NOWAIT or in_line(known, wanted) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
@@ -777,6 +784,8 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
             any_busy() and known.device.pool().all_busy()):
         while True:
             more = _now(request, request.flags | RWF_NOWAIT)
+            if coarse_ns() - began > WAITED_NS:
+                waited_in_hub(request.fd, began)
             if more <= 0:
                 break
             got += more

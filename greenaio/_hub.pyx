@@ -276,7 +276,10 @@ cdef class Driver:
         """
         current = self._caller()
         self._lend(request, pool)
-        return self._result(request, current)
+        cdef int64_t result = self._result(request, current)
+        if pool.is_wary():
+            pool.waited(self.engine.context.now() - request.began)
+        return result
 
     cdef int _lend(self, Request request, Pool pool) except -1:
         cdef int64_t result

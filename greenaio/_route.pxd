@@ -110,6 +110,15 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef extern from *:
     """
     #include <poll.h>
+    #include <time.h>
+
+    /* The time of the last tick, up to 10 ms ago: it costs a tenth of the exact one. */
+    static inline uint64_t coarse_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+        return now.tv_sec * 1000000000ull + now.tv_nsec;
+    }
 
     /* Whether a read of *fd* waits for nothing, as far as poll tells; or poll fails, and the read will say why. */
     static inline int is_ready(int fd)
@@ -119,7 +128,9 @@ cdef extern from *:
     }
     """
     bint is_ready(int fd)
+    uint64_t coarse_ns() nogil
 
+cdef int waited_in_hub(int fd, uint64_t began) except -1
 cdef object failed(long code, name)
 
 cdef inline int c_int(value) except? -1:

@@ -25,8 +25,10 @@ from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
+from greenaio import _threads
+
 from greenaio._context cimport monotonic_ns
-from greenaio._threads cimport Pool, creation_mode, lone_threads, pool_of, start_worker
+from greenaio._threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
 
 cdef extern from *:
     """
@@ -549,6 +551,29 @@ cdef class Known:
         return False
 
 
+cdef bint _has_waited = False
+
+
+cdef int waited_in_hub(int fd, uint64_t began) except -1:
+    """A call on *fd* that should have waited for nothing has held the hub since *began*: the next ones on its device
+    take threads. An on-access scanner (fanotify) does that; or the processor was away, and they soon come back."""
+    global _has_waited
+    cdef facts found
+    cdef Device device
+    cdef uint64_t ns = coarse_ns() - began
+    if facts_of(fd, b'', &found):
+        return 0
+    device = device_of(found.device, found.mount)
+    device.pool().waited(ns)
+    if not _has_waited:
+        _has_waited = True
+        # In a greenlet, as in `Known.stalled`.
+        spawn(log.warning, 'a call on %r that waits for no disk held its hub for %d ms: an on-access scanner? '
+              'Calls on that device take threads until they are quick again. Further ones are not told',
+              device, ns // 1000000)
+    return 0
+
+
 cdef dict _demoted = {}                 # (device, inode): until when, ns
 cdef int _demotions = 0
 
@@ -560,6 +585,7 @@ def forgive():
     _demoted.clear()
     for device in _devices.values():
         device.reads, device.writes = Nowait(), Nowait()
+    _threads.forgive()
 
 
 def demotions():
@@ -665,13 +691,18 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     cdef facts found
     cdef int opened = -errno.EAGAIN
     cdef int fd
+    cdef uint64_t began
     if flags & ~(O_CLOEXEC | O_NOFOLLOW | O_DIRECT | O_NOATIME | O_LARGEFILE):
         return -1
     fd = path_at_hand(path, dir_fd, flags & O_NOFOLLOW, name)
     if fd < 0:
         return -1
-    if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode):
+    if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode) and not (
+            any_busy() and device_of(found.device, found.mount).pool().is_wary()):
+        began = coarse_ns()
         opened = reopen(fd, flags & ~O_NOFOLLOW)
+        if coarse_ns() - began > WAITED_NS:
+            waited_in_hub(fd, began)
     close_fd(fd)
     if opened == -errno.EACCES or opened == -errno.EPERM:
         raise failed(opened, name)      # refused: no thread, which may have been born with other rights, repeats it

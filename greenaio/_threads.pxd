@@ -1,8 +1,9 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._engine cimport Engine, Request
 
 cdef enum:
+    WAITED_NS = 20000000            # a call that takes as long has waited for something
     POSIX_FALLOCATE = -1            # in place of a system call's number
     CHAIN = -2                      # a function of ours, which makes several
 
@@ -23,6 +24,8 @@ cdef class Pool:
 
     cdef int submit(self, Request request, Inbox inbox) except -1
     cdef bint all_busy(self) noexcept
+    cdef bint is_wary(self) noexcept
+    cdef void waited(self, uint64_t ns) noexcept
     cdef int busy(self) noexcept
 
 cdef long creation_mode(long mode) noexcept nogil

@@ -271,6 +271,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_broadcast(pthread_cond_t *cond)
 
 cdef enum:
+    WARY = 16                   # calls by threads in a row that have to be quick
     LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
 
 cdef struct job:
@@ -307,6 +308,7 @@ cdef struct pool:
     int threads
     int limit
     int kept                    # idle threads: one more ends; 0 once it is retired
+    int wary                    # so many calls more take threads, for one made in the hub has waited
     pool *older                 # all pools, for any_busy
 
 cdef pool *_newest = NULL
@@ -624,6 +626,7 @@ cdef class Pool:
             pthread_mutex_init(&self._pool.lock, NULL)
             pthread_cond_init(&self._pool.wanted, NULL)
         self._pool.kept = INT_MAX if device is not None else LONE_KEPT
+        self._pool.wary = 0
         self._pool.older = _newest
         _newest = self._pool            # never freed: its threads wait on it, and a job may still name it
 
@@ -637,8 +640,20 @@ cdef class Pool:
         """How many calls wait for a thread."""
         return self._pool.queued
 
+    cdef void waited(self, uint64_t ns) noexcept:
+        """A call on this device took *ns*. If that is long, the calls that would be made in the hub take threads,
+        until `WARY` of them in a row were quick: an on-access scanner answers late, for what is cached as well."""
+        if ns > WAITED_NS:
+            self._pool.wary = WARY
+        elif self._pool.wary > 0:
+            self._pool.wary -= 1
+
+    cdef bint is_wary(self) noexcept:
+        """Whether calls that would be made in the hub had better take a thread."""
+        return self._pool.wary > 0
+
     cdef bint all_busy(self) noexcept:
-        """Whether a call would have to wait for a thread."""
+        """Whether a call would have to wait for a thread, or may wait without one."""
         return _all_busy(self._pool)
 
     cdef int busy(self) noexcept:
@@ -695,7 +710,7 @@ cdef _tell_of_no_thread(int error):
 
 cdef bint _all_busy(pool *one) noexcept nogil:
     # Read without the lock: workers only make it better.
-    return one.limit > 0 and _busy(one) >= one.limit
+    return one.wary > 0 or one.limit > 0 and _busy(one) >= one.limit
 
 
 cdef int _busy(pool *one) noexcept nogil:
@@ -703,7 +718,7 @@ cdef int _busy(pool *one) noexcept nogil:
 
 
 cdef bint any_busy() noexcept:
-    """Whether some pool is all busy."""
+    """Whether some pool is all busy, or wary."""
     cdef pool *one = _newest
     while one != NULL:
         if _all_busy(one):
@@ -805,6 +820,12 @@ cdef pool *_used_pool() noexcept:
             return one
         link = &one.older
     return NULL
+
+
+def forgive():
+    """Forget that calls on a device have waited in the hub."""
+    for one in _pools.values():
+        (<Pool>one)._pool.wary = 0
 
 
 def pools():
