@@ -256,8 +256,9 @@ cdef class Request:
                 _under_way += 1
 
     cdef bint goes_again(self) noexcept:
-        """Whether the result is not its own: a thread is asked yet."""
-        return self.refused or self.asked and (self._result == -EAGAIN or self._result == -EOPNOTSUPP)
+        """Whether the result is not its own, or not all: a thread is asked, or the kernel again."""
+        return self.refused or self.asked and (self._result == -EAGAIN or self._result == -EOPNOTSUPP
+                                               or 0 <= self._result < <int64_t>self.nbytes)
 
     def of(self, Share share):
         """Make it count in *share*; return it. Before it is enqueued."""

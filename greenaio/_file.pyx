@@ -29,7 +29,8 @@ from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device,
-    Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, know, waited_in_hub,
+    Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know,
+    waited_in_hub,
 )
 from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
 
@@ -211,7 +212,7 @@ cdef class File:
         if any_busy() and known.device.pool().all_busy():
             return -1
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
-        if view.len > IN_LINE_MAX:
+        if view.len > IN_LINE_MAX or is_swapped_out(known, fd, -1, view.len):
             PyBuffer_Release(&view)
             return -1
         while True:
@@ -277,12 +278,13 @@ cdef class File:
             raise TypeError('that is not what begin() returned')
         if driver is not current_driver() or driver.forks != forks:     # forked: what was read may be wiped here
             return -ECANCELED
+        cdef uint64_t wanted = request.nbytes
         result = driver.end(request)
-        if request.refused:
-            return -EAGAIN
-        if request.flags & RWF_NOWAIT and result != -EOPNOTSUPP and known is not None:
-            (known.device.reads if request.opcode == PREAD else known.device.writes).answered(result == -EAGAIN)
-        return result
+        if request.flags & RWF_NOWAIT and known is not None:
+            _learn(known, request.opcode == PWRITE, result)
+            if _is_cut_short(known, request, wanted, result):
+                return -EAGAIN
+        return -EAGAIN if request.refused else result
 
     def pwrite(self, data, Py_ssize_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
@@ -417,11 +419,13 @@ cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
 
 
 cdef int64_t _direct(Driver driver, Request request, Known known, buffers) except? -4096:
-    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to."""
+    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to. What it did then
+    may be a part, as btrfs reads one extent: the rest is asked for again, for as long as that brings something."""
     cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
     cdef unsigned int theirs = request.flags
     cdef object turn = request.keep
-    cdef Nowait nowait = known.device.writes if writing else known.device.reads
+    cdef int64_t offset = request.offset
+    cdef uint64_t wanted, done = 0
     cdef Way way
     cdef int64_t result
     while True:
@@ -431,22 +435,52 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
         if way == ASK:
             request.flags |= RWF_NOWAIT
             request.asked = True
+        wanted = request.nbytes
         result = _by_aio(driver, request, known)
-        if way == ASK and result == -EOPNOTSUPP:
-            if theirs == 0:             # else it may be another flag that is not known
-                nowait.unsupported()
-        else:
-            if way == ASK:
-                nowait.answered(result == -EAGAIN)
-            if not request.refused and not (way == ASK and result == -EAGAIN):
-                return result
+        if way == ASK and (theirs == 0 or result != -EOPNOTSUPP):   # else it may be another flag that is not known
+            _learn(known, writing, result)
+        if not request.refused and not (way == ASK and (
+                result == -EAGAIN or result == -EOPNOTSUPP or _is_cut_short(known, request, wanted, result))):
+            return _in_all(done, result, writing)
         request = _again(request)
         request.flags = theirs
         request.keep = turn
+        request.offset = offset
         _pin(request, buffers)
-        if way != ASK or result != -EOPNOTSUPP or theirs:
+        if result > 0:
+            done += result
+        request.advance(done)
+        if way != ASK or theirs or result <= 0 and result != -EOPNOTSUPP:
             break
-    return _by_thread(driver, request, known)
+    return _in_all(done, _by_thread(driver, request, known), writing)
+
+
+cdef int _learn(Known known, bint writing, int64_t result) except -1:
+    """*result* is an answer to RWF_NOWAIT."""
+    cdef Nowait nowait = known.device.writes if writing else known.device.reads
+    if result == -EOPNOTSUPP:
+        nowait.unsupported()
+        known.refuses_nowait()
+    else:
+        nowait.answered(result == -EAGAIN)
+    return 0
+
+
+cdef bint _is_cut_short(Known known, Request request, uint64_t wanted, int64_t result) noexcept:
+    """Whether more can be had than RWF_NOWAIT brought. An end in the middle of a sector is the file's."""
+    if result < 0 or <uint64_t>result >= wanted or result & (known.align - 1):
+        return False
+    if request.opcode == PWRITE or request.opcode == PWRITEV or not known.kind & REGULAR or not known.device.is_local:
+        return True
+    return request.offset + result < file_size(request.fd)
+
+
+cdef int64_t _in_all(uint64_t done, int64_t result, bint writing) noexcept:
+    """The result of a request of which *done* bytes were moved before. A read that fails then has read nothing:
+    a short one would look like the end. In a forked child, neither has a write."""
+    if result >= 0:
+        return done + result
+    return done if done and writing and result != -ECANCELED else result
 
 
 cdef Way _way(Driver driver, Known known, Request request, bint writing) except? THREAD:
@@ -457,6 +491,8 @@ cdef Way _way(Driver driver, Known known, Request request, bint writing) except?
     if request.flags & RWF_NOWAIT:
         return PLAIN                    # it is asked already
     way = known.device.way(known.device.writes if writing else known.device.reads)
+    if is_swapped_out(known, request.fd, request.offset, request.nbytes):
+        return THREAD
     # Pages that are dirty it would write first, and wait for that. In memory they are the file.
     if way == PLAIN and writing and not known.device.in_memory and is_cached(
             request.fd, request.offset, request.nbytes):
@@ -539,6 +575,9 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
             driver.end_in_line()
             return data[:got]
         if more != -EAGAIN and more != -EOPNOTSUPP:
+            if got:
+                driver.end_in_line()
+                return data[:got]       # as preadv: the next read tells
             raise failed(more, name)
     if known is None:
         known = know(fd, name)
@@ -550,7 +589,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         if got < 0:
             raise failed(got, name)
         return PyBytes_FromStringAndSize(buffer.address, got)
-    if in_line(known, n):
+    if in_line(known, n, fd, offset + got):
         more = read_now(fd, at + got, n - got, offset + got, 0)
         driver.end_in_line()
     else:
@@ -778,7 +817,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
     cdef int64_t got = 0, more = -EAGAIN
     cdef uint64_t began = coarse_ns()
     driver.check_caller()
-    if request.flags & RWF_NOWAIT or in_line(known, wanted) and _has_place(request, known):
+    if request.flags & RWF_NOWAIT or in_line(known, wanted, request.fd, request.offset) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
     if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER) and not (
             any_busy() and known.device.pool().all_busy()):
@@ -831,8 +870,8 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
 
 cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
     driver.check_caller()
-    if (request.flags & RWF_NOWAIT or in_line(known, request.nbytes) and _has_place(request, known)
-            or _means_its_writer(request, known)):
+    if (request.flags & RWF_NOWAIT or in_line(known, request.nbytes, request.fd, request.offset)
+            and _has_place(request, known) or _means_its_writer(request, known)):
         return _done_in_line(driver, _now(request, request.flags))
     return _by_thread(driver, request, known)
 

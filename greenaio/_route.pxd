@@ -9,17 +9,22 @@ cdef enum Way:
     THREAD
 
 cdef class Nowait:
-    cdef bint _unknown
-    cdef uint64_t _history
-    cdef uint64_t _pause_until
+    cdef uint64_t _history              # a bit for each of the last answers: whether it was a refusal ...
+    cdef uint64_t _unknown              # ... and whether that was EOPNOTSUPP
+    cdef uint64_t _pause_until          # ns
+    cdef uint64_t _length               # of the next pause, ns
 
     cdef bint asks(self) noexcept
+    cdef bint is_unsupported(self) noexcept
+    cdef void _count(self, bint refused, bint is_unknown) noexcept
     cpdef void answered(self, bint again) noexcept
+    cpdef void unsupported(self) noexcept
 
 cdef class Device:
     cdef readonly object number
     cdef readonly str file_system
     cdef readonly bint in_memory
+    cdef readonly bint is_swapped       # its bytes may be swapped out, to a disk
     cdef readonly bint answers          # its files have no bytes: the kernel makes up what is read
     cdef readonly bint is_local         # nobody is told of what is read or closed
     cdef readonly bint is_guess         # its file system is not known yet
@@ -98,10 +103,12 @@ cdef class Known:
     cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
     cdef Device device
 
+    cdef int refuses_nowait(self) except -1
     cdef bint is_demoted(self) except -1
 
 cdef Known know(int fd, name)
-cdef bint in_line(Known known, uint64_t nbytes) except -1
+cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) except -1
+cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept
 cdef int64_t file_size(int fd) noexcept
 cdef unsigned int block_size(int fd) noexcept
 cdef bint is_certain(int error) noexcept

@@ -40,8 +40,10 @@ cdef extern from *:
     #include <stdio.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <sys/mman.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <sys/sysinfo.h>
     #include <sys/sysmacros.h>
     #include <unistd.h>
 
@@ -241,6 +243,43 @@ cdef extern from *:
         return readlink(link, path, n);
     }
 
+    static inline int swap_is_used(void)
+    {
+        struct sysinfo all;
+        return sysinfo(&all) < 0 || all.freeswap != all.totalswap;
+    }
+
+    /* Whether a page of a file in memory is swapped out: cachestat (Linux 6.5) counts it as evicted. Elsewhere
+       mincore says that it is not there, as it does of a hole. What can't be asked may be. */
+    static inline int is_out_of_memory(int fd, int64_t offset, uint64_t n)
+    {
+        struct { uint64_t offset, n; } range;
+        struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages;
+        unsigned char there[66];        /* IN_LINE_MAX of the smallest pages, and one more at each end */
+        uint64_t page = sysconf(_SC_PAGESIZE), i, count;
+        void *map;
+        int out = 0;
+        if (n == 0)
+            return 0;
+        range.offset = offset < 0 ? (uint64_t)lseek(fd, 0, SEEK_CUR) : (uint64_t)offset;
+        range.n = n;
+        if (syscall(451 /* cachestat */, fd, &range, &pages, 0) == 0)
+            return pages.evicted != 0;
+        n += range.offset & (page - 1);
+        count = (n + page - 1) / page;
+        if (count > sizeof there)
+            return 1;
+        map = mmap(NULL, n, PROT_READ, MAP_SHARED, fd, range.offset & ~(page - 1));
+        if (map == MAP_FAILED)
+            return 1;
+        if (mincore(map, n, there) < 0)
+            out = 1;
+        for (i = 0; !out && i < count; i++)
+            out = !(there[i] & 1);
+        munmap(map, n);
+        return out;
+    }
+
     /* Whether the list of mounts that *fd* is open on has changed since this was last asked. */
     static inline int mounts_changed(int fd)
     {
@@ -274,6 +313,8 @@ cdef extern from *:
     int reopen(int fd, int flags)
     int __builtin_popcountll(unsigned long long)
     bint mounts_changed(int fd)
+    bint swap_is_used() nogil
+    bint is_out_of_memory(int fd, int64_t offset, uint64_t n) nogil
     ssize_t path_of(int fd, char *path, size_t n)
 
 cdef extern from "<fcntl.h>":
@@ -310,6 +351,7 @@ cdef extern from "<unistd.h>":
 
 cdef enum:
     REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
+    DEMOTED_MAX = 1024          # files: the oldest is forgotten first
     DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
     LINKS_MAX = 40              # on one way, as the kernel's MAXSYMLINKS
 
@@ -319,7 +361,9 @@ cdef enum:                      # how far a walk came
     CROSSED
 
 cdef uint64_t PAUSE_NS = 1000000000         # then ask again: a habit may be that of one file
+cdef uint64_t PAUSE_MAX_NS = 64 * PAUSE_NS  # one request in that time costs nothing
 cdef uint64_t DEMOTED_NS = 60000000000      # how long a file takes threads whose submission stalled
+cdef uint64_t SWAP_ASKED_NS = 10000000      # how old may be what is known of swap
 BLKSSZGET = 0x1268
 
 log = logging.getLogger('greenaio')
@@ -347,31 +391,49 @@ LOCAL = frozenset({'btrfs', 'zfs', 'overlay'})
 
 
 cdef class Nowait:
-    """Whether RWF_NOWAIT is worth asking for, in one direction on one file system."""
+    """Whether RWF_NOWAIT is worth asking for, in one direction on one file system.
+
+    A refusal is a trait of the request (EAGAIN) or of its file (EOPNOTSUPP), until it becomes a habit. Then the
+    file system is not asked for a second. The habit of EOPNOTSUPP, as of overlayfs, is broken by an answer of
+    another kind only; each time that one more request finds it unbroken, the pause doubles."""
+
+    def __init__(self):
+        self._length = PAUSE_NS
 
     cdef bint asks(self) noexcept:
-        if self._unknown:
-            return False
         if self._pause_until:
             if monotonic_ns() < self._pause_until:
                 return False
-            self._pause_until = self._history = 0
+            self._pause_until = 0
+            if not self.is_unsupported():
+                self._history = self._unknown = 0
         return True
 
+    cdef bint is_unsupported(self) noexcept:
+        return __builtin_popcountll(self._unknown) > REFUSED_MAX
+
+    cdef void _count(self, bint refused, bint is_unknown) noexcept:
+        self._history = self._history << 1 | refused
+        self._unknown = self._unknown << 1 | is_unknown
+        if not is_unknown:
+            self._length = PAUSE_NS
+        if refused and __builtin_popcountll(self._history) > REFUSED_MAX:
+            self._pause_until = monotonic_ns() + self._length
+            if self.is_unsupported():
+                self._length = min(2 * self._length, PAUSE_MAX_NS)
+
     cpdef void answered(self, bint again) noexcept:
-        """The kernel did it, or said EAGAIN: a trait of the request, until it becomes a habit."""
-        self._history = self._history << 1 | again
-        if again and __builtin_popcountll(self._history) > REFUSED_MAX:
-            self._pause_until = monotonic_ns() + PAUSE_NS
+        """The kernel did it, or said EAGAIN."""
+        self._count(again, False)
+
+    cpdef void unsupported(self) noexcept:
+        """It said EOPNOTSUPP."""
+        self._count(True, True)
 
     @property
     def state(self):
         """'asking', 'unsupported' or 'pausing'."""
-        return 'asking' if self.asks() else 'unsupported' if self._unknown else 'pausing'
-
-    def unsupported(self):
-        """EOPNOTSUPP: a trait of the file system."""
-        self._unknown = True
+        return 'asking' if self.asks() else 'unsupported' if self.is_unsupported() else 'pausing'
 
 
 cdef class Device:
@@ -389,6 +451,7 @@ cdef class Device:
         self.is_guess = False
         self.in_memory = file_system in IN_MEMORY
         self.answers = file_system in ANSWERING
+        self.is_swapped = file_system in ('tmpfs', 'devtmpfs')
         self.is_local = self.in_memory or self.answers or file_system in LOCAL or (
             major(self.number) != 0 and file_system != 'fuseblk')
         return 0
@@ -398,13 +461,13 @@ cdef class Device:
 
     cdef Way way(self, Nowait direction) noexcept:
         """How an aligned O_DIRECT read or overwrite goes."""
+        if self.in_memory:
+            return PLAIN                # it has no RWF_NOWAIT, and needs none
         if direction.asks():
             return ASK
-        if self.in_memory:
-            return PLAIN
         # xfs says EAGAIN to every overwrite, and does not wait. To a read it says so because of dirty pages,
         # and would wait for them.
-        if direction is self.writes and not direction._unknown and self.file_system == 'xfs':
+        if direction is self.writes and not direction.is_unsupported() and self.file_system == 'xfs':
             return PLAIN
         return THREAD
 
@@ -534,6 +597,14 @@ cdef class Known:
         return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
                 self.inode, ns / 1e9, DEMOTED_NS / 1e9)
 
+    cdef int refuses_nowait(self) except -1:
+        """The file said EOPNOTSUPP to RWF_NOWAIT, as ext4's with inline data or a journal of their data do. It takes
+        threads for a while, whatever its file system does with others."""
+        if len(_demoted) >= DEMOTED_MAX:
+            del _demoted[next(iter(_demoted))]
+        _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
+        return 0
+
     def is_open_as(self, int fd):
         """Whether *fd* is this file, still."""
         cdef facts found
@@ -641,11 +712,31 @@ cdef unsigned int _sector_size(int fd, unsigned int mode) except 0:
     return 512
 
 
-cdef bint in_line(Known known, uint64_t nbytes) except -1:
-    """Whether the plain system call will do, here and now: it has no disk to wait for."""
+cdef bint in_line(Known known, uint64_t nbytes, int fd=-1, int64_t offset=0) except -1:
+    """Whether the plain system call will do, here and now: it has no disk to wait for. With *fd*, also whether no
+    byte from *offset* (-1: the file's own position) on is swapped out."""
     if nbytes > IN_LINE_MAX or known.kind & UNSURE:
         return False
-    return not known.kind & STORED or known.device.in_memory or known.kind & AT_ONCE != 0
+    if known.kind & STORED and not known.device.in_memory:
+        return known.kind & AT_ONCE != 0
+    return fd < 0 or not is_swapped_out(known, fd, offset, nbytes)
+
+
+cdef uint64_t _swap_asked = 0           # ns
+cdef bint _swap_is_used = False
+
+
+cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept:
+    """Whether a part of a file in memory has to come from a disk first. Where no swap is in use, which is asked
+    once in a while, nothing is."""
+    global _swap_asked, _swap_is_used
+    cdef uint64_t now
+    if not known.device.is_swapped or not known.kind & STORED:
+        return False
+    now = monotonic_ns()
+    if now - _swap_asked > SWAP_ASKED_NS:
+        _swap_asked, _swap_is_used = now, swap_is_used()
+    return _swap_is_used and is_out_of_memory(fd, offset, nbytes)
 
 
 cdef int64_t file_size(int fd) noexcept:

@@ -1,5 +1,5 @@
-"""A file system of one file that has no position: ``python streaming.py MOUNT``. The file is open
-direct_io and nonseekable, as mounts that stream are, and its size is not known."""
+"""A file system with a file that has no position, and an ordinary one: ``python streaming.py MOUNT``. The
+first is open direct_io and nonseekable, as mounts that stream are, and its size is not known."""
 
 import errno
 import stat
@@ -18,10 +18,12 @@ class Streaming(mfusepy.Operations):
             return {'st_mode': stat.S_IFDIR | 0o755, 'st_nlink': 2}
         if path == '/stream':
             return {'st_mode': stat.S_IFREG | 0o666, 'st_nlink': 1, 'st_size': 0}
+        if path == '/ordinary':
+            return {'st_mode': stat.S_IFREG | 0o666, 'st_nlink': 1, 'st_size': len(DATA)}
         raise mfusepy.FuseOSError(errno.ENOENT)
 
     def open(self, path, info):
-        info.fh, info.direct_io, info.nonseekable = 1, True, True
+        info.fh, info.direct_io, info.nonseekable = 1, True, path == '/stream'
         return 0
 
     def read(self, path, size, offset, info):

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import posix
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +16,12 @@ import time
 
 import gevent
 import pytest
-from conftest import missing, run
+from conftest import missing, pattern, run
 from streaming import DATA
 
 import greenaio
 import greenaio.os
-from greenaio import File, _hub
+from greenaio import File, _hub, _route, aligned_buffer, streams
 
 
 @pytest.fixture
@@ -50,13 +51,10 @@ def opened(path, flags=os.O_RDONLY):
         os.close(fd)
 
 
-def ticks_during(seconds=0.05):
-    """How often a greenlet ran in that time: 0 if the hub is blocked."""
-    count, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
+def let_the_hub_run():
+    """A hub that is blocked comes back from this never, or too late."""
+    for _ in range(20):
         gevent.sleep(0.001)
-        count += 1
-    return count
 
 
 # Files that the kernel makes up ------------------------------------------------------------------
@@ -246,7 +244,7 @@ def test_trace_pipe_is_read_as_by_os(trace, read):
 @pytest.mark.parametrize('read', READERS, ids=NAMES)
 def test_reader_waits_in_the_loop_for_a_line_of_trace_pipe(trace, read):
     reader = gevent.spawn(read, f'{trace}/trace_pipe')
-    assert ticks_during() > 5
+    let_the_hub_run()
     assert not reader.ready()
     write_marker(trace, b'late\n')
     assert b'late\n' in reader.get(timeout=10)
@@ -354,6 +352,164 @@ def test_file_without_a_position_is_written_as_by_os(stream):
         file.write('text')
 
 
+# Files in memory that is swapped out --------------------------------------------------------------
+
+@pytest.fixture
+def swapped(disk_folder, tmp_path):
+    """A file in memory of which a half is swapped out."""
+    needs_root()
+    group = f'/sys/fs/cgroup/memory/greenaio-{os.getpid()}'
+    if not os.path.exists('/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+        missing('needs the memory controller of cgroup v1')
+    with contextlib.ExitStack() as undo:
+        swap = f'{disk_folder}/swap'
+        with opened(swap, os.O_RDWR | os.O_CREAT) as fd:
+            os.posix_fallocate(fd, 0, 64 << 20)
+        os.chmod(swap, 0o600)
+        run('mkswap', swap)
+        try:
+            run('swapon', swap)
+        except subprocess.CalledProcessError as error:
+            missing(f'needs swap: {error.stderr}')
+        undo.callback(run, 'swapoff', swap)
+        run('mount', '-t', 'tmpfs', 'none', tmp_path)
+        undo.callback(run, 'umount', tmp_path)
+        os.mkdir(group)
+        undo.callback(os.rmdir, group)
+        with open(f'{group}/memory.limit_in_bytes', 'w') as limit:
+            limit.write(str(12 << 20))
+        run('sh', '-c', f'echo $$ >{group}/cgroup.procs; '
+                        f'exec dd if=/dev/urandom of={tmp_path}/file bs=1M count=24')
+        yield f'{tmp_path}/file'
+
+
+@pytest.mark.parametrize('flags', [0, os.O_DIRECT], ids=['buffered', 'direct'])
+@pytest.mark.parametrize('way', ['File', 'pread', 'read', 'file object', 'write'])
+def test_part_of_a_file_in_memory_that_is_swapped_out_takes_a_thread(swapped, engine, flags, way):
+    time.sleep(0.02)                    # how old may be what is known of swap
+    with File(swapped, os.O_RDWR | flags) as file, greenaio.open(
+            file.fileno(), 'rb', 0, closefd=False, prefetch=0) as raw:
+        fd = file.fileno()
+        memory = aligned_buffer(1 << 16)
+
+        def use(at):
+            os.lseek(fd, at, os.SEEK_SET)
+            if way == 'write':
+                return file.pwrite(memory, at)
+            return {'File': lambda: file.pread(1 << 16, at),
+                    'pread': lambda: greenaio.os.pread(fd, 1 << 16, at),
+                    'read': lambda: greenaio.os.read(fd, 1 << 16),
+                    'file object': lambda: raw.readinto(memory)}[way]()
+
+        began = engine.lent_total
+        parts = range(0, 24 << 20, 1 << 20)
+        for at in parts:
+            use(at)
+        assert len(parts) // 4 < engine.lent_total - began
+        last = engine.lent_total
+        use(parts[-1])                  # it is in memory now
+        assert engine.lent_total == last
+
+
+def test_file_in_memory_takes_no_thread_where_no_swap_is_used(folder, engine):
+    if not folder.startswith('/dev/shm'):
+        pytest.skip('of files in memory')
+    with open('/proc/swaps') as swaps:
+        if any(int(line.split()[3]) for line in swaps.readlines()[1:]):
+            pytest.skip('swap is in use')
+    with File(f'{folder}/file', os.O_RDWR | os.O_CREAT) as file:
+        before = engine.lent_total
+        file.pwrite(bytes(1 << 16), 0)
+        assert file.pread(1 << 16, 0) == bytes(1 << 16)
+        assert engine.lent_total == before
+
+
+# RWF_NOWAIT --------------------------------------------------------------------------------------
+
+def test_file_that_knows_no_nowait_is_asked_once_and_not_held_against_its_file_system(stream):
+    ordinary = stream.removesuffix('stream') + 'ordinary'
+    with File(ordinary, os.O_RDONLY | os.O_DIRECT) as file, opened(ordinary, os.O_RDONLY | os.O_DIRECT) as fd:
+        device = next(one for one in _route.devices() if one.number == file.device)
+        memory = aligned_buffer(4096)
+        for at in range(0, 1 << 20, 4096):
+            at %= 1 << 14
+            assert file.pread(4096, at) == DATA[at:at + 4096]
+            assert greenaio.os.pread(fd, 4096, at) == DATA[at:at + 4096]
+            assert streams.Block(file, True, memory, 4096, at).end() == 4096
+        assert device.reads.state == 'asking'
+
+
+def test_file_system_that_knows_no_nowait_is_not_asked_for_longer_and_longer():
+    nowait = _route.Device(os.makedev(7, 250), 'overlay').reads
+    for i in range(33):
+        assert nowait.state == 'asking', i
+        nowait.unsupported()
+    assert nowait.state == 'unsupported'
+    end = time.monotonic() + 10
+    while nowait.state != 'asking' and time.monotonic() < end:
+        time.sleep(0.05)
+    nowait.unsupported()                # one is enough now
+    assert nowait.state == 'unsupported'
+
+
+@pytest.fixture(scope='module')
+def btrfs(tmp_path_factory):
+    needs_root()
+    if shutil.which('mkfs.btrfs') is None:
+        missing('needs mkfs.btrfs')
+    folder = tmp_path_factory.mktemp('btrfs')
+    with open(f'{folder}/image', 'wb') as image:
+        image.truncate(128 << 20)
+    run('mkfs.btrfs', '-q', f'{folder}/image')
+    os.mkdir(f'{folder}/mount')
+    run('mount', '-o', 'loop', f'{folder}/image', f'{folder}/mount')
+    yield f'{folder}/mount'
+    run('umount', f'{folder}/mount')
+
+
+@pytest.fixture
+def extents(btrfs):
+    """A file of 16 extents of 4 KiB in an order of their own: under RWF_NOWAIT btrfs reads one at a time."""
+    path = f'{btrfs}/extents'
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
+        for i in sorted(range(16), key=lambda i: i * 7 % 16):
+            os.pwrite(fd, pattern(1 << 16)[i * 4096:(i + 1) * 4096], i * 4096)
+            os.fsync(fd)
+    return path
+
+
+def vector(read, n):
+    parts = [aligned_buffer(n // 4) for _ in range(4)]
+    got = read(parts, 0)
+    return b''.join(parts)[:got]
+
+
+def begun(file, n):
+    memory = aligned_buffer(n)
+    return bytes(memory[:streams.Block(file, True, memory, n, 0).end()])
+
+
+@pytest.mark.parametrize('read', [
+    lambda file, n: file.pread(n, 0), lambda file, n: greenaio.os.pread(file.fileno(), n, 0),
+    lambda file, n: greenaio.os.read(file.fileno(), n), lambda file, n: vector(file.preadv, n),
+    lambda file, n: vector(lambda parts, _: greenaio.os.readv(file.fileno(), parts), n),
+    lambda file, n: begun(file, n)], ids=['File', 'pread', 'read', 'preadv', 'readv', 'begin'])
+def test_direct_read_of_many_extents_is_whole(extents, read):
+    want = pattern(1 << 16)
+    with opened(extents, os.O_RDONLY | os.O_DIRECT) as fd:
+        memory = aligned_buffer(1 << 16)
+        short = outcome(os.preadv, fd, [memory], 0, os.RWF_NOWAIT)
+        assert short != 1 << 16, 'btrfs reads it whole: this shows nothing'
+    with File(extents, os.O_RDONLY | os.O_DIRECT) as file:
+        assert read(file, 1 << 16) == want
+        file_end = (1 << 16) - 8192
+        assert file.pread(1 << 16, 8192) == want[8192:]         # the end of the file is still one
+        os.truncate(extents, file_end + 100)
+        assert file.pread(1 << 16, 0) == want[:file_end + 100]
+    with greenaio.open(extents, 'rb', direct=True) as file:
+        assert file.read() == want[:file_end + 100]
+
+
 # Devices -----------------------------------------------------------------------------------------
 
 DEVICES = ['null', 'zero', 'full', 'random', 'urandom', 'cpu_dma_latency', 'hwrng', 'loop-control',
@@ -408,7 +564,7 @@ def test_reader_of_the_kernels_log_waits_in_the_loop(read):
                 found.append(read(fd))
 
         reader = gevent.spawn(follow)
-        assert ticks_during() > 5
+        let_the_hub_run()
         assert not reader.ready()
         with opened('/dev/kmsg', os.O_WRONLY) as log:
             assert greenaio.os.write(log, b'greenaio tests itself\n') == 22
@@ -418,7 +574,7 @@ def test_reader_of_the_kernels_log_waits_in_the_loop(read):
 def test_terminal_waits_in_the_loop():
     leader, follower = os.openpty()
     reader = gevent.spawn(greenaio.os.read, follower, 100)
-    assert ticks_during() > 5
+    let_the_hub_run()
     assert greenaio.os.write(leader, b'typed\n') == 6
     assert reader.get(timeout=10) == b'typed\n'
     assert greenaio.os.read(leader, 100) == b'typed\r\n'      # its echo
@@ -467,7 +623,7 @@ def test_descriptor_that_has_an_event_is_waited_for_in_the_loop(tmp_path, make):
     fd, trigger = make(str(tmp_path)) if make is make_inotify else make()
     try:
         reader = gevent.spawn(greenaio.os.read, fd, 4096)
-        assert ticks_during() > 5
+        let_the_hub_run()
         assert not reader.ready()
         trigger()
         assert reader.get(timeout=10)
