@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import copyreg
 import functools
+import importlib._bootstrap
 import io
 import os
 import pathlib
@@ -293,6 +294,18 @@ def patch_locks() -> None:
         if cooperative is not None:
             setattr(owner, name, cooperative)
             _replaced_locks.append((owner, name, lock))
+    _let_greenlets_wait_for_imports()
+
+
+def _let_greenlets_wait_for_imports() -> None:
+    """Replace the lock in which greenlets wait for a module that is being imported now, such as a package
+    whose ``__init__`` patches. The import system made it before the patch."""
+    bootstrap: Any = importlib._bootstrap
+    for ref in list(bootstrap._module_locks.values()):
+        lock = ref()
+        cooperative = _cooperative_lock(getattr(lock, 'wakeup', None))
+        if cooperative is not None:
+            lock.wakeup = cooperative
 
 
 def _cooperative_lock(lock: Any) -> Any:

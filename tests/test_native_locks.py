@@ -133,6 +133,34 @@ assert at_once(work) == [1 << 20] * 3
 ''', env={'DATA': f'{disk_folder}/data', 'PYTHONPATH': str(tmp_path)})
 
 
+def test_greenlet_imports_from_a_package_whose_init_patches_and_uses_files(disk_folder, tmp_path):
+    (tmp_path / 'package').mkdir()
+    (tmp_path / 'package/part.py').write_text('number = 5')
+    (tmp_path / 'package/__init__.py').write_text('''
+import os
+import gevent.monkey
+gevent.monkey.patch_all()
+import greenaio.monkey
+greenaio.monkey.patch_all()
+import gevent
+begun = []
+def work():
+    begun.append(True)
+    import package.part
+    return package.part.number
+job = gevent.spawn(work)
+with open(os.environ['DATA'], 'wb') as file:
+    while not begun:
+        file.write(b'x')
+        os.fsync(file.fileno())
+    for _ in range(3):
+        os.fsync(file.fileno())
+assert not job.ready()
+''')
+    run_python('import package; assert package.job.get(timeout=10) == 5',
+               env={'DATA': f'{disk_folder}/data', 'PYTHONPATH': str(tmp_path)}, timeout=20)
+
+
 def test_a_lock_that_is_held_is_not_replaced_and_unpatching_puts_back():
     run_python('''
         import tempfile, threading, webbrowser
