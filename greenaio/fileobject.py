@@ -160,18 +160,27 @@ class FileIO(io.FileIO):
         """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer.
 
         So it asks /dev/null, and gets the number afterwards."""
-        null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            super().__init__(null, mode, False)
-            is_taken = _calls.give_number(self, fd)
-        finally:
-            posix.close(null)
-        if not is_taken:
-            initialize = super().__init__
+        initialize = super().__init__
+        is_done = False
+        if 'a' not in mode or self._has_position(fd):   # io.FileIO would remember that /dev/null has one
+            null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                initialize(null, mode, False)
+                is_done = _calls.give_number(self, fd)
+            finally:
+                posix.close(null)
+        if not is_done:
             _fallback.call(lambda _: initialize(fd, mode, False), fd)
         elif 'a' in mode:
-            with contextlib.suppress(OSError):      # a pipe has no position
-                _calls.lseek(fd, 0, os.SEEK_END)
+            _calls.lseek(fd, 0, os.SEEK_END)
+
+    @staticmethod
+    def _has_position(fd: int) -> bool:
+        try:
+            os.lseek(fd, 0, os.SEEK_CUR)        # the kernel knows without the server
+        except OSError:
+            return False
+        return True
 
     def isatty(self) -> bool:
         """Whether it is a terminal. No other file than a character device is asked: it may be a server's."""

@@ -907,6 +907,24 @@ def test_plain_write_is_seen_by_who_reads_ahead(disk_folder, options, buffering,
         assert file.read(65536)[9000:9003] == b'NEW'
 
 
+@pytest.mark.parametrize('mode', ['ab', 'a', 'wb', 'a+b'])
+def test_pipe_that_is_opened_for_append_has_no_position(mode):
+    for opener in (open, greenaio.open):
+        reading, writing = os.pipe()
+        try:
+            file = opener(writing, mode, 0 if 'b' in mode else 1, closefd=False)
+        except OSError as error:
+            assert '+' in mode and error.errno == errno.ESPIPE, error   # both, for what has to be seekable
+        else:
+            with file:
+                assert not file.seekable()
+                file.write(b'x' if 'b' in mode else 'x\n')
+            assert os.read(reading, 10) in (b'x', b'x\n')
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+
 def test_no_bytes_of_a_pipe_take_no_time():
     (empty, _), (_, full) = pipes = os.pipe(), os.pipe()
     os.set_blocking(full, False)
