@@ -22,7 +22,8 @@ from typing import Any
 from gevent._fileobjectcommon import cancel_wait_ex
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
-from gevent.exceptions import BlockingSwitchOutError
+from gevent.exceptions import BlockingSwitchOutError, InvalidThreadUseError
+from gevent.hub import Hub
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
@@ -54,15 +55,17 @@ class Turn:
     `leave`. (gevent's RLock does the same, at three times the price of what it protects.) There is no call
     between the look at `owner` and the assignment: another thread could have its turn there.
 
-    If who has it can never leave, for its thread has ended, or stayed with the parent in a fork, the next
-    takes it. Not if it *guards_io*, whose objects have a lock of their own, that is then held for ever.
+    If who has it can never leave, because its thread has ended, its hub was destroyed, or it stayed with
+    the parent in a fork, the next takes it. Not if it *guards_io*: its objects have a lock of their own,
+    which is held for ever then. But who was given the turn and has not gone on since does not have it.
     """
 
-    __slots__ = ('__weakref__', 'closers', 'finalizing', 'guards_io', 'owner', 'queue')
+    __slots__ = ('__weakref__', 'closers', 'finalizing', 'given', 'guards_io', 'owner', 'queue')
 
     def __init__(self, guards_io: bool = False) -> None:
         self.owner: greenlet | Gone | None = None
-        self.queue: deque[tuple[greenlet, Event]] = deque()
+        self.given: _Waiter | None = None       # the owner, until it goes on
+        self.queue: deque[_Waiter] = deque()
         self.closers: list[greenlet] = []       # others who had to wait meanwhile get EBADF
         self.finalizing = False     # nobody waits any more
         self.guards_io = guards_io
@@ -77,16 +80,18 @@ class Turn:
         if not can_wait():
             self._wait_natively(me)
             return True
-        mine = me, Event()
+        mine = _Waiter(me)
         self.queue.append(mine)
         try:
             while self.owner is not me:
                 self._look_after_owner()
-                if self.queue and self.queue[0] is mine and self.owner is None:
+                if self._first() is mine and self.owner is None:
                     self.owner = me             # another thread left meanwhile
                     self.queue.popleft()
                 else:
-                    mine[1].wait(ANOTHER_LOOK)  # the owner may be in another thread: then no loop tells us
+                    # The owner may be in another thread: then no loop tells us.
+                    mine.event.wait(ANOTHER_LOOK)
+            self.given = None
         except BaseException as error:  # killed, timed out
             self._give_up(mine)
             thrown(error)
@@ -98,18 +103,35 @@ class Turn:
 
     def _look_after_owner(self) -> None:
         owner = self.owner
-        if owner is not None and owner.dead:
-            if self.guards_io:
-                raise OSError(errno.EOWNERDEAD, 'a thread ended while it used this file')
-            if self.owner is owner:
-                self.owner = None
+        if owner is None or not _is_gone(owner):
+            return
+        given = self.given
+        if given is not None and given.greenlet is owner:
+            given.is_out = True
+        elif self.guards_io:
+            raise OSError(errno.EOWNERDEAD, 'a thread or its hub ended while it used this file')
+        if self.owner is owner:
+            self.owner = None
 
-    def _give_up(self, mine: tuple[greenlet, Event]) -> None:
-        me = mine[0]
+    def _first(self) -> _Waiter | None:
+        """The first of those who wait, without those who never go on."""
+        with contextlib.suppress(IndexError):
+            while _is_gone(self.queue[0].greenlet):
+                self._take_out(self.queue[0])
+            return self.queue[0]
+        return None
+
+    def _take_out(self, one: _Waiter) -> None:
+        with contextlib.suppress(ValueError):       # another thread has done so
+            self.queue.remove(one)
+            one.is_out = True
+
+    def _give_up(self, mine: _Waiter) -> None:
+        me = mine.greenlet
         try:
             self.queue.remove(mine)
         except ValueError:
-            while self.owner is not me:     # a thread that leaves gives it to us just now
+            while self.owner is not me and not mine.is_out:     # a thread that leaves gives it to us just now
                 native_sleep(0)
         if self.owner is me:
             self.leave()
@@ -142,11 +164,30 @@ class Turn:
 
     def leave(self) -> None:
         """Give the turn to the next; for who has it."""
-        if self.queue:
-            self.owner, event = self.queue.popleft()
-            event.set()
-        else:
-            self.owner = None
+        self.given = None
+        while self.queue and self._first() is not None:
+            try:
+                one = self.queue.popleft()
+            except IndexError:          # it has given up, in another thread
+                break
+            self.given = one            # first, for who looks after the owner
+            self.owner = one.greenlet
+            # Its hub may just be destroyed. Then who waits next finds out.
+            with contextlib.suppress(InvalidThreadUseError, ValueError):
+                one.event.set()
+            return
+        self.owner = None
+
+
+class _Waiter:
+    """A greenlet in the queue of a turn."""
+
+    __slots__ = ('event', 'greenlet', 'is_out')
+
+    def __init__(self, one: greenlet) -> None:
+        self.greenlet = one
+        self.event = Event()
+        self.is_out = False             # another has taken it out of the queue, or its turn away
 
 
 class Gone:
@@ -154,6 +195,11 @@ class Gone:
 
     dead = True
     parent = None
+
+
+def _is_gone(one: greenlet | Gone) -> bool:
+    """Whether it never goes on: its thread has ended, or its hub was destroyed."""
+    return one.dead or isinstance(one.parent, Hub) and one.parent.loop is None
 
 
 _all_turns: set[weakref.ref[Turn]] = set()
@@ -183,8 +229,9 @@ def _after_fork_in_child() -> None:
         if turn is None:
             continue
         if turn.owner is not None and thread_of(turn.owner) is not here:
-            turn.owner = Gone()
-        turn.queue = deque(waiter for waiter in turn.queue if thread_of(waiter[0]) is here)
+            turn.owner = None if turn.given is not None and turn.given.greenlet is turn.owner else Gone()
+            turn.given = None
+        turn.queue = deque(waiter for waiter in turn.queue if thread_of(waiter.greenlet) is here)
     hub = get_hub_if_exists()
     if hub is not None and hub.loop is not None:
         _is_fresh_child = True

@@ -154,10 +154,107 @@ with gevent.Timeout(10):
         assert error.errno == errno.EOWNERDEAD, error
     else:
         raise AssertionError('it had its turn')
-assert not file._turn.queue
+assert not file._io_turn.queue
 file.raw.close()
 os._exit(0)
 ''')
+
+
+TURN_AND_THREAD = '''
+import errno, gevent, os, sys, threading
+from greenaio import _position
+from greenaio.fileobject import open as open_file
+start = gevent.monkey.get_original('_thread', 'start_new_thread')
+is_over, keep = threading.Event(), []
+
+def in_thread_that_ends(how, work, at_end=lambda: None):
+    """Spawn *work* in another thread, which then ends, or whose hub does; *at_end* is called before."""
+    def thread():
+        keep.append(gevent.spawn(work))
+        gevent.sleep(0.05)
+        at_end()
+        if how == 'hub':
+            gevent.get_hub().destroy(destroy_loop=True)
+        is_over.set()
+        if how == 'hub':
+            _position.native_sleep(60)
+    start(thread, ())
+    is_over.wait(10)
+    if how == 'thread':
+        while not keep[0].dead:
+            _position.native_sleep(0.001)
+
+def has_its_turn(call, *args):
+    job = gevent.spawn(call, *args)
+    job.join(10)
+    assert job.ready()
+    job.get()
+
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+file = open_file(fd, 'r+b', closefd=False)
+'''
+
+
+@pytest.mark.parametrize('how', ['thread', 'hub'])
+@pytest.mark.parametrize('kind', ['file', 'number'])
+@pytest.mark.parametrize('is_alone', [True, False])
+def test_waiter_whose_thread_or_hub_ends_is_not_given_the_turn(disk_folder, how, kind, is_alone):
+    run_python(TURN_AND_THREAD + '''
+how, kind = sys.argv[2:4]
+is_alone = sys.argv[4] == 'True'
+turn = file._io_turn if kind == 'file' else _position.turns.setdefault(fd, _position.Turn())
+turn.owner = gevent.getcurrent()
+in_thread_that_ends(how, lambda: [gevent.spawn(turn.wait) for _ in range(2)])
+assert len(turn.queue) == 2
+waiters = list(turn.queue)
+if is_alone:
+    turn.leave()
+    assert turn.owner is None and not turn.queue
+else:
+    behind = gevent.spawn(turn.wait)
+    gevent.sleep(0)
+    turn.leave()
+    behind.join(10)
+    assert behind.ready() and turn.owner is behind
+    turn.leave()
+assert all(waiter.is_out for waiter in waiters)
+has_its_turn(file.write if kind == 'file' else (lambda data: _position.write(fd, data)), b'x')
+os._exit(0)
+''', f'{disk_folder}/data', how, kind, is_alone)
+
+
+@pytest.mark.parametrize('how', ['thread', 'hub'])
+def test_turn_passes_on_if_it_was_given_to_a_greenlet_that_ends_before_it_goes_on(disk_folder, how):
+    run_python(TURN_AND_THREAD + '''
+turn = file._io_turn
+turn.owner = me = gevent.getcurrent()
+in_thread_that_ends(sys.argv[2], turn.wait, turn.leave)
+assert turn.owner not in (None, me)
+has_its_turn(file.write, b'x')
+os._exit(0)
+''', f'{disk_folder}/data', how)
+
+
+def test_number_whose_user_had_a_hub_that_was_destroyed(disk_folder):
+    """It is taken over, by users of the same file, and of the one that gets the number later."""
+    run_python(TURN_AND_THREAD + '''
+def stuck():
+    with _position.turn_of(fd):
+        gevent.sleep(60)
+
+in_thread_that_ends('hub', stuck)
+assert _position.turns[fd].owner is keep[0]
+has_its_turn(_position.write, fd, b'x')
+turn = file._io_turn
+turn.owner = keep[0]                    # which is inside: nobody else may ever be
+try:
+    file.write(b'x')
+except OSError as error:
+    assert error.errno == errno.EOWNERDEAD
+else:
+    raise AssertionError('it had its turn')
+os._exit(0)
+''', f'{disk_folder}/data')
 
 
 @pytest.mark.parametrize('who', ['thread', 'hub'])
@@ -401,7 +498,7 @@ from greenaio.fileobject import open as open_file
 r, w = os.pipe()
 file = open_file(r, 'rb')
 threading.Thread(target=file.read, args=(4,), daemon=True).start()
-while file._turn.owner is None:
+while file._io_turn.owner is None:
     gevent.sleep(0.01)
 gevent.sleep(0.05)
 pid = os.fork()
