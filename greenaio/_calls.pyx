@@ -23,15 +23,15 @@ from posix.unistd cimport close as close_fd
 
 from gevent import sleep
 
-from greenaio import _fallback, _threads
-from greenaio._hub import all_drivers, driver_if_exists
+from greenaio import _fallback, _threads, alignment
+from greenaio._hub import all_drivers, all_engines, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
-from greenaio._engine cimport Request, meetings, meetings_under_way
+from greenaio._engine cimport CALL, Engine, Request, meetings, meetings_under_way
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
+    ANSWER, APPEND, DIRECT, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
     open_at_hand, open_there, path_at_hand, stat_there,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain
@@ -102,6 +102,13 @@ cdef enum:
 
 LEASE_MIN = 0.001               # seconds between two attempts to open a file that has a lease; more each time, up to ...
 LEASE_MAX = 0.25                # ... this, so that 1,000 such greenlets are no load
+
+
+cdef dict _held = alignment._held
+
+cdef enum:
+    PAGE = 4096                 # bytes
+    RWF_APPEND = 16
 
 
 cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0,
@@ -379,6 +386,73 @@ def lseek(int fd, int64_t offset, int whence):
 learn_umask, umask = _threads.learn_umask, _threads.umask
 
 
+# Ranges that greenlets hold, see `alignment` -------------------------------------------------------
+
+cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept:
+    """What a buffered write changes: the page cache reads and writes back whole pages."""
+    return start & ~<uint64_t>(PAGE - 1), (end + PAGE - 1) & ~<uint64_t>(PAGE - 1)
+
+
+cdef bint is_held(Known known) except -1:
+    """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
+    request that follows being in a list of its engine, where `_is_being_written` finds it."""
+    return bool(_held) and (known.device.number, known.inode) in _held
+
+
+cdef object hold_range(int fd, Known known, start, end):
+    """Wait for the range. *fd* stays the same file meanwhile."""
+    return alignment.hold(fd, (known.device.number, known.inode), start, end,
+                          lambda: _is_being_written(known, start, end),
+                          lambda: _is_being_written(known, 0, alignment.EVERYTHING))
+
+
+cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
+    """Whether a write to this range of the file is under way that took no turn, in any thread here, or a call that
+    changes its length. It may be one of a thread that has ended, and with that gave its range back."""
+    cdef Request request
+    cdef Known other
+    cdef uint64_t low, high
+    for engine in all_engines():
+        for request in (<Engine>engine).writes():
+            if type(request.file) is not Known or request.keep is not None and not request.keep.over:
+                continue                # or its range, which is ours or does not overlap
+            other = request.file
+            if other.inode != known.inode or other.device.number != known.device.number:
+                continue
+            if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND:
+                return True
+            low, high = request.offset, <uint64_t>request.offset + request.nbytes
+            if request.opcode == CALL:
+                high = alignment.EVERYTHING
+            elif not other.kind & DIRECT:
+                low, high = in_pages(low, high)
+            if low < end and start < high:
+                return True
+    return False
+
+
+def _in_turn(int fd, Known known, int64_t start, work):
+    """``work(range)``, which changes the file from *start* on, with that held if some greenlet holds a part of it."""
+    if not is_held(known):
+        return work(None)
+
+    def finish():
+        try:
+            return work(mine)
+        except BaseException:
+            mine.ranges.settled = False     # the call may still be under way
+            raise
+
+    mine = hold_range(fd, known, max(0, start), alignment.EVERYTHING)
+    return alignment.shielded(fd, finish, mine.let_go)
+
+
+cdef int64_t _change(Request request, Known known, int64_t start) except? -4096:
+    """The answer of a call that changes the file from *start* on."""
+    request.file, request.offset = known, start     # so `_is_being_written` finds it
+    return current_driver().perform_by_thread(request, known.device.pool())
+
+
 # Descriptors -------------------------------------------------------------------------------------
 
 def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
@@ -392,21 +466,22 @@ def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
     if in_line(known, 0):
         result = make_here(new_call(number, None, SYS_ftruncate, number, length))
     else:
-        result = truncate_file(number, known.device, length)
+        result = _in_turn(number, known, length, lambda mine: truncate_file(number, known, length, mine))
     if result < 0:
         raise failed(result, None)
 
 
-cdef int64_t truncate_file(int fd, Device device, int64_t length) except? -4096:
-    """0, or minus the errno."""
-    return _call(fd, device, None, SYS_ftruncate, fd, length)
+cdef int64_t truncate_file(int fd, Known known, int64_t length, mine=None) except? -4096:
+    """0, or minus the errno. *mine* is the range that is held."""
+    return _change(new_call(fd, mine, SYS_ftruncate, fd, length), known, length)
 
 
 def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
     cdef int64_t result
-    result = _call(number, known.device, None, POSIX_FALLOCATE, number, offset, length)
+    result = _in_turn(number, known, offset, lambda mine: _change(
+        new_call(number, mine, POSIX_FALLOCATE, number, offset, length), known, offset))
     if result < 0:
         raise failed(result, None)
 

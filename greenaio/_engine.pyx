@@ -738,11 +738,11 @@ cdef class Engine(Tally):
         return found
 
     def writes(self):
-        """The writes that are not over: not done yet, or on their way to a thread."""
+        """The writes that are not over: not done yet, or on their way to a thread. And calls, of which some write."""
         cdef Request request
         again = [request for request in self.ready if request.goes_again()]
         return [request for request in [*again, *[request for request, _ in self.requests()]]
-                if request.opcode in (PWRITE, PWRITEV)]
+                if request.opcode in (PWRITE, PWRITEV, CALL)]
 
     def _check(self):
         """Assert all that must hold between two calls."""

@@ -13,7 +13,6 @@ import posix            # for what may be patched in os
 import stat
 
 from greenaio import _fallback, alignment
-from greenaio._hub import all_engines
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -22,7 +21,9 @@ from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
 from posix.stat cimport S_ISDIR
 
-from greenaio._calls cimport AT_FDCWD, close_file, fallocate_file, open_file, truncate_file
+from greenaio._calls cimport (
+    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, is_held, open_file, truncate_file,
+)
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
@@ -104,7 +105,6 @@ cdef extern from *:
     long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
 
 cdef set _closing = _fallback._closing
-cdef dict _held = alignment._held
 
 cdef enum:
     CLOSED = -1                 # in place of an fd
@@ -252,7 +252,7 @@ cdef class File:
             return None
         request.pin(buffer)
         if known.kind & DIRECT:
-            if _is_misaligned(known, request) or not reading and _is_held(known):
+            if _is_misaligned(known, request) or not reading and is_held(known):
                 return None
             way = _way(driver, known, request, not reading)
         if way == THREAD:
@@ -318,7 +318,7 @@ cdef class File:
         def work():
             return fallocate_file(fd, self._known.device, how, offset, length)
 
-        mine = _hold(fd, self._known, offset, <uint64_t>offset + <uint64_t>length)
+        mine = hold_range(fd, self._known, offset, <uint64_t>offset + <uint64_t>length)
         cdef int64_t result = alignment.shielded(fd, work, mine.let_go)
         if result < 0:
             raise failed(result, self.name)
@@ -664,13 +664,16 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
                 got = _read_misaligned(driver, known, request, steady)
             else:
                 got = _write_misaligned(known, request, steady)
-        elif not reading and _is_held(known):
+        elif not reading and is_held(known):
             driver.check_caller()
             got = _write_in_turn(known, request, memory)
         else:
             got = _direct(driver, request, known, memory)
     elif reading:
         got = _read_buffered(driver, request, known, memory)
+    elif known.kind & STORED and offset >= 0 and is_held(known):
+        driver.check_caller()
+        got = _write_in_turn(known, request, memory)
     else:
         got = _write_buffered(driver, request, known)
     if got < 0:
@@ -734,35 +737,16 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     return got
 
 
-cdef inline bint _is_held(Known known) except -1:
-    """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
-    request that follows being in a list of its engine, where `_is_being_written` finds it."""
-    return bool(_held) and (known.device.number, known.inode) in _held
-
-
-cdef object _hold(int fd, Known known, start, end):
-    """Wait for the range. *fd* stays the same file meanwhile."""
-    return alignment.hold(fd, (known.device.number, known.inode), start, end,
-                          lambda: _is_being_written(known, start, end),
-                          lambda: _is_being_written(known, 0, alignment.EVERYTHING))
-
-
-cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
-    """Whether a write to this range of the file is under way that took no turn, in any thread here. It may be one
-    of a thread that has ended, and with that gave its range back."""
-    cdef Request request
-    cdef Known other
-    for engine in all_engines():
-        for request in (<Engine>engine).writes():
-            if type(request.file) is not Known or request.keep is not None and not request.keep.over:
-                continue                # or its range, which is ours or does not overlap
-            other = request.file
-            if other.inode != known.inode or other.device.number != known.device.number:
-                continue
-            if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND or (
-                    <uint64_t>request.offset < end and start < <uint64_t>request.offset + request.nbytes):
-                return True
-    return False
+def _hold_to(int fd, Known known, uint64_t start, uint64_t end):
+    """Hold the range to *end*; to the end of all if the write makes the file longer, once the range is granted: those
+    before it may have made it shorter."""
+    cdef bint grows
+    while True:
+        grows = known.kind & REGULAR and end > <uint64_t>file_size(fd)
+        mine = hold_range(fd, known, start, alignment.EVERYTHING if grows else end)
+        if grows or not known.kind & REGULAR or end <= <uint64_t>file_size(fd):
+            return mine
+        mine.let_go()
 
 
 def _write_misaligned(Known known, Request asked, buffers):
@@ -781,31 +765,38 @@ def _write_misaligned(Known known, Request asked, buffers):
 
     def work():
         span = aligned_buffer(_span(known, end - start))
-        size = file_size(fd) if known.kind & REGULAR else alignment.EVERYTHING
+        size = (lambda: file_size(fd)) if known.kind & REGULAR else (lambda: alignment.EVERYTHING)
         try:
             return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
                                    lambda memory, at: aligned(False, memory, at),
-                                   lambda size: truncate_file(fd, known.device, size), span)
+                                   lambda size: truncate_file(fd, known, size, mine), span)
         except BaseException:
             mine.ranges.settled = False     # a write may still be in flight
             raise
 
-    grows = known.kind & REGULAR and start + _span(known, end - start) > <uint64_t>file_size(fd)
-    mine = _hold(fd, known, start, alignment.EVERYTHING if grows else start + _span(known, end - start))
+    mine = _hold_to(fd, known, start, start + _span(known, end - start))
     return alignment.shielded(fd, work, mine.let_go)
 
 
 def _write_in_turn(Known known, Request request, memory):
-    """An aligned write, while some greenlet holds a part of the file."""
+    """An aligned or buffered write, while some greenlet holds a part of the file."""
+    cdef bint direct = known.kind & DIRECT and not request.flags & RWF_HIPRI
+    cdef uint64_t start = request.offset, end = start + request.nbytes
+
     def work():
         try:
-            return _direct(current_driver(), request, known, memory)
+            if direct:
+                return _direct(current_driver(), request, known, memory)
+            return _write_buffered(current_driver(), request, known)
         except BaseException:
             mine.ranges.settled = False     # the write may still be in flight
             raise
 
-    end = alignment.EVERYTHING if _extends(request, known) else request.offset + request.nbytes
-    mine = _hold(request.fd, known, request.offset, end)
+    if known.kind & APPEND or request.flags & RWF_APPEND:
+        start, end = 0, alignment.EVERYTHING
+    elif not direct:
+        start, end = in_pages(start, end)
+    mine = _hold_to(request.fd, known, start, end)
     request.keep = mine
     return alignment.shielded(request.fd, work, mine.let_go)
 

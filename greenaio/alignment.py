@@ -9,7 +9,8 @@ Two neighbours in one sector would lose each other's bytes:
                             writes: aa 22           aa 22: the bytes of one are lost
 
 So a misaligned write, and a fallocate, first holds a range of the file. While a range of a file is held or
-waited for, its aligned writes hold ranges too. Between processes nothing is held.
+waited for, its other writes hold ranges too: the aligned ones, those through the page cache, and calls that
+change its length. Calls that block hold none: in the hub, in a thread without a hub, in another process.
 
 The ranges of a file are in one list, in the order in which they were asked for. A range is granted once no
 earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it; when that one goes,
@@ -312,10 +313,10 @@ def shielded(fd: int, work: Callable[[], int], let_go: Callable[[], object] | No
     return Shielded(fd, work, let_go).get()
 
 
-def write(data: bytes, offset: int, align: int, size: int,
+def write(data: bytes, offset: int, align: int, size: Callable[[], int],
           read: Callable[[memoryview, int], int], write: Callable[[memoryview, int], int],
           truncate: Callable[[int], int], span: memoryview) -> int:
-    """Write *data* at *offset* of a file of *size* bytes, whose range is held, through the zeroed *span*.
+    """Write *data* at *offset* of a file of ``size()`` bytes, whose range is held, through the zeroed *span*.
 
     *read*, *write* and *truncate* do the aligned work; where it fails they return minus the errno, as this.
     Else it returns bytes of *data* written. The file ends where it would by pwrite, however the sectors fall.
@@ -323,10 +324,10 @@ def write(data: bytes, offset: int, align: int, size: int,
     end = offset + len(data)
     start = offset - offset % align
     last = end - end % align            # where the last sector begins, if it is not whole
-    result = 0
-    if start < offset and start < size:
+    result, before = 0, size()
+    if start < offset and start < before:
         result = read(span[:align], start)
-    if result >= 0 and last < end < size and (last > start or start == offset):
+    if result >= 0 and last < end < before and (last > start or start == offset):
         result = read(span[last - start:last - start + align], last)
     if result < 0:
         return result
@@ -335,6 +336,7 @@ def write(data: bytes, offset: int, align: int, size: int,
     if written < 0:
         return written
     longer = start + written
-    end = max(size, min(end, longer))
-    result = truncate(end) if longer > end else 0
+    end = min(end, longer)
+    if end < longer == size() != before:    # else it does not end with our last sector: others made it longer
+        result = truncate(before if end < before < longer else end)
     return result if result < 0 else max(0, min(len(data), longer - offset))

@@ -117,6 +117,55 @@ def test_appenders_that_make_it_longer_get_each_its_place(file):
     assert contents(file) == pattern(65536) + b''.join(bytes([i]) * 100 for i in range(50))
 
 
+def other_writes():
+    """What is done at the same time, and what the file has to be afterwards; -1: only as long."""
+    odd, rest = b'D' * 5000, pattern(65536)[5100:]
+    buffered = b'B' * 100
+    yield 'beside it', 65536, lambda fd: greenaio.os.pwrite(fd, buffered, 0), buffered + odd + rest
+    yield 'behind it', 65536, lambda fd: greenaio.os.pwritev(fd, [buffered], 5100), (
+        pattern(65536)[:100] + odd + buffered + rest[100:])
+    yield 'far behind', 0, lambda fd: greenaio.os.pwrite(fd, buffered, 100000), (
+        (bytes(100) + odd).ljust(100000, b'\0') + buffered)
+    yield 'longer', 0, lambda fd: greenaio.os.ftruncate(fd, 100000), (bytes(100) + odd).ljust(100000, b'\0')
+    yield 'allocated', 0, lambda fd: greenaio.os.posix_fallocate(fd, 0, 99999), (
+        (bytes(100) + odd).ljust(99999, b'\0'))
+    yield 'emptied', 65536, lambda fd: greenaio.os.ftruncate(fd, 0), b''
+
+
+@pytest.mark.parametrize('is_first', [False, True], ids=['second', 'first'])
+@pytest.mark.parametrize('size, change, want', [
+    pytest.param(*case, id=name.replace(' ', '-')) for name, *case in other_writes()])
+def test_misaligned_write_undoes_nothing_that_goes_through_the_cache(file, size, change, want, is_first):
+    """Nor does it cut off what others have made longer since it looked at the size."""
+    fd = os.open(file.name, os.O_RDWR)
+    wanted = (want, want or bytes(100) + b'D' * 5000)
+    for i in range(10):
+        os.truncate(file.name, 0)
+        os.pwrite(fd, pattern(65536)[:size], 0)
+        os.fsync(fd)
+        pair = [lambda: file.pwrite(b'D' * 5000, 100), lambda: change(fd)]
+        first, second = pair[::-1] if is_first else pair
+        jobs = [gevent.spawn(first)]
+        gevent.sleep(0 if i % 2 else i * 5e-6)
+        jobs.append(gevent.spawn(second))
+        gevent.joinall(jobs, raise_error=True)
+        assert contents(file) in wanted
+    os.close(fd)
+
+
+def test_appender_through_the_cache_loses_nothing_to_a_misaligned_write(file):
+    fd = os.open(file.name, os.O_WRONLY | os.O_APPEND)
+    os.write(fd, bytes(64))
+    jobs = [gevent.spawn(call, *args) for i in range(30) for call, *args in (
+        (file.pwrite, b'D' * 40, 65536 + 10), (greenaio.os.write, fd, b'%02d' % i * 50))]
+    gevent.joinall(jobs, raise_error=True)
+    os.close(fd)
+    got = contents(file)
+    assert got[:65536 + 64] == pattern(65536) + bytes(10) + b'D' * 40 + bytes(14)
+    lines = {got[at:at + 100] for at in range(65536 + 64, len(got), 100)}
+    assert lines == {b'%02d' % i * 50 for i in range(30)}
+
+
 def test_killed_writer_leaves_whole_sectors_and_its_range_free(file):
     for i in range(40):
         writer = gevent.spawn(file.pwrite, b'x' * 700, 65536 + 100)
