@@ -7,6 +7,7 @@ two lseeks, and greenlets that use one fd take turns. What epoll accepts waits f
 
 from __future__ import annotations
 
+import _socket  # not socket, which may be gevent's
 import contextlib
 import errno
 import fcntl
@@ -429,13 +430,25 @@ def is_stored(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
+def keeps_messages(fd: int, mode: int) -> bool:
+    """Whether each write to it is a message, which may not come in pieces: a socket that is no stream."""
+    if not stat.S_ISSOCK(mode):
+        return False
+    one = _socket.socket(fileno=fd)
+    try:
+        return one.type != _socket.SOCK_STREAM
+    finally:
+        one.detach()
+
+
 def _write_all(fd: int, mode: int, data: memoryview) -> int:
     """As a blocking write, in pieces that a pipe which is ready takes without waiting."""
     written = 0
     while len(data):
         if not _wait(fd, mode, WRITE):
             return _file.pwritev(fd, [data], NO_POSITION)
-        if len(data) - written <= PIPE_BUF or not os.get_blocking(fd) or _answers_at_once(fd, mode, WRITE):
+        if (len(data) - written <= PIPE_BUF or not os.get_blocking(fd) or _answers_at_once(fd, mode, WRITE)
+                or keeps_messages(fd, mode)):
             break
         try:
             written += posix.write(fd, data[written:written + PIPE_BUF])

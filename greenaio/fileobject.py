@@ -807,7 +807,7 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         if raw._behind is not None:
             _writers[id(raw)] = raw
         return raw
-    if not _position.is_stored(raw.file.kind):
+    if not _position.is_stored(raw.file.kind) and not _position.keeps_messages(raw.fileno(), raw.file.kind):
         raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
     layer: Any = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
     result: Any = layer(raw, size)

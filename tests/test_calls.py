@@ -259,6 +259,20 @@ def test_fd_that_nobody_was_given_yet_is_closed(disk_folder, ends):
     ''', os.path.join(disk_folder, 'new'), ends)
 
 
+@pytest.mark.parametrize('kind', [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_message_goes_to_a_socket_in_one_piece(kind):
+    gevent.get_hub()
+    sender, receiver = socket.socketpair(socket.AF_UNIX, kind)
+    with sender, receiver, greenaio.open(sender.fileno(), 'wb', 8192, closefd=False) as file:
+        assert greenaio.os.write(sender.fileno(), pattern(10000)) == 10000
+        assert receiver.recv(20000) == pattern(10000)
+        assert greenaio.os.writev(sender.fileno(), [b'head', pattern(10000)]) == 10004
+        assert receiver.recv(20000) == b'head' + pattern(10000)
+        assert file.write(pattern(10000)) == 10000
+        file.flush()
+        assert receiver.recv(20000) == pattern(10000)
+
+
 def test_pipe_waits_in_the_loop_both_ways():
     reader, writer = os.pipe()
     data = os.urandom(300000)
