@@ -1,6 +1,7 @@
 """How a hub ends, and how a wait ended.
 
-gevent has no hook that runs before a hub is destroyed: `before_destroy` adds one.
+gevent has no hook that runs before a hub is destroyed: `before_destroy` adds one. Nor does it tell of the
+end of a thread, which leaves the hub as it is: `before_end` calls in both cases.
 
 A wait ends in one of two ways. The awaited operation answers, with a result or an error. Or another greenlet
 throws an exception into the waiting one: a kill, a Timeout, a close of the file. The class of the exception
@@ -18,11 +19,14 @@ that is thrown into it, and the layers above ask for the mark.
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from gevent.exceptions import BlockingSwitchOutError
+from gevent.monkey import get_original
 
 _THROWN = object()
 
@@ -53,6 +57,42 @@ def forget(hub: Any, function: Callable[[], object]) -> None:
     functions = hub.__dict__.get('_greenaio_before_destroy', ())
     if function in functions:
         functions.remove(function)
+
+
+class _ThreadEnd:
+    """Lives in a thread-local, so that the end of the thread comes here."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.functions: list[Callable[[], object]] = []
+
+    def __del__(self) -> None:
+        # In a forked child Python ends the other threads before any hook. They hold what they held for ever.
+        if sys is None or sys.is_finalizing() or os.getpid() != self.process:
+            return
+        for function in list(self.functions):
+            function()
+
+
+_local = get_original('_thread', '_local')()
+
+
+def before_end(hub: Any, function: Callable[[], object]) -> None:
+    """`before_destroy` for *hub*, the one of this thread; also when its thread ends. *function* may be called
+    twice."""
+    before_destroy(hub, function)
+    end = getattr(_local, 'end', None)
+    if end is None:
+        end = _local.end = _ThreadEnd()
+    end.functions.append(function)
+
+
+def forget_end(hub: Any, function: Callable[[], object]) -> None:
+    """Don't call *function* after all. In the thread that called `before_end`."""
+    forget(hub, function)
+    end = getattr(_local, 'end', None)
+    if end is not None and function in end.functions:
+        end.functions.remove(function)
 
 
 class _Destroy:

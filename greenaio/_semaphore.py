@@ -44,7 +44,7 @@ from gevent.hub import Waiter
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
-from greenaio._ends import before_destroy, forget
+from greenaio._ends import before_end, forget_end
 from greenaio._position import can_wait
 from greenaio._uninterrupted import thread_of
 
@@ -224,7 +224,7 @@ class _Waiter:
         # It holds the loop as well. Started before the thread knows of it: a send before that would be lost.
         self.watcher = self.hub.loop.async_()
         self.watcher.start(self.parked.switch, None)
-        before_destroy(self.hub, self.abandon)
+        before_end(self.hub, self.abandon)
         _waiters.add(self)
 
     def leave(self) -> bool:
@@ -241,13 +241,14 @@ class _Waiter:
         return False
 
     def abandon(self) -> None:
-        """Before its hub is destroyed: the greenlet never goes on."""
+        """Before its hub is destroyed or its thread ends: the greenlet never goes on."""
+        _waiters.discard(self)
         if self.leave():
             self.semaphore._native.release()
 
     def close(self) -> None:
         _waiters.discard(self)
-        forget(self.hub, self.abandon)
+        forget_end(self.hub, self.abandon)
         if self.hub.loop is not None:   # else it went with the hub
             self.watcher.stop()
             self.watcher.close()

@@ -453,6 +453,31 @@ def test_unit_of_a_hub_that_is_destroyed_is_given_back(run_script):
     ''')
 
 
+@pytest.mark.parametrize('is_in_hand', [False, True])
+def test_unit_of_a_greenlet_whose_thread_ends_is_given_back(run_script, is_in_hand):
+    run_script(f'''
+        start = gevent.monkey.get_original('_thread', 'start_new_thread')
+        keep = []
+        def main(context):
+            lock = context.Lock()
+            lock.acquire()
+            def thread():
+                keep.append(gevent.spawn(lock.acquire))
+                gevent.sleep(0.02)
+                if {is_in_hand}:
+                    lock.release()
+                    while lock._semlock._queue:     # the hub of this thread does not run any more
+                        pass
+            start(thread, ())
+            wait_until(lambda: keep and keep[0].dead)
+            if not {is_in_hand}:
+                lock.release()
+            with gevent.Timeout(10):
+                assert lock.acquire()
+            assert not _semaphore._waiters
+    ''')
+
+
 def test_unpatching_puts_the_native_one_back(run_script):
     run_script('''
         import _multiprocessing, multiprocessing.connection, posix
