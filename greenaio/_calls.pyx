@@ -431,6 +431,14 @@ cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1
     return False
 
 
+def settle(int fd):
+    """Wait until no write to the file *fd* is under way in this process, of a killed greenlet either: then it ends where
+    it seems to. Whoever writes there afterwards, before the caller waits again, is the caller."""
+    cdef Known known = know(fd, None)
+    if is_held(known) or _is_being_written(known, 0, alignment.EVERYTHING):
+        hold_range(fd, known, 0, alignment.EVERYTHING).let_go()
+
+
 def _in_turn(int fd, Known known, int64_t start, work):
     """``work(range)``, which changes the file from *start* on, with that held if some greenlet holds a part of it."""
     if not is_held(known):

@@ -170,6 +170,10 @@ def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = Non
     return value
 
 
+def settle(fd: int) -> None:
+    """Here nothing is known of writes that are under way."""
+
+
 def working_directory() -> int:
     """Return a new O_PATH fd of the working directory."""
     return posix.open('.', os.O_PATH | os.O_CLOEXEC)

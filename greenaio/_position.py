@@ -250,10 +250,9 @@ turns: dict[int, Turn] = {}             # by fd; a number that was used once wil
 
 
 @contextlib.contextmanager
-def turn_of(fd: int) -> Iterator[None]:
-    """One greenlet at a time, for each fd."""
+def taking(turn: Turn) -> Iterator[None]:
+    """One greenlet at a time; who has the turn may take it again."""
     me = getcurrent()
-    turn = turns.get(fd) or turns.setdefault(fd, Turn())
     mine = True
     if turn.owner is None:
         turn.owner = me
@@ -264,6 +263,11 @@ def turn_of(fd: int) -> Iterator[None]:
     finally:
         if mine and turn.owner is me:
             turn.leave()
+
+
+def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
+    """One greenlet at a time, for each fd."""
+    return taking(turns.get(fd) or turns.setdefault(fd, Turn()))
 
 
 def blocking(call: Callable[..., Any], fd: int, *args: Any) -> Any:

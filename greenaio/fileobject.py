@@ -79,6 +79,18 @@ class _Carrier(BaseException):
         self.error = error
 
 
+class _End:
+    """The end of a file, for those that append to it with O_DIRECT. The kernel would append whole sectors
+    only, so each looks for the end: one at a time, and after what the others have put there, or will put."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
+        self.appenders: weakref.WeakValueDictionary[int, FileIO] = weakref.WeakValueDictionary()
+
+
+_ends: weakref.WeakValueDictionary[tuple[int, int], _End] = weakref.WeakValueDictionary()   # by device, inode
+
+
 class FileIO(io.FileIO):
     """The raw layer: `io.FileIO` with cooperative system calls. *flags* are ``os.O_*`` besides those of
     *mode*. With O_DIRECT, up to *prefetch* blocks are read ahead and written behind, see `streams`."""
@@ -90,7 +102,8 @@ class FileIO(io.FileIO):
     _fd = -1
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
-    _appends = False                    # each write goes to the end, which is ours to find
+    _appends = False                    # each write goes to the end, which is ours to find ...
+    _end: _End | None = None            # ... here
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
     _piece = 0                          # bytes at most in one write, if the layers above look how many went
 
@@ -106,6 +119,10 @@ class FileIO(io.FileIO):
                 _calls.close(fd, may_wait=can_wait())
             raise
         self._closes = closefd
+        if self._appends:
+            facts = (_calls.fstat if can_wait() else posix.fstat)(fd)
+            self._end = _ends.setdefault((facts.st_dev, facts.st_ino), _End())
+            self._end.appenders[id(self)] = self
         if self.file.direct and prefetch is None or prefetch:
             self._stream(prefetch)
 
@@ -237,8 +254,15 @@ class FileIO(io.FileIO):
         return n
 
     def _to_the_end(self, fd: int) -> int:
-        self._drain()
+        assert self._end is not None
+        for appender in list(self._end.appenders.values()):
+            appender._drain()
+        _calls.settle(fd)
         return _calls.lseek(fd, 0, os.SEEK_END)
+
+    def _turn_with_end(self) -> contextlib.AbstractContextManager[None]:
+        """Before that with the position: who has this waits for those of others."""
+        return contextlib.nullcontext() if self._end is None else _position.taking(self._end.turn)
 
     def _drain(self) -> None:
         """Have what was taken to be written behind written."""
@@ -305,7 +329,7 @@ class FileIO(io.FileIO):
             return _position.write(fd, _fallback.flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
             return _position.write(fd, data)
-        with _fallback.using(fd), _position.turn_of(fd):
+        with self._turn_with_end(), _fallback.using(fd), _position.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()      # in our turn: a reader could begin to read ahead again before
             if self._behind is None:

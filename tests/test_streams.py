@@ -761,3 +761,40 @@ def test_timeout_of_another_kind_is_not_taken_for_the_disks_error(held_disk, exc
         assert not file.closed          # and nothing lost
         held_disk.release()
     assert pathlib.Path(held_disk.file).read_bytes()[:131_076] == b'2' * 131_072 + b'tail'
+
+
+@pytest.mark.parametrize('options', [{}, {'prefetch': 0}, {'dsync': True}], ids=str)
+@pytest.mark.parametrize('flushes', [False, True])
+def test_two_that_append_past_the_cache_lose_nothing(folder, options, flushes):
+    path = os.path.join(folder, 'log')
+
+    def append(letter):
+        with greenaio.open(path, 'ab', direct=True, buffering=0, **options) as log:
+            for i in range(10):
+                log.write(letter * 700)
+                if flushes and i % 3 == 0:
+                    log.flush()
+                if i % 2:
+                    gevent.sleep(0)
+
+    gevent.joinall([gevent.spawn(append, letter) for letter in (b'A', b'B', b'C')], raise_error=True)
+    with open(path, 'rb') as log:
+        got = log.read()
+    assert len(got) == 3 * 7000
+    assert sorted(got[at:at + 700] for at in range(0, len(got), 700)) == [
+        letter * 700 for letter in (b'A', b'B', b'C') for _ in range(10)]
+
+
+@pytest.mark.parametrize('options', [{}, {'prefetch': 0}, {'dsync': True}], ids=str)
+def test_append_after_a_killed_one_leaves_no_hole(folder, options):
+    path = os.path.join(folder, 'log')
+    for i in range(10):
+        with greenaio.open(path, 'wb'), greenaio.open(path, 'ab', direct=True, buffering=0, **options) as log:
+            killed = gevent.spawn(log.write, b'K' * 700)
+            gevent.sleep(0 if i % 2 else i * 1e-5)
+            killed.kill()
+            for _ in range(3):
+                log.write(b'L' * 700)
+        with open(path, 'rb') as log:
+            got = log.read()
+        assert got.replace(b'K' * 700, b'', 1) == b'L' * 2100
