@@ -84,7 +84,8 @@ def before_end(hub: Any, function: Callable[[], object]) -> None:
     end = getattr(_local, 'end', None)
     if end is None:
         end = _local.end = _ThreadEnd()
-    end.functions.append(function)
+    if function not in end.functions:       # of an earlier hub of this thread
+        end.functions.append(function)
 
 
 def forget_end(hub: Any, function: Callable[[], object]) -> None:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +40,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio import _fallback
-from greenaio._ends import before_destroy, thrown
+from greenaio._ends import before_end, thrown
 
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
@@ -98,10 +97,12 @@ class _Thread:
     """The ranges of one native thread, and what else its greenlets would give back."""
 
     def __init__(self) -> None:
+        self.ident = get_ident()
         self.ranges: set[_Range] = set()
         self.stays: set[contextlib.ExitStack] = set()
 
     def give_back(self) -> None:
+        _threads.discard(self)
         for stays in list(self.stays):
             stays.close()
         for one in list(self.ranges):
@@ -109,29 +110,19 @@ class _Thread:
             one.let_go()
 
 
-class _End:
-    """Lives in a thread-local, so that the end of the thread, which gevent does not report, comes here."""
-
-    def __init__(self, thread: _Thread) -> None:
-        self.thread = thread
-
-    def __del__(self) -> None:
-        if sys is not None and not sys.is_finalizing():
-            self.thread.give_back()
-
-
 _local = get_original('_thread', '_local')()
+_threads: set[_Thread] = set()
 
 
 def _this_thread() -> _Thread:
     mine: _Thread | None = getattr(_local, 'ranges', None)
     if mine is None:
         mine = _local.ranges = _Thread()
-        _local.end = _End(mine)         # gevent keeps the hub of an ended thread, and that our bound method
     hub: Any = get_hub()
     if '_greenaio_ranges' not in hub.__dict__:
         hub._greenaio_ranges = True
-        before_destroy(hub, mine.give_back)
+        before_end(hub, mine.give_back)
+        _threads.add(mine)
     return mine
 
 
@@ -257,10 +248,13 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = _make_lock()
+    _lock = _make_lock()                        # another thread may have held the old one
+    for thread in list(_threads):
+        if thread.ident != get_ident():         # it stayed with the parent
+            thread.give_back()
     for ranges in list(_held.values()):
         for mine in list(ranges):
-            if mine.ident != get_ident():       # it stayed with the parent
+            if mine.ident != get_ident():       # just being made
                 mine.let_go()
 
 
