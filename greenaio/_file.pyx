@@ -255,6 +255,7 @@ cdef class File:
             if _is_misaligned(known, request) or not reading and is_held(known):
                 return None
             way = _way(driver, known, request, not reading)
+        request.file = known
         if way == THREAD:
             as_call(request)
             driver.begin_by_thread(request, known.device.pool())
@@ -262,7 +263,6 @@ cdef class File:
         if way == ASK:
             request.flags = RWF_NOWAIT
         request.share = driver.engine.share(known.device.number, known.device.limit)
-        request.file = known
         driver.begin(request, more)
         return driver, request, driver.forks
 

@@ -9,6 +9,7 @@ import gevent
 import pytest
 from conftest import MIB, pattern, run_python
 
+import greenaio
 import greenaio.os
 from greenaio import File, _fallback, _hub, aligned_buffer, alignment
 
@@ -151,6 +152,18 @@ def test_misaligned_write_undoes_nothing_that_goes_through_the_cache(file, size,
         gevent.joinall(jobs, raise_error=True)
         assert contents(file) in wanted
     os.close(fd)
+
+
+def test_misaligned_write_waits_for_what_is_written_behind(file):
+    """Also by a thread, because it makes the file longer."""
+    for i in range(10):
+        os.truncate(file.name, 0)
+        with greenaio.open(file.name, 'r+b', 0, direct=True) as behind:
+            behind.write(b'A' * MIB)
+            gevent.sleep(0 if i % 2 else i * 5e-6)
+            jobs = [gevent.spawn(file.pwrite, b'odd', k * 65536 + 100) for k in range(8)]
+            gevent.joinall(jobs, raise_error=True)
+        assert contents(file).replace(b'odd', b'AAA') == b'A' * MIB
 
 
 def test_appender_through_the_cache_loses_nothing_to_a_misaligned_write(file):
