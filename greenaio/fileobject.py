@@ -239,10 +239,16 @@ class FileIO(io.FileIO):
         except BaseException as error:
             if os.getpid() == process and not was_thrown(error):
                 return n                # a short read, as the system call's
-            if os.getpid() == process:  # killed: it has read nothing. A forked copy of it shares the position
-                os.lseek(self._fd, -n, os.SEEK_CUR)
+            self._go_back(n, process)
             raise
         return n + (more or 0)
+
+    def _go_back(self, n: int, process: int) -> None:
+        """Who is killed has read nothing: neither the *n* bytes that had come. A forked copy of it shares the
+        position with *process*."""
+        if os.getpid() == process:
+            with contextlib.suppress(OSError):      # a pipe has no position
+                os.lseek(self._fd, -n, os.SEEK_CUR)
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
@@ -292,7 +298,7 @@ class FileIO(io.FileIO):
         return None if n is None else data.take(n)
 
     def readall(self) -> bytes | None:      # type: ignore[override]
-        size = 0
+        size, process = 0, os.getpid()
         self._drain()
         try:
             size = _calls.facts(self.file.fileno())[1] - self.tell()
@@ -306,7 +312,12 @@ class FileIO(io.FileIO):
         while True:
             if done == len(data):       # it grew, or its size says nothing
                 data.resize(done + max(done >> 3 if done > io.DEFAULT_BUFFER_SIZE << 3 else done, GROW_MIN))
-            n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
+            try:
+                n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
+            except BaseException as error:
+                if done and was_thrown(error):
+                    self._go_back(done, process)
+                raise
             if not n:
                 return None if n is None and not done else data.take(done)
             done += n
