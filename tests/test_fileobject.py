@@ -1233,12 +1233,12 @@ def test_read_whole_of_a_file_that_grows_meanwhile(folder):
 def test_killed_reader_of_a_whole_file_has_read_nothing(folder, options):
     path = os.path.join(folder, 'whole')
     with open(path, 'wb') as made:
-        made.write(pattern(5 * MIB + 7))
+        made.write(pattern(3 * MIB + 7))
     with greenaio.open(path, 'rb', 0, **options) as file:
-        for i in range(40):
+        for i in range(20):
             file.seek(5)
             reader = gevent.spawn(file.read)
-            gevent.sleep(i * 1e-4)
+            gevent.sleep(i * 2e-4)
             reader.kill()
             if isinstance(reader.value, gevent.GreenletExit):
                 assert file.tell() == 5
