@@ -54,7 +54,11 @@ cdef enum:
 cdef extern from *:
     """
     #include <fcntl.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdint.h>
     #include <stdio.h>
+    #include <unistd.h>
 
     /* Both ends of the FIFO that an O_PATH fd is of. */
     static int open_both_ends(int fd)
@@ -63,7 +67,33 @@ cdef extern from *:
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
         return open(link, O_RDWR | O_NONBLOCK | O_CLOEXEC);
     }
+
+    static void *close_one(void *fd)
+    {
+        close((int)(intptr_t)fd);
+        return NULL;
+    }
+
+    /* Close *fd* in a thread: the file may be a server's, which is told. */
+    static void close_elsewhere(int fd)
+    {
+        pthread_t thread;
+        pthread_attr_t attributes;
+        sigset_t all, before;
+        int error;
+        sigfillset(&all);
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        pthread_attr_setstacksize(&attributes, 128 * 1024);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        error = pthread_create(&thread, &attributes, close_one, (void *)(intptr_t)fd);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        pthread_attr_destroy(&attributes);
+        if (error)
+            close(fd);
+    }
     """
+    void close_elsewhere(int fd)
     int open_both_ends(int fd)
     int __builtin_clzll(unsigned long long)
 
@@ -225,8 +255,11 @@ cdef class Request:
             self._unpin()
         self.waiter = None
         if self.abandoned and self.gives_fd and self._result >= 0:
-            self.gives_fd = False
-            close(<int>self._result)    # nobody is there to take it
+            self.gives_fd = False       # nobody is there to take it
+            if self.fifo >= 0 or self.peer >= 0:
+                close(<int>self._result)    # at once: it would be a peer for others
+            else:
+                close_elsewhere(<int>self._result)
         if self.fifo >= 0:
             close(self.fifo)
         if self.peer >= 0:

@@ -1,12 +1,15 @@
 """A file system of one file whose operations fail on demand: ``python faulty.py MOUNT CONTROL``.
 
 The control file holds lines "operation errno", for read, write and fsync; what is not named there works. An
-ioctl makes a file beside it. Further arguments are options of the mount, as ``attr_timeout=0``.
+ioctl makes a file beside it. A flush waits as long as there is a file CONTROL-flush. Further arguments are
+options of the mount, as ``attr_timeout=0`` or ``default_permissions=True``.
 """
 
 import errno
+import os
 import stat
 import sys
+import time
 
 import mfusepy
 
@@ -51,6 +54,11 @@ class Faulty(mfusepy.Operations):
         with open(self.control + '-ioctl', 'w'):
             raise mfusepy.FuseOSError(errno.ENOTTY)
 
+    def flush(self, path, fh):
+        while os.path.exists(self.control + '-flush'):
+            time.sleep(0.01)
+        return 0
+
     def fsync(self, path, datasync, fh):
         self._fail('fsync')
         return 0
@@ -58,4 +66,5 @@ class Faulty(mfusepy.Operations):
 
 if __name__ == '__main__':
     mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True, nothreads=True,
-                 **dict(option.split('=') for option in sys.argv[3:]))
+                 **{name: value == 'True' or value
+                    for name, value in (option.split('=') for option in sys.argv[3:])})

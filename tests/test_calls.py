@@ -254,6 +254,9 @@ def test_fd_that_nobody_was_given_yet_is_closed(disk_folder, ends):
         else:
             gevent.get_hub().exception_stream = None
             gevent.joinall(greenlets)
+        until = time.monotonic() + 10
+        while opened() and time.monotonic() < until:    # threads close them
+            time.sleep(0.01)
         assert not opened(), opened()
         os._exit(0)
     ''', os.path.join(disk_folder, 'new'), ends)

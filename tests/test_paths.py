@@ -446,6 +446,30 @@ def test_opens_on_a_server_that_hangs_after_them_hold_up_no_other_server(tmp_pat
         other.close()
 
 
+def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
+    """
+        greenlet           server               hub
+        asks for the file  is stopped
+        Timeout
+                           opens it
+                                                gets its number, and lets go of it
+                           flush: hangs         goes on
+    """
+    engine, hangs = _hub.get_driver().engine, f'{server.control}-flush'
+    with open(hangs, 'w'):
+        server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+            greenaio.os.open(os.path.join(server.mount, 'data'), os.O_RDONLY)
+        with subprocess.Popen(['sh', '-c', f'sleep 5; rm {hangs}']):
+            server.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: not engine.lent)
+            gevent.sleep(0.05)
+            assert os.path.exists(hangs), 'the hub waited for the flush'
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
 # Containers --------------------------------------------------------------------------------------
 
 USE = '''
