@@ -34,7 +34,7 @@ from greenaio._route cimport (
     ANSWER, APPEND, DIRECT, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
     open_at_hand, open_there, path_at_hand, stat_there,
 )
-from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain
+from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
 
 cdef extern from *:
     """
@@ -112,12 +112,22 @@ cdef enum:
 
 
 cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0,
-                   int other_fd=-1) except? -4096:
-    """The answer of a system call that a thread of *device* makes, or minus its errno."""
+                   int other_fd=-1, Pool pool=None) except? -4096:
+    """The answer of a system call that a thread of *device*, or of *pool*, makes, or minus its errno."""
     cdef Driver driver = current_driver()
     cdef Request request = new_call(fd, keep, number, a, b, c, d, e)
     request.other_fd = other_fd
-    return driver.perform_by_thread(request, device.pool())
+    return driver.perform_by_thread(request, device.pool() if pool is None else pool)
+
+
+cdef Pool _pool_between(Known source, Known target):
+    """The threads for a call that reads from *source* and writes to *target*, of which either may hang: they hold up
+    no call that uses only one of the two."""
+    if not target.kind & STORED or target.device.number == source.device.number or target.device.in_memory:
+        return source.device.pool()
+    if source.device.in_memory:
+        return target.device.pool()
+    return pool_of((source.device.number, target.device.number))
 
 
 cdef Known _open_file(int fd):
@@ -510,10 +520,10 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     offsets[0] = 0 if offset_src is None else offset_src
     offsets[1] = 0 if offset_dst is None else offset_dst
     known = _open_file(source)
-    _open_file(target)
     result = _call(source, known.device, memory, SYS_copy_file_range,
                    source, 0 if offset_src is None else <long>&offsets[0],
-                   target, 0 if offset_dst is None else <long>&offsets[1], count, target)
+                   target, 0 if offset_dst is None else <long>&offsets[1], count, target,
+                   _pool_between(known, _open_file(target)))
     if result < 0:
         raise failed(result, None)
     return result
@@ -534,14 +544,15 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     cdef Known known
     cdef AlignedBuffer memory = scratch(8)
     cdef Py_ssize_t *at = <Py_ssize_t *>memory.address
+    cdef Pool pool
     cdef int64_t result
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
-    _open_file(target)
+    pool = _pool_between(known, _open_file(target))
     with _fallback.using(source), _fallback.using(target):      # also while it waits for the socket
         while True:
             result = _call(source, known.device, memory, SYS_sendfile, target, source,
-                           0 if offset is None else <long>at, count, 0, target)
+                           0 if offset is None else <long>at, count, 0, target, pool)
             if result != -EAGAIN:
                 break
             _fallback.wait_for(target, 2)       # a non-blocking socket that is full, as gevent's are

@@ -446,6 +446,32 @@ def test_opens_on_a_server_that_hangs_after_them_hold_up_no_other_server(tmp_pat
         other.close()
 
 
+COPIES = '''
+import gevent, greenaio, greenaio.os, os, signal, sys
+from greenaio import File, config
+folder, mount, server = sys.argv[1], sys.argv[2], int(sys.argv[3])
+source = os.open(f'{folder}/source', os.O_RDWR | os.O_CREAT)
+os.write(source, bytes(8192))
+target = os.open(f'{mount}/data', os.O_WRONLY)
+os.kill(server, signal.SIGSTOP)
+copies = [gevent.spawn(greenaio.os.sendfile, target, source, 0, 4096) for _ in range(3 * config.threads)]
+try:
+    gevent.sleep(0.2)
+    with gevent.Timeout(10), File(f'{folder}/other', os.O_WRONLY | os.O_CREAT) as file:
+        file.pwrite(b'x', 0)
+    assert not any(greenlet.ready() for greenlet in copies)
+finally:
+    os.kill(server, signal.SIGCONT)
+gevent.joinall(copies, timeout=20, raise_error=True)
+assert [greenlet.value for greenlet in copies] == [4096] * len(copies)
+os._exit(0)
+'''
+
+
+def test_copies_to_a_hung_mount_hold_up_no_disk_that_they_read_from(server, disk_folder):
+    run_python(COPIES, disk_folder, server.mount, server.process.pid)
+
+
 def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
     """
         greenlet           server               hub
