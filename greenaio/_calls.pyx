@@ -31,8 +31,9 @@ from greenaio._engine cimport CALL, Engine, Request, meetings, meetings_under_wa
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, DIRECT, GO_ON, LEASED, STORED, WRITABLE, Device, Known, Walk, block_size, c_int, failed, file_size, in_line, know,
-    open_at_hand, open_there, path_at_hand, stat_there,
+    ANSWER, APPEND, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk, block_size,
+    c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_there, path_at_hand,
+    stat_there,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
 
@@ -151,7 +152,8 @@ cdef class _Place:
 
     A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
     which is open as long as this object. The request keeps the object, so a killed greenlet changes nothing.
-    Without a free fd the path is made absolute instead, which differs only if the directory is renamed meanwhile.
+    Without a free fd, or where to open the directory would wait for a server, the path is made absolute instead, which
+    differs only if the directory is renamed meanwhile.
     """
 
     cdef bytes path
@@ -164,7 +166,7 @@ cdef class _Place:
         self.path, self.dir_fd = path, dir_fd
         if dir_fd != AT_FDCWD or path.startswith(b'/'):
             return
-        cdef int fd = open_fd('.', O_PATH | O_CLOEXEC)
+        cdef int fd = folder_at_hand()
         if fd >= 0:
             self.dir_fd, self._is_ours = fd, True
         elif path:
@@ -481,7 +483,7 @@ def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
     if is_told:
         sys.audit('os.truncate', number, length)
     known = _open_file(number)
-    if in_line(known, 0):
+    if in_line(known, max(0, file_size(number) - length)):      # to free memory takes time, too
         result = make_here(new_call(number, None, SYS_ftruncate, number, length))
     else:
         result = _in_turn(number, known, length, lambda mine: truncate_file(number, known, length, mine))
@@ -542,9 +544,9 @@ def start_writing(int fd, int64_t offset, int64_t nbytes):
 def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     cdef int target = c_int(out_fd), source = c_int(in_fd)
     cdef Known known
+    cdef Pool pool
     cdef AlignedBuffer memory = scratch(8)
     cdef Py_ssize_t *at = <Py_ssize_t *>memory.address
-    cdef Pool pool
     cdef int64_t result
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
@@ -574,7 +576,9 @@ cdef int _left_count = 0                # ... which the next close does
 
 cdef bint _close_waits(Known known) except -1:
     """Whether closing the file, which has a name, may write data or ask a server."""
-    return not in_line(known, 0) and (known.kind & WRITABLE or not known.device.is_local)
+    return not in_line(known, 0) and (known.kind & WRITABLE or not known.device.is_local
+                                      # the last close of a block device writes what others have left dirty
+                                      or known.kind & (STORED | REGULAR) == STORED)
 
 
 def _driver_to_close_with():

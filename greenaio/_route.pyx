@@ -756,6 +756,12 @@ cdef unsigned int block_size(int fd) noexcept:
     return 0 if facts_of(fd, b'', &found) else found.block
 
 
+cdef int folder_at_hand() noexcept:
+    """An O_PATH fd of the working directory; or minus the errno, which is EAGAIN where a server would have to be asked
+    whether it may be searched."""
+    return cached_path(AT_FDCWD, b'.', 0) if has_cached_path else path_fd(AT_FDCWD, b'.', 0)
+
+
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     """An O_PATH fd of what *path* leads to, if finding that out took no disk and no server, and a stat of it or
     an open won't; else -1. Raises what is known not to work. *flags*: O_NOFOLLOW or 0."""
