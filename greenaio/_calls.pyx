@@ -102,7 +102,7 @@ cdef enum:
     LONELY = -5002              # as GO_ON: the FIFO is open, but nothing is at its other end; open it again
 
 LEASE_MIN = 0.001               # seconds between two attempts to open a file that has a lease; more each time, up to ...
-LEASE_MAX = 0.25                # ... this, so that 1,000 such greenlets are no load
+LEASE_MAX = 0.25                # ... this; then a thread waits
 
 
 cdef dict _held = alignment._held
@@ -257,16 +257,19 @@ cdef bint _has_peer(int fd) except -1:
 
 
 cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096:
-    """Open the file again and again until the process that has a lease on it has given it up, or the kernel has
-    taken it away, after ``/proc/sys/fs/lease-break-time`` at most.
+    """Open the file again until the process that has a lease on it has given it up.
 
-    The first attempt has told that process. Nothing tells us when it has answered, unless a thread waits in
-    open(2), where it can't be called back: a greenlet that is killed would leave it there for 45 seconds."""
+    The first attempt has told that process, which usually answers at once. Only an open that waits in the kernel
+    hears of the answer, and nothing calls its thread back when the greenlet is killed: the thread stays there until
+    the kernel takes the lease away, after ``/proc/sys/fs/lease-break-time``. So the greenlet first tries for most
+    of a second, and then has a thread wait that is no disk's. The thread also gets the true answer of a file system
+    that says EAGAIN for another reason."""
     cdef int64_t fd = LEASED
     cdef double delay = LEASE_MIN
     while fd == LEASED:
         sleep(delay)
-        delay = min(delay * 1.5, LEASE_MAX)
+        delay *= 1.5
+        walk.way.is_patient = delay > LEASE_MAX
         fd = _walk(driver, walk, dir_fd, 'open', open_there)
     return fd
 

@@ -65,6 +65,7 @@ cdef struct way:
     bint opens
     bint is_local       # no server is asked
     bint is_alone       # the thread is no disk's
+    bint is_patient     # an open waits in the kernel for the process that has a lease on the file
 
 cdef class Walk:
     cdef bytes path

@@ -19,7 +19,7 @@ from gevent import spawn
 
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
-from libc.errno cimport EACCES, EAGAIN, ELOOP, ENAMETOOLONG, ENOENT, ENOMEM, ENOTDIR, errno as c_errno
+from libc.errno cimport EACCES, EAGAIN, ELOOP, ENAMETOOLONG, ENOENT, ENOMEM, ENOTDIR, EPERM, errno as c_errno
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
@@ -786,7 +786,7 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     """A regular file that is to be read, opened here and now, if it waits for nobody; else -1."""
     cdef facts found
-    cdef int opened = -errno.EAGAIN
+    cdef int opened = -EAGAIN
     cdef int fd
     cdef uint64_t began
     if flags & ~(O_CLOEXEC | O_NOFOLLOW | O_DIRECT | O_NOATIME | O_LARGEFILE):
@@ -794,14 +794,16 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     fd = path_at_hand(path, dir_fd, flags & O_NOFOLLOW, name)
     if fd < 0:
         return -1
-    if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode) and not (
-            any_busy() and device_of(found.device, found.mount).pool().is_wary()):
-        began = coarse_ns()
-        opened = reopen(fd, flags & ~O_NOFOLLOW)
-        if coarse_ns() - began > WAITED_NS:
-            waited_in_hub(fd, began)
-    close_fd(fd)
-    if opened == -errno.EACCES or opened == -errno.EPERM:
+    try:
+        if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode) and not (
+                any_busy() and device_of(found.device, found.mount).pool().is_wary()):
+            began = coarse_ns()
+            opened = reopen(fd, flags & ~O_NOFOLLOW)
+            if coarse_ns() - began > WAITED_NS:
+                waited_in_hub(fd, began)
+    finally:
+        close_fd(fd)
+    if opened == -EACCES or opened == -EPERM:
         raise failed(opened, name)      # refused: no thread, which may have been born with other rights, repeats it
     return max(-1, opened)
 
@@ -979,7 +981,7 @@ cdef long open_there(void *arg) noexcept nogil:
         return GO_ON
     _let_go(this)
     mode = creation_mode(this.permissions)
-    if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH):
+    if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH) and not this.is_patient:
         fd = open_leased(this.dir_fd, this.path, this.flags, mode)
         return LEASED if fd == -EAGAIN else fd
     fd = openat(this.dir_fd, this.path, this.flags | O_CLOEXEC, mode)
@@ -1055,7 +1057,7 @@ cdef class Walk:
             _walk(self.way, True)
             self.way.jumps = False
         device = device_of(self.way.device, self.way.mount)
-        self.way.is_alone = _waits_for_a_peer(self.way)
+        self.way.is_alone = self.way.is_patient or _waits_for_a_peer(self.way)
         return lone_threads() if self.way.is_alone else self._pool(device)
 
     cdef Pool _pool(self, Device device):
