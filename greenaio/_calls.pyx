@@ -421,6 +421,17 @@ cdef object hold_range(int fd, Known known, start, end):
                           lambda: _is_being_written(known, 0, alignment.EVERYTHING))
 
 
+cdef object work_in(mine, int fd, work):
+    """``work()``, in the range that *mine* holds and which is given back at its end; or at once if the work can't
+    begin, for want of memory."""
+    try:
+        shield = alignment.Shielded(fd, work, mine)
+    except BaseException:
+        mine.let_go()
+        raise
+    return shield.get()
+
+
 cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
     """Whether a write to this range of the file is under way that took no turn, in any thread here, or a call that
     changes its length. It may be one of a thread that has ended, and with that gave its range back."""
@@ -467,7 +478,7 @@ def _in_turn(int fd, Known known, int64_t start, work):
             raise
 
     mine = hold_range(fd, known, max(0, start), alignment.EVERYTHING)
-    return alignment.shielded(fd, finish, mine.let_go)
+    return work_in(mine, fd, finish)
 
 
 cdef int64_t _change(Request request, Known known, int64_t start) except? -4096:

@@ -23,6 +23,7 @@ from posix.stat cimport S_ISDIR
 
 from greenaio._calls cimport (
     AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, is_held, open_file, truncate_file,
+    work_in,
 )
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport Engine, Request, iovec, new_request
@@ -319,7 +320,7 @@ cdef class File:
             return fallocate_file(fd, self._known.device, how, offset, length)
 
         mine = hold_range(fd, self._known, offset, <uint64_t>offset + <uint64_t>length)
-        cdef int64_t result = alignment.shielded(fd, work, mine.let_go)
+        cdef int64_t result = work_in(mine, fd, work)
         if result < 0:
             raise failed(result, self.name)
 
@@ -775,7 +776,7 @@ def _write_misaligned(Known known, Request asked, buffers):
             raise
 
     mine = _hold_to(fd, known, start, start + _span(known, end - start))
-    return alignment.shielded(fd, work, mine.let_go)
+    return work_in(mine, fd, work)
 
 
 def _write_in_turn(Known known, Request request, memory):
@@ -798,7 +799,7 @@ def _write_in_turn(Known known, Request request, memory):
         start, end = in_pages(start, end)
     mine = _hold_to(request.fd, known, start, end)
     request.keep = mine
-    return alignment.shielded(request.fd, work, mine.let_go)
+    return work_in(mine, request.fd, work)
 
 
 # Buffered ----------------------------------------------------------------------------------------

@@ -737,22 +737,27 @@ cdef class Driver:
         self.closed = True
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
-        _ending.add(self.engine)
-        _drivers.discard(self)
-        _past.add(self.engine)
         try:                            # each step, whatever becomes of the one before it
-            forget(self.hub, self.close)    # gevent keeps the hub of a thread that just ended for ever
-            self._stop(self._turn_end)
-            self._stop(self._watcher)
-            self._stop(self._retry)
-            self._stop(self._stuck)
+            _ending.add(self.engine)
         finally:
+            _drivers.discard(self)
+            _past.add(self.engine)
             try:
-                self._give_up()
+                self._stop_watching()
             finally:
-                self._end()
-            if self.hub.thread_ident == _get_ident():
-                _threads.end_own_threads()
+                try:
+                    self._give_up()
+                finally:
+                    self._end()
+                if self.hub.thread_ident == _get_ident():
+                    _threads.end_own_threads()
+
+    def _stop_watching(self):
+        forget(self.hub, self.close)    # gevent keeps the hub of a thread that just ended for ever
+        self._stop(self._turn_end)
+        self._stop(self._watcher)
+        self._stop(self._retry)
+        self._stop(self._stuck)
 
     def _stop(self, watcher):
         try:

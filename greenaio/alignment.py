@@ -77,7 +77,7 @@ class _Ranges:
             earlier = [other for other in ranges[:i] if other.overlaps(one)]
             assert one.granted == (not earlier)
             assert one.blocker is (earlier[-1] if earlier else None)
-            assert not earlier or one in earlier[-1].followers
+            assert not earlier or one in earlier[-1].followers()
 
 
 _held: dict[Inode, _Ranges] = {}
@@ -136,7 +136,10 @@ def _staying(fd: int) -> contextlib.ExitStack:
 
 
 class _Range:
-    """The bytes from *start* to *end* of *inode*: held, or waited for, until `let_go`."""
+    """The bytes from *start* to *end* of *inode*: held, or waited for, until `let_go`.
+
+    The ranges that hang on this one are a list through `next` and `previous`: giving it back needs no memory.
+    """
 
     def __init__(self, inode: Inode, start: int, end: int) -> None:
         self.inode, self.start, self.end = inode, start, end
@@ -144,20 +147,36 @@ class _Range:
         self.hub: Any = get_hub()
         self.event: Event | None = None     # for a greenlet that waits
         self.over = False
-        self.followers: dict[_Range, None] = {}
+        self.older: _Range | None = None
+        self.newer: _Range | None = None
+        self.blocker: _Range | None = None
+        self.first: _Range | None = None    # of those that hang on this one
+        self.next: _Range | None = None
+        self.previous: _Range | None = None
         with _lock:
-            self.ranges = _held.setdefault(inode, _Ranges())
-            self.older: _Range | None = self.ranges.newest
-            self.newer: _Range | None = None
+            self.ranges = _held.get(inode) or _Ranges()
+            count = self.ranges.count + 1
+            self.thread.ranges.add(self)
+            try:
+                _held[inode] = self.ranges
+            except MemoryError:
+                self.thread.ranges.discard(self)
+                raise
+            # From here on nothing needs memory.
+            self.older = self.ranges.newest
             if self.older is not None:
                 self.older.newer = self
-            self.ranges.newest = self
-            self.ranges.count += 1
-            self.thread.ranges.add(self)
-            self.blocker: _Range | None = None
+            self.ranges.newest, self.ranges.count = self, count
             if start < self.ranges.high and self.ranges.low < end:      # else none overlaps
                 self._hang()
             self.ranges.low, self.ranges.high = min(self.ranges.low, start), max(self.ranges.high, end)
+
+    def followers(self) -> Iterator[_Range]:
+        """Those that hang on this one."""
+        one = self.first
+        while one is not None:
+            yield one
+            one = one.next
 
     @property
     def granted(self) -> bool:
@@ -171,9 +190,20 @@ class _Range:
         other = self.older
         while other is not None and not (other.start < self.end and self.start < other.end):
             other = other.older
-        self.blocker = other
+        self.blocker, self.previous, self.next = other, None, None
         if other is not None:
-            other.followers[self] = None
+            self.next = other.first
+            if other.first is not None:
+                other.first.previous = self
+            other.first = self
+
+    def _unhang(self) -> None:
+        if self.previous is not None:
+            self.previous.next = self.next
+        elif self.blocker is not None:
+            self.blocker.first = self.next
+        if self.next is not None:
+            self.next.previous = self.previous
 
     def wait(self) -> None:
         """Wait until it is granted."""
@@ -183,20 +213,25 @@ class _Range:
 
     def let_go(self) -> None:
         """Give it back, granted or not; twice is fine. From any thread."""
+        granted: _Range | None = None
         with _lock:
             if self.over:
                 return
             self.over = True
             self.thread.ranges.discard(self)
             self._unlink()
-            if self.blocker is not None:
-                del self.blocker.followers[self]
-            followers, self.followers = self.followers, {}
-            for one in followers:
+            self._unhang()
+            one, self.first = self.first, None
+            while one is not None:
+                following = one.next
                 one._hang()
-        for one in followers:
-            if one.granted:
-                one._wake()
+                if one.granted:
+                    one.next, granted = granted, one
+                one = following
+        while granted is not None:
+            one, granted = granted, granted.next
+            one.next = None
+            one._wake()
 
     def _unlink(self) -> None:
         if self.newer is not None:
@@ -228,21 +263,19 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
 
     *is_being_written* tells whether there are such writes in the range, *is_unsettled* whether there are any.
     """
-    stays = _staying(fd)
     mine = _Range(inode, start, end)
     try:
-        if not mine.granted:
-            mine.wait()
-        while not mine.ranges.settled and is_being_written():
-            gevent.sleep(SETTLING)
+        with _staying(fd):
+            if not mine.granted:
+                mine.wait()
+            while not mine.ranges.settled and is_being_written():
+                gevent.sleep(SETTLING)
         if not mine.ranges.settled and not is_unsettled():
             mine.ranges.settled = True
     except BaseException as error:
         mine.let_go()
         thrown(error)
         raise
-    finally:
-        stays.close()
     return mine
 
 
@@ -263,22 +296,26 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 class Shielded:
     """``work()``, in a greenlet of its own. If a greenlet that waits for it is killed, the work is finished
-    all the same. *fd* stays the same file until then, even if it is closed. At the end *let_go* is called."""
+    all the same. *fd* stays the same file until then, even if it is closed. At its end *held* is given back;
+    if this raises, the caller has to."""
 
-    def __init__(self, fd: int, work: Callable[[], int], let_go: Callable[[], object] | None = None) -> None:
+    def __init__(self, fd: int, work: Callable[[], int], held: _Range | None = None) -> None:
         self._work = work
         self._result = -1
         self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
+        self._stays = _staying(fd)
         try:
-            self._stays = _staying(fd)
+            if held is not None:
+                self._stays.callback(held.let_go)
+            self._greenlet = gevent.Greenlet(self._capture)
+            self._greenlet.rawlink(self._end)       # also if it is killed before it has begun
+            self._greenlet.start()
         except BaseException:
-            if let_go is not None:
-                let_go()
+            self._stays.close()
             raise
-        if let_go is not None:
-            self._stays.callback(let_go)
-        self._greenlet = gevent.spawn(self._capture)
-        self._greenlet.rawlink(lambda _: self._stays.close())
+
+    def _end(self, _: object) -> None:
+        self._stays.close()
 
     def _capture(self) -> None:
         with self._stays:
@@ -302,9 +339,9 @@ class Shielded:
             self._error = None          # its traceback has us
 
 
-def shielded(fd: int, work: Callable[[], int], let_go: Callable[[], object] | None = None) -> int:
+def shielded(fd: int, work: Callable[[], int]) -> int:
     """Return ``work()``, which is finished even if this greenlet is killed: no sector is left half done."""
-    return Shielded(fd, work, let_go).get()
+    return Shielded(fd, work).get()
 
 
 def write(data: bytes, offset: int, align: int, size: Callable[[], int],

@@ -519,7 +519,7 @@ def test_killed_writers_that_had_not_begun_leave_nothing(file):
         for writer in writers[::2] + writers[1::2]:
             writer.kill()
         assert list(mine.ranges) == [mine]
-        assert not mine.followers
+        assert not list(mine.followers())
         assert len(_fallback._uses) == before
         other = gevent.spawn(file.pwrite, b'elsewhere', 4096 + 7)       # overlaps nothing
         assert other.get(timeout=10) == 9
