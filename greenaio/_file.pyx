@@ -30,11 +30,11 @@ from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, Device,
-    Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know,
-    waited_in_hub,
+    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, UNSURE,
+    Device, Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out,
+    know, waited_in_hub,
 )
-from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
+from greenaio._threads cimport WAITED_NS, any_busy, as_call, lone_threads, new_call
 
 from greenaio._memory import aligned_buffer
 
@@ -402,7 +402,8 @@ cdef class File:
 cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
     request.file = known
     as_call(request)
-    return driver.perform_by_thread(request, known.device.pool())
+    # What a character device waits for is its own, and no disk.
+    return driver.perform_by_thread(request, lone_threads() if known.kind & UNSURE else known.device.pool())
 
 
 cdef Request _again(Request refused):

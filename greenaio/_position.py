@@ -48,6 +48,9 @@ NEVER_WAIT = (3, 5, 7, 9)       # ... and the minor one of /dev/null, zero, full
 ANOTHER_LOOK = 0.005            # seconds: how often who waits for another thread's greenlet looks
 NO_POSITION = -1                # to preadv2 and pwritev2: read and write as read(2) and write(2) do
 PIPE_BUF = 4096                 # bytes: a pipe that poll says is writable takes as much without waiting
+PIPE_MAX = 1 << 20              # bytes: to how much an ordinary user may set the size of a pipe
+# Of RWF_NOWAIT: FIFOs that have a name and pipes before Linux 6.5; sandboxes that deny the call.
+CANNOT_ASK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 class Turn:
     """What one greenlet has at a time, first come, first served; and who has it may take it again.
@@ -377,9 +380,34 @@ def read(fd: int, n: int) -> bytes:
         _at_position(fd, READ, reading)
         return data
     with using(fd):
-        if n > 0 and not _wait(fd, mode, READ):
-            return _read_without_position(fd, n)
+        while n > 0:
+            if not _wait(fd, mode, READ):
+                return _read_without_position(fd, n)
+            if not _is_blocking_pipe(fd, mode):
+                break
+            buffer = bytearray(min(n, PIPE_MAX))
+            got = _now(posix.preadv, posix.readv, fd, [buffer])
+            if got is not None:
+                return bytes(memoryview(buffer)[:got])
         return posix.read(fd, n)
+
+
+def _is_blocking_pipe(fd: int, mode: int) -> bool:
+    return stat.S_ISFIFO(mode) and os.get_blocking(fd)
+
+
+def _now(call: Callable[..., int], plain: Callable[..., int], fd: int, buffers: Sequence[Any]) -> int | None:
+    """Read into, or write, *buffers*, as the loop says that the pipe *fd* is ready. None if it is no
+    longer, because another process was quicker: workers that log to one pipe are all told of its room, and
+    one of them fills it."""
+    try:
+        return call(fd, buffers, NO_POSITION, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return None
+        if error.errno not in CANNOT_ASK:
+            raise
+    return plain(fd, buffers)
 
 
 def _read_without_position(fd: int, n: int) -> bytes:
@@ -392,8 +420,14 @@ def readv(fd: int, buffers: Sequence[Any]) -> int:
     if is_stored(mode):
         return _at_position(fd, READ, lambda at: _file.preadv(fd, buffers, at))
     with using(fd):
-        if _nbytes(buffers) > 0 and not _wait(fd, mode, READ):
-            return _file.preadv(fd, buffers, NO_POSITION)
+        while _nbytes(buffers) > 0:
+            if not _wait(fd, mode, READ):
+                return _file.preadv(fd, buffers, NO_POSITION)
+            if not _is_blocking_pipe(fd, mode):
+                break
+            got = _now(posix.preadv, posix.readv, fd, buffers)
+            if got is not None:
+                return got
         return posix.readv(fd, buffers)
 
 
@@ -418,7 +452,7 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
     if is_stored(mode):
         return _at_position(fd, WRITE, writing)
     with using(fd):
-        if stat.S_ISFIFO(mode) and os.get_blocking(fd):
+        if _is_blocking_pipe(fd, mode) or _is_blocking_terminal(fd, mode):
             return _write_all(fd, mode, memoryview(b''.join(buffers)))
         if _nbytes(buffers) > 0 and not _wait(fd, mode, WRITE):
             return _file.pwritev(fd, buffers, NO_POSITION)
@@ -445,24 +479,28 @@ def keeps_messages(fd: int, mode: int) -> bool:
         one.detach()
 
 
+def _is_blocking_terminal(fd: int, mode: int) -> bool:
+    return stat.S_ISCHR(mode) and os.isatty(fd) and os.get_blocking(fd)
+
+
 def _write_all(fd: int, mode: int, data: memoryview) -> int:
-    """As a blocking write, in pieces that a pipe which is ready takes without waiting."""
+    """As a blocking write, in pieces that a pipe which is ready takes without waiting. A terminal is ready as
+    soon as it has room for one byte, so a thread writes to it."""
     written = 0
-    while len(data):
-        if not _wait(fd, mode, WRITE):
+    while True:
+        if len(data) and (not _wait(fd, mode, WRITE) or _is_blocking_terminal(fd, mode)):
             return _file.pwritev(fd, [data], NO_POSITION)
-        if (len(data) - written <= PIPE_BUF or not os.get_blocking(fd) or _answers_at_once(fd, mode, WRITE)
-                or keeps_messages(fd, mode)):
-            break
+        is_last = (len(data) - written <= PIPE_BUF or not os.get_blocking(fd)
+                   or _answers_at_once(fd, mode, WRITE) or keeps_messages(fd, mode))
+        piece = data[written:] if is_last else data[written:written + PIPE_BUF]
         try:
-            written += posix.write(fd, data[written:written + PIPE_BUF])
+            n = (_now(posix.pwritev, posix.writev, fd, [piece]) if _is_blocking_pipe(fd, mode)
+                 else posix.write(fd, piece))
         except OSError:
             if written:
                 return written
             raise
-    try:
-        return written + posix.write(fd, data[written:])
-    except OSError:
-        if written:
-            return written
-        raise
+        if n is not None:
+            written += n
+            if is_last:
+                return written
