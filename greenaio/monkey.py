@@ -263,7 +263,8 @@ def _replace_copies() -> None:
         accessor.open, accessor.stat = io.open, os.stat
 
 
-# Locks that a module of the library makes when it is imported, and holds over calls that are cooperative now.
+# Locks that a module makes when it is imported, and holds over calls that are cooperative now. A name such as
+# <lock> is that of a variable which a function has from the function around it.
 # If the import came before gevent's patch, the lock is a native one: the second greenlet that wants it stops
 # the thread, and with it the greenlet that has it. gevent's search for plugins imports `tempfile`; some
 # programs import the others early. gevent replaces those of `logging`, `threading`, `concurrent.futures`.
@@ -276,25 +277,36 @@ _LOCKS = (
     ('multiprocessing.resource_tracker', '_resource_tracker._lock'),
     ('sysconfig', '_CONFIG_VARS_LOCK'),
     ('webbrowser', '_lock'),
+    ('dateutil.tz', 'gettz._cache_lock'),
+    ('prometheus_client.registry', 'REGISTRY._lock'),
+    ('prometheus_client.values', 'ValueClass.inc.<lock>'),  # gunicorn.conf.py imports it, before the patch
 )
 _replaced_locks: list[tuple[Any, str, Any]] = []        # where they are: owner, name; and the native lock
 
 
 def patch_locks() -> None:
-    """Replace native locks by gevent's, where a module of the standard library made one before gevent's patch
-    and holds it while it uses files. A lock that is held just now stays. Twice is fine."""
+    """Replace native locks by gevent's, where a module of the standard library, `prometheus_client` or
+    `dateutil` made one before gevent's patch and holds it while it uses files. A lock that is held just now
+    stays. Twice is fine."""
     for module, path in _LOCKS:
         *owners, name = path.split('.')
         try:
-            owner = functools.reduce(getattr, owners, sys.modules[module])
+            owner: Any = functools.reduce(getattr, owners, sys.modules[module])
+            if name.startswith('<'):
+                owner, name = _variable(owner, name[1:-1]), 'cell_contents'
             lock = getattr(owner, name)
-        except (KeyError, AttributeError):      # not imported, or another version of Python
+        except (KeyError, AttributeError, ValueError):      # not imported, or another version of it
             continue
         cooperative = _cooperative_lock(lock)
         if cooperative is not None:
             setattr(owner, name, cooperative)
             _replaced_locks.append((owner, name, lock))
     _let_greenlets_wait_for_imports()
+
+
+def _variable(function: Any, name: str) -> Any:
+    """The cell with the variable *name* of *function*. Raises ValueError if it has none."""
+    return function.__closure__[function.__code__.co_freevars.index(name)]
 
 
 def _let_greenlets_wait_for_imports() -> None:

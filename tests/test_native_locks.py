@@ -1,7 +1,10 @@
 """Locks that are not gevent's: which ones `greenaio.monkey` replaces."""
 
+import importlib.util
+import struct
+
 import pytest
-from conftest import make_plugin_visible, run_python
+from conftest import make_plugin_visible, missing, run_python
 
 # Each native lock that is left, and why it stops nobody.
 HUNT = '''
@@ -66,6 +69,11 @@ assert tempfile._once_lock is not None and not isinstance(tempfile._once_lock, n
 def test_no_native_lock_is_left_that_a_greenlet_could_wait_for(tmp_path):
     """Where a new version of Python or gevent brings another one, this says which."""
     run_python(HUNT, env=make_plugin_visible(tmp_path))
+
+
+def missing_module(name):
+    if importlib.util.find_spec(name) is None:
+        missing(f'{name} is not installed')
 
 
 # Modules that are imported, and so make their locks, before gevent patches.
@@ -159,6 +167,40 @@ assert not job.ready()
 ''')
     run_python('import package; assert package.job.get(timeout=10) == 5',
                env={'DATA': f'{disk_folder}/data', 'PYTHONPATH': str(tmp_path)}, timeout=20)
+
+
+def test_first_counts_of_greenlets_after_a_gunicorn_conf_imported_prometheus_client(disk_folder):
+    """As its documentation says. A metric makes its file while it has a lock that all metrics share."""
+    missing_module('prometheus_client')
+    run_python('''
+import prometheus_client.multiprocess
+''' + EARLY + '''
+kinds = prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Summary
+def work(i):
+    metric = kinds[i](f'metric{i}', 'text')
+    getattr(metric, 'inc', lambda: metric.observe(1))()
+    return True
+assert at_once(work) == [True] * 3
+assert len(os.listdir(os.environ['PROMETHEUS_MULTIPROC_DIR'])) == 3
+''', env={'PROMETHEUS_MULTIPROC_DIR': disk_folder}, timeout=40)
+
+
+def test_first_look_at_a_time_zone_by_greenlets(disk_folder):
+    missing_module('dateutil')
+    with open(f'{disk_folder}/zone', 'wb') as file:
+        file.write(b'TZif'.ljust(20, b'\0') + struct.pack('>6llbb', 0, 0, 0, 0, 1, 4, 3600, 0, 0) + b'CET\0')
+    run_python('import dateutil.tz\n' + EARLY + '''
+names = [os.path.join(sys.argv[1], str(i)) for i in range(3)]
+for name in names:
+    with open(name, 'wb') as file:
+        with open(os.path.join(sys.argv[1], 'zone'), 'rb') as zone:
+            file.write(zone.read())
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+zones = at_once(lambda i: dateutil.tz.gettz(names[i]))
+assert all(isinstance(zone, dateutil.tz.tzfile) for zone in zones), zones
+''', disk_folder, timeout=40)
 
 
 def test_a_lock_that_is_held_is_not_replaced_and_unpatching_puts_back():

@@ -120,6 +120,26 @@ with open('count') as file:
 ''', folder)
 
 
+def test_lock_on_a_file(folder):
+    run_patched('''
+import fcntl
+with open('count', 'w') as file:
+    file.write('0')
+def work(k):
+    for _ in range(20):
+        with greenaio.uninterrupted(), open('count', 'r+') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            value = int(file.read())
+            file.seek(0)
+            file.write(str(value + 1))
+            file.flush()
+            os.fsync(file.fileno())
+at_once(work, work, work)
+with open('count') as file:
+    assert file.read() == '60'
+''', folder)
+
+
 def test_transaction_of_sqlite(folder):
     run_patched('''
 import sqlite3
