@@ -635,7 +635,7 @@ cdef int waited_in_hub(int fd, uint64_t began) except -1:
     if facts_of(fd, b'', &found):
         return 0
     device = device_of(found.device, found.mount)
-    device.pool().waited(ns)
+    device.pool().beware()
     if not _has_waited:
         _has_waited = True
         # In a greenlet, as in `Known.stalled`.

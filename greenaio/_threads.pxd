@@ -26,6 +26,7 @@ cdef class Pool:
     cdef bint all_busy(self) noexcept
     cdef bint is_wary(self) noexcept
     cdef void waited(self, uint64_t ns) noexcept
+    cdef void beware(self) noexcept
     cdef int busy(self) noexcept
 
 cdef long creation_mode(long mode) noexcept nogil

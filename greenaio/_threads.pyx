@@ -271,7 +271,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_broadcast(pthread_cond_t *cond)
 
 cdef enum:
-    WARY = 16                   # calls by threads in a row that have to be quick
+    WARY = 16                   # calls by threads that have to be quick
     LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
 
 cdef struct job:
@@ -641,12 +641,17 @@ cdef class Pool:
         return self._pool.queued
 
     cdef void waited(self, uint64_t ns) noexcept:
-        """A call on this device took *ns*. If that is long, the calls that would be made in the hub take threads,
-        until `WARY` of them in a row were quick: an on-access scanner answers late, for what is cached as well."""
-        if ns > WAITED_NS:
-            self._pool.wary = WARY
-        elif self._pool.wary > 0:
+        """A call that a thread made on this wary device took *ns*: count it. A device whose calls are mostly quick
+        is not wary for long, even if one of many waits for its disk."""
+        if ns <= WAITED_NS:
             self._pool.wary -= 1
+        elif self._pool.wary < WARY:
+            self._pool.wary += 1
+
+    cdef void beware(self) noexcept:
+        """A call on this device has held the hub. The next ones take threads, until `WARY` more of them were quick
+        than slow: an on-access scanner answers late, for what is cached as well."""
+        self._pool.wary = WARY
 
     cdef bint is_wary(self) noexcept:
         """Whether calls that would be made in the hub had better take a thread."""
