@@ -315,7 +315,7 @@ class BadRequest(ValueError):
 
 class Head:
     """A request's header lines, or the trailers of its body, as long as each is well-formed and there are not
-    too many. http.client would take the value of a folded line, or what follows a bare CR, for a field."""
+    too many. http.client would take a folded value, or the rest of a line behind a bare CR, for a field."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._left = file, HEAD_MAX

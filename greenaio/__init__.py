@@ -2,7 +2,7 @@
 
 `greenaio.os` has the familiar calls, `File` is the fast way, `aligned_buffer` gives memory that O_DIRECT
 accepts, `open` is the built-in one, cooperative, `config` has what may be set, `stats` and `dump` tell what
-waits and what was done, and inside `uninterrupted` calls block.
+waits and what was done. Inside `uninterrupted` calls block.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ cdef class _Place:
     A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
     which is open as long as this object. The request keeps the object, so a killed greenlet changes nothing.
     Without a free fd, or where to open the directory would wait for a server, the path is made absolute instead, which
-    differs only if the directory is renamed meanwhile.
+    differs only if the directory is renamed before the look-up.
     """
 
     cdef bytes path
@@ -242,7 +242,7 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
 
 cdef bint _has_peer(int fd) except -1:
     """Whether the other end of the FIFO *fd* is open; if not, close *fd*. For an open that may have met only
-    `Request.meet`, because another greenlet that waited for the same FIFO was killed meanwhile."""
+    `Request.meet`, because another greenlet that waited for the same FIFO was killed during the open."""
     cdef bint has = False
     cdef double delay = LEASE_MIN
     try:
@@ -415,7 +415,7 @@ cdef bint is_held(Known known) except -1:
 
 
 cdef object hold_range(int fd, Known known, start, end):
-    """Wait for the range. *fd* stays the same file meanwhile."""
+    """Wait for the range. *fd* stays the same file until then."""
     return alignment.hold(fd, (known.device.number, known.inode), start, end,
                           lambda: _is_being_written(known, start, end),
                           lambda: _is_being_written(known, 0, alignment.EVERYTHING))
@@ -459,7 +459,7 @@ cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1
 
 def settle(int fd):
     """Wait until no write to the file *fd* is under way in this process, of a killed greenlet either: then it ends where
-    it seems to. Whoever writes there afterwards, before the caller waits again, is the caller."""
+    it seems to. Until the caller waits again, no other greenlet of this thread writes there."""
     cdef Known known = know(fd, None)
     if is_held(known) or _is_being_written(known, 0, alignment.EVERYTHING):
         hold_range(fd, known, 0, alignment.EVERYTHING).let_go()

@@ -255,7 +255,7 @@ cdef class Request:
             self._unpin()
         self.waiter = None
         if self.abandoned and self.gives_fd and self._result >= 0:
-            self.gives_fd = False       # nobody is there to take it
+            self.gives_fd = False       # no greenlet is there to take it
             if self.fifo >= 0 or self.peer >= 0:
                 close(<int>self._result)    # at once: it would be a peer for others
             else:

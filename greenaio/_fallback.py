@@ -124,11 +124,11 @@ def _pool() -> ThreadPool:
 
 
 def renew_threads() -> None:
-    """Let new native threads make the calls of this hub from now on, in the place of those that there are."""
+    """Let new native threads make the calls of this hub from now on, instead of the present ones."""
     hub: Any = get_hub()
     pool = hub.__dict__.pop('_greenaio_pool', None)
     if pool is not None:
-        spawn(pool.kill)                # which waits for what they do
+        spawn(pool.kill)                # it waits for the calls of its threads
 
 
 def jobs() -> list[_Job]:
@@ -316,7 +316,7 @@ class Closer:
 def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_slow: bool = False,
           is_forgotten: bool = False) -> None:
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
-    to mean another file. *pending* are such operations besides our own. Waits for nobody: a close that
+    to mean another file. *pending* are such operations besides our own. Waits for no operation: a close that
     *is_slow* has a thread."""
     check_open(fd)
     ours: list[_Job | _Use] = [*_jobs, *_uses]

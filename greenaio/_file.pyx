@@ -421,7 +421,7 @@ cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
 
 
 cdef int64_t _direct(Driver driver, Request request, Known known, buffers) except? -4096:
-    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to. What it did then
+    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to. The answer
     may be a part, as btrfs reads one extent: the rest is asked for again, for as long as that brings something."""
     cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
     cdef unsigned int theirs = request.flags
@@ -544,7 +544,7 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
 
 
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    cdef bytes data = None              # nobody else has it yet
+    cdef bytes data = None              # no other code has it so far
     cdef Filling large = None
     cdef object keep
     cdef char *at

@@ -145,7 +145,7 @@ cdef class Filling:
         return 0
 
     def resize(self, Py_ssize_t nbytes):
-        """Make it *nbytes* long. What is new has no defined content."""
+        """Make it *nbytes* long. The new bytes have no defined content."""
         self._check_there()
         if self._exports:
             raise BufferError('the memory is in use')

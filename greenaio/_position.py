@@ -59,9 +59,10 @@ class Turn:
     `leave`. (gevent's RLock does the same, at three times the price of what it protects.) There is no call
     between the look at `owner` and the assignment: another thread could have its turn there.
 
-    If who has it can never leave, because its thread has ended, its hub was destroyed, or it stayed with
+    If its owner can never leave, because its thread has ended, its hub was destroyed, or it stayed with
     the parent in a fork, the next takes it. Not if it *guards_io*: its objects have a lock of their own,
-    which is held for ever then. But who was given the turn and has not gone on since does not have it.
+    which is held for ever then. But a greenlet that was given the turn and has not gone on since does not
+    have it.
     """
 
     __slots__ = ('__weakref__', 'closers', 'finalizing', 'given', 'guards_io', 'owner', 'queue')
@@ -174,9 +175,9 @@ class Turn:
                 one = self.queue.popleft()
             except IndexError:          # it has given up, in another thread
                 break
-            self.given = one            # first, for who looks after the owner
+            self.given = one            # first: other threads look after the owner
             self.owner = one.greenlet
-            # Its hub may just be destroyed. Then who waits next finds out.
+            # Its hub may just be destroyed. Then the next that waits finds out.
             with contextlib.suppress(InvalidThreadUseError, ValueError):
                 one.event.set()
             return
@@ -276,7 +277,7 @@ def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
 def blocking(call: Callable[..., Any], fd: int, *args: Any) -> Any:
     """Return ``call(fd, *args)``, one of `posix`, for a greenlet inside `uninterrupted`.
 
-    Parked greenlets may be in the middle of what they do at the file's position, or to its sectors. Raises
+    Parked greenlets may be in the middle of a read or write at the file's position, or of its sectors. Raises
     BlockingSwitchOutError if they are.
     """
     facts = posix.fstat(fd)
@@ -332,7 +333,7 @@ def is_pollable(fd: int) -> bool:
 
 
 def _at_position(fd: int, event: int, call: Callable[[int], int]) -> int:
-    """Make a positional request of what is asked for at the kernel's position, and move that on. A file
+    """Make a request at the kernel's position a positional one, and move that position on. A file
     without a position, such as some of FUSE and tracefs, gets the call without one, and needs no turn."""
     with using(fd):
         with turn_of(fd):

@@ -824,7 +824,7 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 #                                        ARRIVED: makes the call, by the path as it was given
 #
 # The walk decides only where to wait. The call itself takes the whole path once more, from the cache now, so all
-# that the kernel checks on the way to a file, it checks. If the path has changed meanwhile, the call may wait with
+# that the kernel checks on the way to a file, it checks. If the path changes in between, the call may wait with
 # the threads of the wrong device; that is as much as a walk without locks can promise.
 
 cdef void _let_go(way *this) noexcept nogil:
@@ -872,7 +872,7 @@ cdef int _look_up(way *this, bint may_wait) noexcept nogil:
     while end[0] != 0 and end[0] != b'/':
         end += 1
     kept, end[0] = end[0], 0
-    if kept:            # as a directory, for that mounts what is mounted on first use
+    if kept:            # as a directory, because that triggers an automount
         fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW | O_DIRECTORY)
     if fd == -ENOTDIR:
         fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW)
@@ -893,7 +893,7 @@ cdef int _follow(way *this) noexcept nogil:
     if n <= 0 or this.links > LINKS_MAX:
         free(text)
         return -ELOOP
-    memcpy(text + n, this.ahead, more + 1)      # nothing, or a slash and what follows
+    memcpy(text + n, this.ahead, more + 1)      # nothing, or a slash and the names behind it
     free(this.room)
     this.room = this.ahead = text
     return 0

@@ -761,15 +761,15 @@ cdef long _domain() noexcept:
 
 
 def renew_threads():
-    """Let new native threads make the calls from now on, in the place of those that there are.
+    """Let new native threads make the calls from now on, instead of the present ones.
 
     A native thread is born with the Landlock domain, the seccomp filters, the namespaces, the I/O priority and all
     else that the thread which started it had. Call this in a thread that has changed one of these for itself, after
-    the change: what it asks for later is done by threads that begin as it is now. So is what other threads ask for,
+    the change: its later calls are made by threads that begin as it is now. So are the calls of other threads,
     each by threads of its own.
 
-    A thread that is there ends when it has done what was asked for before. One that hangs in a call stays until that
-    returns."""
+    A present thread ends when it has made the calls that were asked for before. One that hangs in a call stays until
+    the call returns."""
     global has_first_permitted
     has_first_permitted = False
     if _domains == 0:

@@ -1,4 +1,4 @@
-"""Misaligned O_DIRECT writes: read, modify, write, with no other write in the same sectors meanwhile.
+"""Misaligned O_DIRECT writes: read, modify, write, with no other write in the same sectors in between.
 
 Two neighbours in one sector would lose each other's bytes:
 

@@ -244,8 +244,8 @@ class FileIO(io.FileIO):
         return n + (more or 0)
 
     def _go_back(self, n: int, process: int) -> None:
-        """Who is killed has read nothing: neither the *n* bytes that had come. A forked copy of it shares the
-        position with *process*."""
+        """Put the position back: a killed greenlet has read nothing, not even the *n* bytes that had come. A
+        forked copy of the greenlet shares the position with *process*."""
         if os.getpid() == process:
             with contextlib.suppress(OSError):      # a pipe has no position
                 os.lseek(self._fd, -n, os.SEEK_CUR)
@@ -868,7 +868,7 @@ def _flush_all() -> None:
             elif not isinstance(file, FileIO):
                 raw = _raw_of(file)
                 if raw is None or not _position.is_stored(raw.file.kind):
-                    continue            # whoever has it may wait for ever, for the reader of a pipe
+                    continue            # its owner may wait for the reader of a pipe for ever
             file.flush()
 
 

@@ -321,7 +321,7 @@ def _let_greenlets_wait_for_imports() -> None:
 
 
 def _cooperative_lock(lock: Any) -> Any:
-    """What to put in the place of *lock*; None if it is not native, or is held."""
+    """Return the lock that replaces *lock*; None if *lock* is not native, or is held."""
     allocate: Any = get_original('_thread', 'allocate_lock')
     if lock is allocate:
         return gevent.thread.allocate_lock
@@ -384,7 +384,7 @@ def _format_run_info(*args: Any, **kwargs: Any) -> list[str]:
 
 def patch_all() -> None:
     """`patch_os`, `patch_builtins`, `patch_locks` and `patch_multiprocessing`; and
-    `greenaio.events.explain_blocked` for what is not reached.
+    `greenaio.events.explain_blocked` for the calls that the patch does not reach.
 
     Call ``gevent.monkey.patch_all()`` before, for sockets and threads. Twice is fine."""
     patch_os()

@@ -1,8 +1,8 @@
 """A file system of one file whose operations fail on demand: ``python faulty.py MOUNT CONTROL``.
 
-The control file holds lines "operation errno", for read, write and fsync; what is not named there works. An
-ioctl makes a file beside it. A flush waits as long as there is a file CONTROL-flush. Further arguments are
-options of the mount, as ``attr_timeout=0`` or ``default_permissions=True``.
+The control file holds lines "operation errno", for read, write and fsync; operations that are not named
+there work. An ioctl makes a file beside it. A flush waits as long as there is a file CONTROL-flush. Further
+arguments are options of the mount, such as ``attr_timeout=0`` or ``default_permissions=True``.
 """
 
 import errno
