@@ -384,7 +384,7 @@ def give_number(object raw, int fd):
     return True
 
 
-def lseek(int fd, int64_t offset, int whence):
+def lseek(int fd, int64_t offset, int whence, bint may_wait=False):
     """In line, where that needs to look at nothing that could have to be fetched."""
     cdef Known known
     cdef int64_t result

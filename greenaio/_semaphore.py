@@ -23,7 +23,8 @@ next waiter finds it there and starts no other; if none comes, the thread posts 
 timeout leaves no such thread behind, because the thread waits no longer than the last waiter does.
 
 In a forked child there is no such thread, and a unit that one had was the parent's: inherited waiters get
-OSError (ECANCELED), and post nothing.
+OSError (ECANCELED), and post nothing. A lock that another greenlet held at the fork is the parent's too: the
+copy of that greenlet leaves its ``with`` in the child, and its `release` there does nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ start_new_thread = get_original('_thread', 'start_new_thread')
 
 _servers: dict[SemLock, object] = {}    # semaphores that a thread waits for
 _waiters: set[_Waiter] = set()          # all that are parked, for fork
+_all: weakref.WeakSet[SemLock] = weakref.WeakSet()      # for fork, too
 
 
 class SemLock:
@@ -83,6 +85,8 @@ class SemLock:
         self._queue: deque[_Waiter] = deque()
         self._owner: weakref.ref[greenlet] | None = None    # the last that acquired it
         self._depth = 0                 # how often that one has a recursive lock
+        self._left_behind: weakref.ref[greenlet] | None = None      # it has the lock in the parent
+        _all.add(self)
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Return whether it was acquired. *timeout* is in seconds."""
@@ -94,6 +98,8 @@ class SemLock:
         must_wait = waits and self._queue or not self._native.acquire(False)
         if must_wait and not (waits and self._wait(me, timeout)):
             return False
+        if self._is_left_behind(me):
+            self._left_behind = None
         self._owner, self._depth = weakref.ref(me), 1
         return True
 
@@ -108,6 +114,9 @@ class SemLock:
                 self._depth -= 1
                 return
             self._owner = None          # before another can have it
+        if self._is_left_behind(getcurrent()):
+            self._left_behind = None
+            return
         self._native.release()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -116,6 +125,9 @@ class SemLock:
     def _belongs_to(self, one: greenlet) -> bool:
         owner = self._owner
         return owner is not None and owner() is one and self._count() > 0
+
+    def _is_left_behind(self, one: greenlet) -> bool:
+        return self._left_behind is not None and self._left_behind() is one
 
     def _is_mine(self) -> bool:
         return self._belongs_to(getcurrent())
@@ -256,6 +268,10 @@ class _Waiter:
 
 def _after_fork_in_child() -> None:
     here: Any = get_hub_if_exists()
+    me = getcurrent()
+    for lock in list(_all):
+        if lock.maxvalue == 1 and lock._owner is not None and lock._owner() is not me and lock._count() > 0:
+            lock._left_behind = lock._owner
     _servers.clear()
     for waiter in list(_waiters):
         waiter.semaphore._queue.clear()

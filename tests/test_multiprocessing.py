@@ -159,6 +159,35 @@ def test_waiter_that_is_killed_loses_no_unit(run_script, method):
     ''', method)
 
 
+@pytest.mark.parametrize('kind', ['Lock', 'RLock'])
+def test_child_does_not_release_what_a_greenlet_of_its_parent_holds(run_script, kind):
+    """The copy of the greenlet leaves its ``with`` in the child, also if it gets ECANCELED there."""
+    run_script(f'''
+        def main(context):
+            lock = context.{kind}()
+            reading, writing = os.pipe()
+
+            def use():
+                with lock:
+                    os.read(reading, 1)
+
+            user = gevent.spawn(use)
+            gevent.sleep(0.02)
+            pid = os.fork()
+            if pid == 0:
+                gevent.get_hub().exception_stream = None
+                user.kill()
+                taken = lock.acquire(False)
+                os._exit(taken)
+            status = os.waitpid(pid, 0)[1]
+            assert status == 0, 'the child took the lock of its parent'
+            assert not gevent.spawn(lock.acquire, False).get(), 'the child released the lock of its parent'
+            os.write(writing, b'x')
+            all_of(user)
+            assert lock.acquire(False)
+    ''')
+
+
 def test_waiter_that_is_killed_with_the_unit_in_its_hand_gives_it_back(run_script):
     run_script('''
         def main(context):
