@@ -2,6 +2,9 @@ import os
 
 from greenaio._fallback import StrPath
 
+LEASE_MIN: float
+LEASE_MAX: float
+
 def open(path: StrPath, flags: int, mode: int = ..., *, dir_fd: int | None = ...,
          io_mode: str | None = ...) -> int: ...
 def open_here(path: StrPath, flags: int, mode: int, *, io_mode: str | None = ...) -> int: ...

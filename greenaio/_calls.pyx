@@ -31,7 +31,7 @@ from greenaio._engine cimport CALL, Engine, Request, meetings, meetings_under_wa
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk, block_size,
+    ANSWER, APPEND, AT_ONCE, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk, block_size,
     c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_there, path_at_hand,
     stat_there,
 )
@@ -384,12 +384,13 @@ def give_number(object raw, int fd):
     return True
 
 
-def lseek(int fd, int64_t offset, int whence, bint may_wait=False):
-    """In line, where that needs to look at nothing that could have to be fetched."""
-    cdef Known known
+def lseek(int fd, int64_t offset, int whence):
+    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock: a file
+    that the kernel makes up is locked until its read returns, also that of a killed greenlet."""
+    cdef Known known = _open_file(fd)
     cdef int64_t result
-    if whence > SEEK_END or whence == SEEK_END and not know(fd, None).device.is_local:
-        known = _open_file(fd)
+    if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local
+            or known.kind & (ANSWER | AT_ONCE) == ANSWER):
         result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
         if result < 0:
             raise failed(result, None)

@@ -374,6 +374,10 @@ class File:
         return _stat.S_IFMT(posix.fstat(self.fileno()).st_mode)
 
     @property
+    def _may_answer_late(self) -> bool:
+        return False            # nothing looked
+
+    @property
     def device(self) -> int:
         st = posix.fstat(self.fileno())
         return st.st_rdev if _stat.S_ISBLK(st.st_mode) else st.st_dev

@@ -345,6 +345,11 @@ cdef class File:
         return stat.S_IFMT(self._known.mode)
 
     @property
+    def _may_answer_late(self):
+        """Whether the kernel makes its bytes up, and that may take long."""
+        return self._known.kind & (ANSWER | AT_ONCE) == ANSWER
+
+    @property
     def device(self):
         """The device that the bytes are on: ``st_dev``, or ``st_rdev`` of a block device."""
         self._open_fd()

@@ -5,6 +5,8 @@ from gevent.hub import Hub
 from greenaio._context import Context
 from greenaio._engine import Engine, Request, Tally
 from greenaio._threads import Inbox
+from greenaio._uninterrupted import REFUSED as REFUSED
+from greenaio._uninterrupted import inside as inside
 
 RETRY_MIN: float
 RETRY_MAX: float

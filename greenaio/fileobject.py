@@ -102,6 +102,7 @@ class FileIO(io.FileIO):
     _fd = -1
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
+    _answers_late = False               # the kernel makes its bytes up, and may take long for that
     _appends = False                    # each write goes to the end, which is ours to find ...
     _end: _End | None = None            # ... here
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
@@ -172,6 +173,7 @@ class FileIO(io.FileIO):
         else:
             self._take_from_server(fd, mode)
         self._file, self._fd, self.name = file, fd, name
+        self._answers_late = file._may_answer_late
 
     def _take_from_server(self, fd: int, mode: str) -> None:
         """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer.
@@ -400,7 +402,7 @@ class FileIO(io.FileIO):
             return self._seek(offset, whence)
 
     def _seek(self, offset: int, whence: int) -> int:
-        if whence < os.SEEK_END or not can_wait():
+        if not can_wait() or whence < os.SEEK_END and not self._answers_late:
             return super().seek(offset, whence)
         return _calls.lseek(self.file.fileno(), offset, whence)
 

@@ -550,6 +550,19 @@ def test_device_that_epoll_refuses_is_asked_in_a_thread(engine):
         assert engine.lent_total == before + 4
 
 
+@pytest.mark.parametrize('path, threads', [
+    ('/proc/self/maps', 1), ('/proc/self/stat', 0), ('/etc/hostname', 0)])
+def test_seek_of_a_file_whose_read_may_wait_is_left_to_a_thread(path, threads):
+    """A read that was timed out goes on, and has the lock that the seek takes, too."""
+    with greenaio.open(path, 'rb', 0) as file:
+        expected = file.read(10)
+        before = _hub.tally().lent_total
+        assert file.seek(0) == 0
+        assert _hub.tally().lent_total - before == threads
+        assert file.seek(2, os.SEEK_CUR) == 2
+        assert path == '/proc/self/stat' or file.read(8) == expected[2:]
+
+
 @pytest.mark.parametrize('read', [lambda fd: greenaio.os.read(fd, 8192),
                                   lambda fd: greenaio.open(fd, 'rb', 0, closefd=False).read(8192)],
                          ids=['os', 'file'])
