@@ -554,7 +554,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
     cdef object keep
     cdef char *at
     cdef int64_t got = 0, more
-    cdef uint64_t began = coarse_ns()
+    cdef uint64_t began
     cdef Request request
     cdef AlignedBuffer buffer
     if n > IN_LINE_MAX:                 # then a short result is cut without a copy
@@ -568,6 +568,7 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         known = know(fd, name)
     if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()) and not (
             known is not None and known.kind & ANSWER):
+        began = coarse_ns()
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
             if coarse_ns() - began > WAITED_NS:
@@ -813,12 +814,13 @@ def _write_in_turn(Known known, Request request, memory):
 cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
-    cdef uint64_t began = coarse_ns()
+    cdef uint64_t began
     driver.check_caller()
     if request.flags & RWF_NOWAIT or in_line(known, wanted, request.fd, request.offset) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
     if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER) and not (
             any_busy() and known.device.pool().all_busy()):
+        began = coarse_ns()
         while True:
             more = _now(request, request.flags | RWF_NOWAIT)
             if coarse_ns() - began > WAITED_NS:
