@@ -1,53 +1,32 @@
-"""Does the suite see what it is for? ``python -m tests.mutants [NAME ...]``: each patch of this folder breaks
-one promise. It is applied to a built copy of the project, and the tests that it names must fail there. Prints
-which test caught which; one that passes them all is a hole in the suite.
+"""Show that the suite notices a broken promise: ``python -m tests.mutants [NAME ...]``.
+
+Each mutant of this folder breaks one promise of the code (`edits` says how it is written). It is applied
+to a built copy of the project, where at least one of its tests must fail. The command prints the first
+test that failed for each mutant. A mutant that passes its tests is a hole in the suite.
+
+``python -m tests.mutants --fit`` says in a second which mutants no longer find their place in the code.
 """
 
 import argparse
 import concurrent.futures
 import os
+import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-TIMEOUT = 400                   # seconds for the tests of one mutant: one that hangs is caught, too
+from tests.mutants.edits import HERE, ROOT, Mutant, Sources, names
 
-
-def names():
-    return sorted(name[:-6] for name in os.listdir(HERE) if name.endswith('.patch'))
-
-
-def read(name):
-    """The patch's text: a line that says what it breaks, one that names tests, the diff."""
-    with open(os.path.join(HERE, f'{name}.patch')) as file:
-        return file.read()
-
-
-def tests_of(name):
-    return re.search(r'^Tests: (.*)$', read(name), re.MULTILINE)[1].split()
+# Seconds for the tests of one mutant. A mutant that hangs is caught, too.
+TIMEOUT = 400
 
 
 def copy_to(folder):
-    """The project as it is here, with what was built, so that only what a patch touches is built again."""
+    """Copy the project with its built modules, so that only an edited module is built again."""
     shutil.copytree(ROOT, folder, symlinks=True,
-                    ignore=shutil.ignore_patterns('.git', '__pycache__', '.*_cache', '.hypothesis'))
-
-
-def apply(name, folder, *options):
-    command = ['patch', '-p1', '-s', '-F0', *options]
-    subprocess.run(command, input=read(name), cwd=folder, text=True, check=True)
-
-
-def fits(name):
-    try:
-        apply(name, ROOT, '--dry-run')
-    except subprocess.CalledProcessError:
-        return False
-    return True
+                    ignore=shutil.ignore_patterns('.git', '.venv', '__pycache__', '.*_cache', '.hypothesis'))
 
 
 def build(folder):
@@ -79,47 +58,54 @@ def first_failure(folder, tests):
     return failed[0] + how
 
 
-def catch(name, built):
+def catch(mutant, built):
     with tempfile.TemporaryDirectory(prefix='greenaio-mutant-') as folder:
-        folder = os.path.join(folder, 'greenaio')
-        shutil.copytree(built, folder, symlinks=True)
-        apply(name, folder)
-        build(folder)
-        return first_failure(folder, tests_of(name))
+        copy = os.path.join(folder, 'greenaio')
+        shutil.copytree(built, copy, symlinks=True)
+        mutant.write(pathlib.Path(copy))
+        build(copy)
+        return first_failure(copy, mutant.tests)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog='python -m tests.mutants', description=__doc__)
-    parser.add_argument('names', nargs='*', metavar='NAME', default=names(),
-                        help='all, unless some are named')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count())
-    parser.add_argument('--dry-run', action='store_true', help='only see whether they fit the code')
-    arguments = parser.parse_args()
-    for name in arguments.names:
-        if name not in names():
-            parser.error(f'there is no {name}.patch in {HERE}')
+def print_misfits(mutants):
+    """Print which of *mutants* do not fit the code; return how many they are."""
+    sources = Sources()
+    misfits = {mutant.name: reason for mutant in mutants if (reason := mutant.misfit(sources))}
+    for name, reason in misfits.items():
+        print(f'{name}: {reason}')
+    return len(misfits)
+
+
+def print_catches(mutants, jobs):
+    """Run *mutants*, print which test caught which; return how many were not caught."""
     missed = 0
-    if arguments.dry_run:
-        for name in arguments.names:
-            if not fits(name):
-                print(f'does not fit: {name}')
-                missed += 1
-        return 1 if missed else 0
     with tempfile.TemporaryDirectory(prefix='greenaio-mutant-') as folder:
         built = os.path.join(folder, 'greenaio')
         copy_to(built)
         build(built)
-        for test in sorted({test for name in arguments.names for test in tests_of(name)}):
+        for test in sorted({test for mutant in mutants for test in mutant.tests}):
             if failure := first_failure(built, [test]):
-                print(f'fails without any mutant: {failure}')
-                return 2
-        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-            results = pool.map(lambda name: catch(name, built), arguments.names)
-            for name, caught in zip(arguments.names, results):
-                print(f'{name:32} {caught or "NOT CAUGHT"}', flush=True)
+                sys.exit(f'fails without any mutant: {failure}')
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for mutant, caught in zip(mutants, pool.map(lambda mutant: catch(mutant, built), mutants)):
+                print(f'{mutant.name:32} {caught or "NOT CAUGHT"}', flush=True)
                 missed += caught is None
-    print(f'{len(arguments.names) - missed} of {len(arguments.names)} mutants caught')
-    return 1 if missed else 0
+    print(f'{len(mutants) - missed} of {len(mutants)} mutants caught')
+    return missed
+
+
+def main():
+    parser = argparse.ArgumentParser(prog='python -m tests.mutants', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='*', metavar='NAME', default=names(), help='by default all')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    parser.add_argument('--fit', action='store_true', help='only check that each finds its place in the code')
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in names():
+            parser.error(f'there is no {name}.mutant in {HERE}')
+    mutants = [Mutant.read(name) for name in arguments.names]
+    return 1 if print_misfits(mutants) or not arguments.fit and print_catches(mutants, arguments.jobs) else 0
 
 
 if __name__ == '__main__':
