@@ -339,15 +339,7 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
         with File(src, dir_fd=here) as source:
             if source.kind == stat.S_IFDIR:     # before the target is emptied
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
-            try:
-                # There is nothing to look at first, and that costs nothing.
-                target = File(dst, NEW | os.O_EXCL, dir_fd=here)
-            except FileExistsError as error:
-                if was_thrown(error):
-                    raise
-                _refuse_same(one, src, dst, here)
-                target = File(dst, NEW | os.O_TRUNC, dir_fd=here)
-            with target:
+            with _open_target(dst, one, src, here) as target:
                 _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
     return dst
 
@@ -365,6 +357,23 @@ def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
     finally:
         if here is not None:
             _calls.close(here, may_wait=False)  # not before an open that is with a thread
+
+
+def _open_target(dst: StrPath, one: os.stat_result | None, src: StrPath, here: int | None) -> File:
+    """The file *dst*, emptied. *one* is the stat of *src*, which must be another file."""
+    try:
+        # There is nothing to look at first, and that costs nothing.
+        return File(dst, NEW | os.O_EXCL, dir_fd=here)
+    except FileExistsError as error:
+        if was_thrown(error):
+            raise
+        _refuse_same(one, src, dst, here)
+        return File(dst, NEW | os.O_TRUNC, dir_fd=here)
+    except IsADirectoryError as error:
+        if was_thrown(error) or _checked(dst, here):
+            raise
+        # The kernel takes a name that ends in a slash for a directory, which is not there: say that.
+        raise FileNotFoundError(f'Directory does not exist: {os.fsdecode(dst)}') from error
 
 
 def _is_link(name: StrPath, here: int | None) -> bool:

@@ -615,6 +615,18 @@ def test_copy_of_a_folder_leaves_the_target_alone(folder):
     assert not os.path.exists(target + '2')
 
 
+@pytest.mark.parametrize('name', ['missing/', 'there/', 'folder/'])
+def test_copy_to_a_name_with_a_slash_at_its_end_says_what_is_not_there(folder, name):
+    source, target = make(folder, 10), os.path.join(folder, name)
+    make(folder, 10, 'there')
+    os.mkdir(os.path.join(folder, 'folder'))
+    with pytest.raises(OSError) as wanted:
+        shutil.copyfile(source, target)
+    with pytest.raises(OSError) as caught:
+        greenaio.copyfile(source, target)
+    assert (type(caught.value), str(caught.value)) == (type(wanted.value), str(wanted.value))
+
+
 def test_copy_of_a_link_refuses_what_shutil_refuses(folder):
     source = make(folder, 10)
     os.mkfifo(source + '-fifo')
