@@ -153,7 +153,7 @@ typedef struct {
 static allocator theirs[3];
 static __thread int looking;
 
-enum { OURS, SOMEBODYS, PYTHONS, HIDDEN, NEW_ROW };
+enum { OURS, SOMEBODYS, PYTHONS, HIDDEN, NEW_ROW, CALL };
 
 static int whose(void *address)
 {
@@ -178,7 +178,8 @@ static int whose(void *address)
                            || !strcmp(info.dli_sname, "PyCode_NewEmpty")))
         return known[i].whose = SOMEBODYS;
     return known[i].whose = !info.dli_sname ? HIDDEN
-        : strcmp(info.dli_sname, "_PyObject_GC_NewVar") ? PYTHONS : NEW_ROW;
+        : !strcmp(info.dli_sname, "_PyObject_GC_NewVar") ? NEW_ROW
+        : !strcmp(info.dli_sname, "_PyFunction_Vectorcall") ? CALL : PYTHONS;
 }
 
 struct look {
@@ -193,8 +194,11 @@ static _Unwind_Reason_Code look_at(struct _Unwind_Context *frame, void *at)
         return _URC_NO_REASON;
     look->was = look->found;
     look->found = whose((void *)_Unwind_GetIP(frame));
-    /* The object of a Python frame: 3.11 loses the exception that is on its way where it can't have one. */
-    if (look->was == NEW_ROW && look->found == HIDDEN)
+    /* The object of a Python frame. Where a function ends by an exception and there is no memory for the object
+       of the frame below, Python 3.11 to 3.13 loses the exception (python/cpython#131173). The function that makes
+       the object has no name. In Debian's Python the compiler put _PyObject_GC_NewVar into it, and
+       _PyFunction_Vectorcall calls it. */
+    if (look->found == HIDDEN ? look->was == NEW_ROW : look->found == CALL && look->was == HIDDEN)
         look->found = SOMEBODYS;
     return look->found >= PYTHONS && look->frames < 16 ? _URC_NO_REASON : _URC_END_OF_STACK;
 }
