@@ -63,18 +63,21 @@ cdef struct way:
     int permissions
     void *answer        # ... and for stat, where its answer goes
     bint opens
-    bint is_local       # no server is asked
+    bint is_local       # no server is asked where the walk is ...
+    bint passes_a_server    # ... but one is on the way there
     bint is_alone       # the thread is no disk's
     bint is_patient     # an open waits in the kernel for the process that has a lease on the file
 
 cdef class Walk:
     cdef bytes path
     cdef object keep                # what else `way` points into
+    cdef tuple servers              # the numbers of the devices on the way that are not local
     cdef way *way
 
     cdef int _begin(self) except -1
     cdef Pool go_on(self)
-    cdef Pool _pool(self, Device device)
+    cdef Device _device(self)
+    cdef Pool _pool_to_end(self, Device device)
     cdef bint is_in_memory(self) except -1
     cdef int arrive(self) noexcept
 

@@ -823,9 +823,17 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 #     come far, or stop at once, on B
 #                                        ARRIVED: makes the call, by the path as it was given
 #
-# The walk decides only where to wait. The call itself takes the whole path once more, from the cache now, so all
-# that the kernel checks on the way to a file, it checks. If the path changes in between, the call may wait with
-# the threads of the wrong device; that is as much as a walk without locks can promise.
+# The walk decides only where to wait. The call itself takes the whole path again, so all that the kernel checks
+# on the way to a file, it checks. A local disk has its names cached by then. A server may be asked for its names
+# again, so behind a server A the call is made by threads of the pair (A, B), which hold up no call that uses only
+# B:
+#
+#                                        ARRIVED on B: gives it back, too
+#     passes A again
+#                                        of the pair: makes the call
+#
+# If the path changes in between, or the cache forgets a name of the way to the first directory, the call may
+# wait with the threads of the wrong device; that is as much as a walk without locks can promise.
 
 cdef void _let_go(way *this) noexcept nogil:
     """Close all that the walk has open: a call that waits needs no fds besides its own."""
@@ -909,8 +917,8 @@ cdef int _jump(way *this) noexcept nogil:
 
 
 cdef int _walk(way *this, bint may_wait) noexcept nogil:
-    """Walk on. Return ARRIVED; STOPPED, if the next step would have to wait for `device`; or, with *may_wait*,
-    CROSSED as soon as it is on another device."""
+    """Walk on. Return ARRIVED; STOPPED, if the next step would have to wait for `device`; or CROSSED as soon as
+    it is on another device, where it may have arrived."""
     cdef int fd
     cdef bint is_other
     while True:
@@ -954,10 +962,15 @@ cdef int _walk(way *this, bint may_wait) noexcept nogil:
             if this.folder >= 0:
                 close_fd(this.folder)
             this.folder = fd
-        if is_other and may_wait:
+        if is_other:
             return CROSSED
         if this.is_over:
             return ARRIVED
+
+
+cdef bint _has_to_go_on(way *this) noexcept nogil:
+    """In a thread: walk on; return whether the call is for other threads."""
+    return not this.is_over and (_walk(this, True) == CROSSED or this.passes_a_server)
 
 
 cdef bint _waits_for_a_peer(way *this) noexcept nogil:
@@ -975,7 +988,7 @@ cdef long open_there(void *arg) noexcept nogil:
     cdef way *this = <way *>arg
     cdef int fd
     cdef int mode
-    if not this.is_over and _walk(this, True) == CROSSED:
+    if _has_to_go_on(this):
         return GO_ON
     if _waits_for_a_peer(this) and not this.is_alone:
         return GO_ON
@@ -991,7 +1004,7 @@ cdef long open_there(void *arg) noexcept nogil:
 cdef long stat_there(void *arg) noexcept nogil:
     """In a thread: walk on, then stat. Or GO_ON, see `open_there`."""
     cdef way *this = <way *>arg
-    if not this.is_over and _walk(this, True) == CROSSED:
+    if _has_to_go_on(this):
         return GO_ON
     _let_go(this)
     return 0 if fstatat(this.dir_fd, this.path, <c_stat *>this.answer, this.flags) == 0 else -c_errno
@@ -1003,7 +1016,7 @@ cdef class Walk:
 
     def __cinit__(self, bytes path, int dir_fd, bint follows):
         cdef way *this
-        self.path = path
+        self.path, self.servers = path, ()
         self.way = this = <way *>calloc(1, sizeof(way))
         if this == NULL:
             raise MemoryError
@@ -1044,25 +1057,37 @@ cdef class Walk:
 
     cdef Pool go_on(self):
         """Walk on without a wait. Return the threads with which the rest of it has to wait."""
-        cdef Device device
-        while True:
-            if self.way.is_over or _walk(self.way, False) == ARRIVED:
-                break
-            device = device_of(self.way.device, self.way.mount)
-            if not (device.in_memory or device.answers):
-                return self._pool(device)
-            # There even a look-up that is not cached waits for nothing. The links of /proc lead to files, not to
-            # the paths that they name.
-            self.way.jumps = device.file_system == 'proc'
-            _walk(self.way, True)
-            self.way.jumps = False
-        device = device_of(self.way.device, self.way.mount)
+        cdef Device device = self._device()
+        while not self.way.is_over:
+            if _walk(self.way, False) == STOPPED:
+                if not (device.in_memory or device.answers):
+                    return device.pool()
+                # There even a look-up that is not cached waits for nothing. The links of /proc lead to files,
+                # not to the paths that they name.
+                self.way.jumps = device.file_system == 'proc'
+                _walk(self.way, True)
+                self.way.jumps = False
+            device = self._device()
         self.way.is_alone = self.way.is_patient or _waits_for_a_peer(self.way)
-        return lone_threads() if self.way.is_alone else self._pool(device)
+        return lone_threads() if self.way.is_alone else self._pool_to_end(device)
 
-    cdef Pool _pool(self, Device device):
+    cdef Device _device(self):
+        """The device where the walk is, and note it if it is a server: `_walk` stops at each one for that."""
+        cdef Device device = device_of(self.way.device, self.way.mount)
         self.way.is_local = device.is_local
-        return device.pool()
+        if not device.is_local and device.number not in self.servers:
+            self.servers += device.number,
+        self.way.passes_a_server = len(self.servers) > (device.number in self.servers)
+        return device
+
+    cdef Pool _pool_to_end(self, Device device):
+        """The threads for the call, which passes all servers again and ends on *device*."""
+        if not self.way.passes_a_server:
+            return device.pool()
+        devices = [number for number in self.servers if number != device.number]
+        if not (device.in_memory or device.answers):
+            devices.append(device.number)
+        return pool_of(tuple(devices) if len(devices) > 1 else devices[0])
 
     cdef bint is_in_memory(self) except -1:
         """Whether the walk itself, which waited for nothing, tells all that a stat would: `way.end` or `way.error`."""

@@ -1,7 +1,9 @@
 """A file system of one file whose operations fail on demand: ``python faulty.py MOUNT CONTROL``.
 
 The control file holds lines "operation errno", for read, write and fsync; operations that are not named
-there work. An ioctl makes a file beside it. A flush waits as long as there is a file CONTROL-flush. Further
+there work. An ioctl makes a file beside it. A flush waits as long as there is a file CONTROL-flush. There are
+directories, of any name that begins with "folder", and links, "link...", to the path that CONTROL-link names.
+As long as there is a file CONTROL-again, each of these is found once, and the second look-up waits. Further
 arguments are options of the mount, such as ``attr_timeout=0`` or ``default_permissions=True``.
 """
 
@@ -20,6 +22,7 @@ class Faulty(mfusepy.Operations):
     def __init__(self, control):
         self.control = control
         self.data = bytearray(SIZE)
+        self.seen = set()
 
     def _fail(self, operation):
         with open(self.control) as file:
@@ -28,8 +31,21 @@ class Faulty(mfusepy.Operations):
                 if name == operation:
                     raise mfusepy.FuseOSError(getattr(errno, code))
 
+    def _wait_while(self, name):
+        while os.path.exists(f'{self.control}-{name}'):
+            time.sleep(0.01)
+
+    def _find(self, path):
+        if path in self.seen:
+            self._wait_while('again')
+        self.seen.add(path)
+
     def getattr(self, path, fh=None):
-        if path == '/':
+        if path.startswith('/link'):
+            return {'st_mode': stat.S_IFLNK | 0o777, 'st_nlink': 1}
+        if path == '/' or path.startswith('/folder'):
+            if path != '/':
+                self._find(path)
             return {'st_mode': stat.S_IFDIR | 0o755, 'st_nlink': 2}
         if path == '/data':
             return {'st_mode': stat.S_IFREG | 0o644, 'st_nlink': 1, 'st_size': SIZE}
@@ -37,6 +53,11 @@ class Faulty(mfusepy.Operations):
 
     def readdir(self, path, fh):
         return ['.', '..', 'data']
+
+    def readlink(self, path):
+        self._find(path)
+        with open(self.control + '-link') as file:
+            return file.read()
 
     def open(self, path, flags):
         return 0
@@ -55,8 +76,7 @@ class Faulty(mfusepy.Operations):
             raise mfusepy.FuseOSError(errno.ENOTTY)
 
     def flush(self, path, fh):
-        while os.path.exists(self.control + '-flush'):
-            time.sleep(0.01)
+        self._wait_while('flush')
         return 0
 
     def fsync(self, path, datasync, fh):
@@ -65,6 +85,6 @@ class Faulty(mfusepy.Operations):
 
 
 if __name__ == '__main__':
-    mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True, nothreads=True,
-                 **{name: value == 'True' or value
-                    for name, value in (option.split('=') for option in sys.argv[3:])})
+    mfusepy.FUSE(Faulty(sys.argv[2]), sys.argv[1], foreground=True,
+                 **{name: {'True': True, 'False': False}.get(value, value)
+                    for name, value in (option.split('=') for option in ['nothreads=True', *sys.argv[3:]])})

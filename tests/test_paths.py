@@ -360,6 +360,58 @@ def test_path_into_a_hung_mount_holds_up_no_disk_that_it_begins_on(server, disk_
     run_python(HUNG, disk_folder, server.mount, server.process.pid, way)
 
 
+OUT_OF_HUNG = '''
+import gevent, greenaio, greenaio.os, os, sys
+from greenaio import File
+folder, mount, again, way = sys.argv[1:]
+paths = []
+for i in range(3 * greenaio.config.threads):
+    with open(f'{folder}/{i}', 'w'):
+        pass
+    names = {'link': f'{mount}/link-{i}',
+             'folder of it': f'{mount}/folder-{i}/{os.path.relpath(folder, mount + "/a")}',
+             'by number': f'link-{i}', 'working directory': f'link-{i}'}
+    paths.append(f'{names[way]}/{i}')
+fd = os.open(mount, os.O_PATH) if way == 'by number' else None
+if way == 'working directory':
+    os.chdir(mount)
+with open(again, 'w'):
+    waiting = [gevent.spawn(greenaio.os.stat, path, dir_fd=fd) if i % 2 else
+               gevent.spawn(greenaio.os.open, path, os.O_RDWR, dir_fd=fd) for i, path in enumerate(paths)]
+try:
+    gevent.sleep(0.5)
+    with gevent.Timeout(10), File(f'{folder}/other', os.O_WRONLY | os.O_CREAT) as file:
+        file.pwrite(b'x', 0)
+    assert not any(greenlet.ready() for greenlet in waiting)
+finally:
+    os.unlink(again)
+for path, greenlet in zip(paths, waiting):
+    found = greenlet.get(timeout=20)
+    assert os.path.samestat(found if isinstance(found, os.stat_result) else os.fstat(found),
+                            os.stat(path, dir_fd=fd))
+os._exit(0)
+'''
+
+
+@pytest.mark.parametrize('way', ['link', 'folder of it', 'by number', 'working directory'])
+def test_path_out_of_a_hung_mount_holds_up_no_disk_that_it_leads_to(tmp_path, disk_folder, way):
+    """
+        greenlet                    server          disk
+        looks the name up           answers
+        follows it                                  answers
+        makes the call: looks       hangs
+        the name up again
+    """
+    server = Server(str(tmp_path), nothreads=False)
+    try:
+        with open(f'{server.control}-link', 'w') as file:
+            file.write(disk_folder)
+        run_python(OUT_OF_HUNG, disk_folder, server.mount, f'{server.control}-again', way,
+                   env={'GREENAIO_THREADS': '2'})
+    finally:
+        server.close()
+
+
 def test_links_are_followed_as_far_as_the_kernel_follows_them(folder):
     path = os.path.join(folder, 'file')
     with open(path, 'w') as file:
