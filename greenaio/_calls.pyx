@@ -18,7 +18,6 @@ from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EBADF, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
-from posix.fcntl cimport open as open_fd
 from posix.unistd cimport close as close_fd
 
 from gevent import sleep
@@ -181,10 +180,11 @@ cdef class _Place:
 
 
 def working_directory():
-    """Return a new O_PATH fd of the working directory. Audit hooks don't see it: the program opens nothing."""
-    cdef int fd = open_fd('.', O_PATH | O_CLOEXEC)
+    """Return a new O_PATH fd of the working directory. Audit hooks don't see it: the program opens nothing.
+    Raises OSError where a server would have to be asked whether the directory may be searched."""
+    cdef int fd = folder_at_hand()
     if fd < 0:
-        raise failed(-c_errno, None)
+        raise failed(fd, None)
     return fd
 
 

@@ -346,8 +346,9 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
 
 @contextlib.contextmanager
 def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
-    """An fd of the directory in which relative *paths* begin: later it may be another. None
-    where that makes no difference, or without a free fd."""
+    """An fd of the directory in which relative *paths* begin: later it may be another. None where that makes
+    no difference, without a free fd, or where a server has to be asked: then each look-up asks it in a
+    thread."""
     here = None
     with contextlib.suppress(OSError):
         if not all(map(os.path.isabs, paths)):

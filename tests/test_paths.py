@@ -548,24 +548,28 @@ def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
         server.process.send_signal(signal.SIGCONT)
 
 
-def test_working_directory_on_a_server_that_hangs_is_not_asked_for_in_the_hub(tmp_path):
+@pytest.mark.parametrize('call', ['stat', 'copyfile'])
+def test_working_directory_on_a_server_that_hangs_is_not_asked_for_in_the_hub(tmp_path, call):
     server = Server(str(tmp_path), default_permissions=True)
     try:
         run_python('''
-            import gevent, greenaio.os, os, subprocess, sys
+            import gevent, greenaio, greenaio.os, os, select, shutil, subprocess, sys
             freeze = subprocess.Popen(['sh', '-c', f'read go; kill -STOP {sys.argv[2]}; echo; sleep 5; '
-                                      f'kill -CONT {sys.argv[2]}'], stdin=-1, stdout=-1)
+                                      f'echo; kill -CONT {sys.argv[2]}'], stdin=-1, stdout=-1)
             os.chdir(sys.argv[1])
             wanted = greenaio.os.stat('data').st_size
             freeze.stdin.write(b'go' + os.linesep.encode())
             freeze.stdin.flush()
             freeze.stdout.readline()
-            waiting = gevent.spawn(greenaio.os.stat, 'data')
+            if sys.argv[3] == 'stat':
+                waiting = gevent.spawn(lambda: greenaio.os.stat('data').st_size)
+            else:
+                waiting = gevent.spawn(lambda: os.stat(greenaio.copyfile('data', sys.argv[4])).st_size)
             gevent.sleep(0.1)
-            assert freeze.poll() is None, 'the hub waited for the server'
+            assert not select.select([freeze.stdout], [], [], 0)[0], 'the hub waited for the server'
             freeze.wait()
-            assert waiting.get(timeout=10).st_size == wanted
-        ''', server.mount, str(server.process.pid))
+            assert waiting.get(timeout=10) == wanted
+        ''', server.mount, str(server.process.pid), call, tmp_path / 'copy')
     finally:
         server.close()
 
