@@ -8,6 +8,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import sys
 import textwrap
 from difflib import get_close_matches
@@ -57,15 +58,32 @@ def main() -> int:
     except ValueError as error:
         tell(error)
         return 2
-    return _main()
+    asked = next((word for word in sys.argv[1:] if not word.startswith('-')), '')
+    if asked == 'run':                      # Ctrl-C is the script's
+        return _main(asked)
+    sys.unraisablehook = _raise_again
+    try:
+        return _main(asked)
+    except KeyboardInterrupt:
+        print(f'python -m greenaio {asked}'.strip() + ': interrupted', file=sys.stderr)
+        return 130
 
 
-def _main() -> int:
+def _raise_again(what: sys.UnraisableHookArgs) -> None:
+    """Raise Ctrl-C again a millisecond later, where Python has swallowed it. Python does so in a callback,
+    such as the one that each import makes when it drops its lock."""
+    if issubclass(what.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+    else:
+        sys.__unraisablehook__(what)
+
+
+def _main(asked: str) -> int:
     parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     words = sys.argv[1:]
-    asked = next((word for word in words if not word.startswith('-')), '')
     if asked and asked not in COMMANDS:
         near = get_close_matches(asked, COMMANDS, 1)
         parser.error(f'there is no command {asked!r}' + (f', did you mean {near[0]}?' if near else ''))
@@ -90,9 +108,6 @@ def _main() -> int:
                      import_module(f'greenaio.{arguments.command}').main(arguments))
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print(f'{by_name[asked].prog}: interrupted', file=sys.stderr)
-        return 130
     except OSError as error:
         if error.filename is not None:
             raise

@@ -206,6 +206,32 @@ def test_interrupt_is_one_line_and_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+# Ctrl-C as some function of Python's begins, which the profiler is told of.
+INTERRUPTED = '''
+import os, signal, sys
+from greenaio.__main__ import main
+function, *sys.argv[1:] = sys.argv[1:]
+
+def look(frame, event, arg):
+    if event == 'call' and frame.f_code.co_name == function:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.setprofile(look)
+sys.exit(main())
+'''
+
+
+@pytest.mark.parametrize('function', [
+    'cb',                           # a weak reference of the import's calls it: its exceptions go nowhere
+    'add_arguments', '_fill', '_measure', 'worker', 'ticker'])
+def test_interrupt_anywhere_ends_the_bench(tmp_path, function):
+    done = subprocess.run([sys.executable, '-c', INTERRUPTED, function, 'bench', tmp_path, '--size', '1M',
+                           '--seconds', '60'], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'python -m greenaio bench: interrupted\n')
+    assert os.listdir(tmp_path) == []
+
+
 def test_no_command_is_one_line_and_status_2():
     done = subprocess.run([sys.executable, '-m', 'greenaio'], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
