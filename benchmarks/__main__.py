@@ -5,21 +5,23 @@ median with the lowest and the highest. What is not installed is left out, and s
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
 import re
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 try:
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.progress import MofNCompleteColumn, Progress
-except ImportError:
-    sys.exit("python -m benchmarks: rich is not installed: pip install '.[bench]'")
+    if find_spec('matplotlib') is None:
+        raise ImportError('no module matplotlib')
+except ImportError as error:
+    sys.exit(f"python -m benchmarks: {error}: pip install '.[bench]'")
 
 from benchmarks.buffered import reads, start
 from benchmarks.contest import bars_table, plot, run, table, verdicts
@@ -29,15 +31,17 @@ from benchmarks.nbd import nbd
 from benchmarks.object_server import object_server
 from benchmarks.streams import streams
 from greenaio import bench
+from greenaio.__main__ import end_on_signals, without_traceback
 
 GROUPS = {group.__name__: group for group in (
     disk, kinds, memory, many, reads, buffered, sync, streams, log, object_server, nbd, start)}
+PROG = 'python -m benchmarks'
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'performance.md'
 
 
 def arguments():
     parser = argparse.ArgumentParser(
-        prog='python -m benchmarks', description=__doc__,
+        prog=PROG, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='groups:\n' + '\n'.join(f'  {name:14} {group.__doc__}' for name, group in GROUPS.items()))
     parser.add_argument('groups', nargs='*', metavar='GROUP', help='these alone (default: all)')
@@ -45,8 +49,8 @@ def arguments():
                         help='these ways alone, where a contest has any of them')
     parser.add_argument('--folder', default=bench._real_folder(), help='on the disk (default %(default)s)')
     parser.add_argument('--memory', default='/dev/shm', help='a folder in memory (default %(default)s)')
-    parser.add_argument('--rounds', type=bench._positive(int), default=5, help='(default 5)')
-    parser.add_argument('--seconds', type=bench._positive(float), default=1.0,
+    parser.add_argument('--rounds', type=bench.number(int, 1, 10_000), default=5, help='(default 5)')
+    parser.add_argument('--seconds', type=bench.number(float, 0.01, 86_400), default=1.0,
                         help='each way in each round, where it can be chosen (default 1)')
     parser.add_argument('--output', default='benchmark-results', metavar='FOLDER',
                         help='(default %(default)s)')
@@ -84,6 +88,7 @@ def write_into(page, name, text):
 
 def main():
     options = arguments()
+    end_on_signals()
     output = pathlib.Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -99,7 +104,10 @@ def main():
         group = GROUPS[name]
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True),
                       transient=True, disable=not sys.stderr.isatty()) as progress:
-            contests = measure(group, options, progress)
+            try:
+                contests = measure(group, options, progress)
+            except bench.Failure as error:
+                sys.exit(f'{PROG}: {error}')
         if not contests:                # none of the ways that are wanted
             continue
         text, found = table(contests), verdicts(contests)
@@ -107,16 +115,16 @@ def main():
         bars += found
         plot(contests, str(group.__doc__), str(output / f'{name}.png'))
         pages.append(f'## {group.__doc__}\n\n{text}' + (f'\n{bars_table(found)}' if found else ''))
-        console.print(Markdown(pages[-1]))
-        # After each group: who interrupts this keeps what there is.
+        # After each group, because an interrupt must not cost the groups before.
         (output / 'results.json').write_text(json.dumps(report, indent=1))
         (output / 'tables.md').write_text('\n'.join(pages))
         if options.write:
             write_into(PAGE, name, text + (f'\n{bars_table(found)}' if found else ''))
+        console.print(Markdown(pages[-1]))
+    if not groups:
+        sys.exit(f'{PROG}: no group has any of the ways {", ".join(options.only)}')
     return 0
 
 
 if __name__ == '__main__':
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    sys.exit(without_traceback(PROG, main))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
+import errno
 import io
 import json
 import os
@@ -11,14 +13,19 @@ import runpy
 import signal
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import get_importer, read_code
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from greenaio import __version__, _config
+
+PROG = 'python -m greenaio'
+OUTPUT = 'standard output'
 
 # What each is for. A command's arguments, and all that it imports, come when it is the one that is asked for.
 COMMANDS = {
@@ -49,41 +56,126 @@ class _Help(argparse.HelpFormatter):
                            for paragraph in text.split('\n\n'))
 
 
-def main() -> int:
-    def tell(problem: object) -> None:
-        print(f'python -m greenaio: {problem}', file=sys.stderr)
+_ended_by: list[int] = []       # signals
 
+
+class _Output(io.FileIO):
+    """Standard output, which its errors name: a command may fail elsewhere too."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = OUTPUT
+            raise
+
+
+def main() -> int:
+    """Run the command that sys.argv names, and return its exit status: 0, 1 for a failure or a finding, 2 for
+    a mistake of the user, 130 after Ctrl-C."""
     try:
-        _config.check_environment(tell)
+        _config.check_environment(partial(_tell, PROG))
     except ValueError as error:
-        tell(error)
+        _tell(PROG, error)
         return 2
-    asked = next((word for word in sys.argv[1:] if not word.startswith('-')), '')
-    if asked == 'run':                      # Ctrl-C is the script's
-        return _main(asked)
-    sys.unraisablehook = _raise_again
+    words = sys.argv[1:]
+    asked = next((word for word in words if not word.startswith('-')), '')
+    if asked == 'run':
+        return _main(asked, words)      # its files and its output are those of the script
+    return without_traceback(f'{PROG} {asked}'.rstrip(), partial(_main, asked, words))
+
+
+def without_traceback(prog: str, work: Callable[[], int]) -> int:
+    """Return what *work* returns, or the exit status of how it failed: for Ctrl-C, for an error of the system
+    and for output that nothing takes, *prog* and a line stand on standard error."""
+    _open_standard_files()
+    sys.unraisablehook = _end_again
     try:
-        return _main(asked)
+        with _named_output():
+            return work()
     except KeyboardInterrupt:
-        print(f'python -m greenaio {asked}'.strip() + ': interrupted', file=sys.stderr)
+        _tell(prog, 'interrupted')
+        return 130
+    except BrokenPipeError:             # ``head`` closes its pipe on purpose
+        return 1                        # as rich does
+    except OSError as error:
+        _tell(prog, f'{error.filename}: {error.strerror}' if error.filename and error.strerror else error)
+        return 1
+    except MemoryError:
+        _tell(prog, 'there is not enough memory')
+        return 1
+    except Exception:
+        if signal.SIGINT not in _ended_by:
+            raise
+        _tell(prog, 'interrupted')      # amid an import, where it comes out as another exception
         return 130
 
 
-def _raise_again(what: sys.UnraisableHookArgs) -> None:
-    """Raise Ctrl-C again a millisecond later, where Python has swallowed it. Python does so in a callback,
-    such as the one that each import makes when it drops its lock."""
-    if issubclass(what.exc_type, KeyboardInterrupt):
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
+def _end_again(what: sys.UnraisableHookArgs) -> None:
+    """Send the signal again, a millisecond later, if Python has swallowed its exception. It does so in a
+    callback, such as the one that each import makes when it drops its lock."""
+    if issubclass(what.exc_type, (KeyboardInterrupt, SystemExit)):
+        signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(
+            _ended_by[0] if _ended_by else signal.SIGINT))
         signal.setitimer(signal.ITIMER_REAL, 0.001)
     else:
         sys.__unraisablehook__(what)
 
 
-def _main(asked: str) -> int:
-    parser = _Parser(prog='python -m greenaio', description='Cooperative disk I/O for gevent.')
+def _open_standard_files() -> None:
+    """Open /dev/null where a number from 0 to 2 is closed: a file of ours that got that number would be
+    written to by C libraries, and by the children."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # which takes the lowest number
+    if sys.stderr is None:              # number 2 may be of a file that was opened since
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), 'w')
+
+
+def _tell(prog: str, problem: object) -> None:
+    if sys.stderr is None:              # print() would use standard output
+        return
+    try:
+        print(f'{prog}: {problem}', file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr.fileno())
+
+
+def _discard(fd: int) -> None:
+    """Lead *fd* to nowhere: Python writes at its end what could not be written before, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+@contextlib.contextmanager
+def _named_output() -> Iterator[None]:
+    """Until the end all that is printed goes through `_Output`, and all is written by then."""
+    before = sys.stdout
+    if before is not sys.__stdout__ or not isinstance(before, io.TextIOWrapper):
+        yield                           # it is closed, or captured by the program that calls us
+        return
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(before.fileno(), 'w', closefd=False)), before.encoding,
+        'backslashreplace', line_buffering=before.line_buffering)       # a path may be no text
+    try:
+        yield
+        sys.stdout.flush()
+    except SystemExit:                  # after --help
+        sys.stdout.flush()
+        raise
+    except OSError as error:
+        if error.filename == OUTPUT:
+            _discard(sys.stdout.fileno())
+        raise
+    finally:
+        sys.stdout = before
+
+
+def _main(asked: str, words: list[str]) -> int:
+    parser = _Parser(prog=PROG, description='Cooperative disk I/O for gevent.')
     parser.add_argument('--version', action='version', version=f'greenaio {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    words = sys.argv[1:]
     if asked and asked not in COMMANDS:
         near = get_close_matches(asked, COMMANDS, 1)
         parser.error(f'there is no command {asked!r}' + (f', did you mean {near[0]}?' if near else ''))
@@ -99,23 +191,36 @@ def _main(asked: str) -> int:
         (by_name[asked] if asked else parser).error(f'there is no {" ".join(unknown)}')
     if not asked:
         parser.error(f'a command is missing, one of {", ".join(COMMANDS)}')
-    if arguments.command == 'run':
+    if asked == 'run':
         return _run(arguments.script, of_script, is_module=arguments.module)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')       # a path may be no text
-    try:
-        code: int = (_print_config(arguments) if arguments.command == 'config' else
-                     import_module(f'greenaio.{arguments.command}').main(arguments))
-        sys.stdout.flush()
-        return code
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        # Standard output takes nothing: drop the rest of it, or Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):      # ``head`` closes its pipe on purpose
-            print(f'{by_name[asked].prog}: standard output: {error.strerror}', file=sys.stderr)
-        return 1                        # as rich does
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, 'Closed', OUTPUT)
+    if asked == 'config':
+        return _print_config(arguments)
+    end_on_signals()
+    code: int = import_module(f'greenaio.{asked}').main(arguments)
+    return code
+
+
+def end_on_signals() -> None:
+    """Have Ctrl-C, `kill` and a terminal that goes away end this greenlet, so that it removes what it made.
+
+    Python would raise KeyboardInterrupt in any greenlet. gevent prints a traceback of that greenlet, and in a
+    callback of C code the exception is lost."""
+    import gevent
+
+    main = gevent.getcurrent()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _ended_by.append(number)
+        error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if gevent.getcurrent() is main:
+            raise error
+        gevent.kill(main, error)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:      # as nohup makes it
+            signal.signal(number, end)
 
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:

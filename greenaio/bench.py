@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import array
 import contextlib
+import errno
+import importlib.util
 import itertools
 import json
 import os
@@ -41,6 +43,9 @@ from greenaio._show import table
 
 BATCH_MAX = 32      # requests to an io_submit, for fio:batch
 SAMPLED = 16        # of so many requests one is timed
+BLOCK_MAX = 1 << 30 # bytes: the kernel takes less than 2 GiB in one request
+MEMORY_SHARE = 0.5  # of the machine's memory: what all buffers together take at most
+DEPTH_MAX = 10_000  # greenlets: each buffer is a mapping, and a process has some 65,000 of them
 TICK = 0.001        # seconds: how often the ticker wants to run
 OFFSETS = 1 << 18   # block numbers drawn beforehand: drawing one costs as much as submitting one
 
@@ -55,6 +60,10 @@ OTHERS = PROGRAMS + PACKAGES
 
 class BadArgument(Exception):
     """Told in one line, exit status 2."""
+
+
+class Failure(Exception):
+    """A program beside us that does not do here what it is asked for."""
 
 
 @dataclass
@@ -324,7 +333,7 @@ def _qemu_img(load: Load, depth: int, engine: str = 'native') -> dict[str, Any]:
 def _qemu_seconds(load: Load, depth: int, count: int, engine: str) -> float:
     found = re.search(r'Run completed in ([\d.]+) seconds', _run(qemu_command(load, depth, count, engine)))
     if found is None:
-        raise BadArgument('qemu-img bench printed no time')
+        raise Failure('qemu-img bench printed no time')
     return max(float(found[1]), 1e-3)
 
 
@@ -390,7 +399,8 @@ def _asyncio(load: Load, depth: int, library: str) -> dict[str, Any]:
 def _run(command: list[str], stdin: str = '') -> str:
     done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     if done.returncode:
-        raise BadArgument(f'{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}')
+        said = done.stderr.strip() or f'exit status {done.returncode}'
+        raise Failure(f'{os.path.basename(command[0])} failed: {said.splitlines()[-1]}')
     return done.stdout
 
 
@@ -440,11 +450,18 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """The path to work on and how many bytes of it; made here, and removed, unless it was there."""
     path, size = arguments.path, arguments.size
     if path is None or os.path.isdir(path):
-        fd, path = tempfile.mkstemp(prefix='greenaio-bench-', dir=path or _real_folder())
+        folder = path or _real_folder()
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise BadArgument(f'{folder} has {free >> 20:,} MiB free, too few for --size {size >> 20:,} MiB')
+        fd, path = tempfile.mkstemp(prefix='greenaio-bench-', dir=folder)
         try:
-            _fill(fd, size)
-            os.close(fd)
+            with open(fd, 'wb', buffering=0):
+                _fill(fd, size)
             yield path, size
+        except OSError as error:
+            error.filename = error.filename or path
+            raise
         finally:
             os.unlink(path)
     elif not os.path.exists(path):
@@ -581,10 +598,11 @@ def _machine() -> dict[str, Any]:
 
 def parse_size(text: str) -> int:
     """Bytes, from what fio and dd understand: 4096, 4k, 256M, 1G."""
-    found = re.fullmatch(r'(\d+)([kmgt]?)(?:i?b)?', text.strip().lower())
-    if not found or not int(found[1]):
+    found = re.fullmatch(r'(\d{1,18})([kmgt]?)(?:i?b)?', text.strip().lower())
+    size = int(found[1]) << (10 * ' kmgt'.index(found[2] or ' ')) if found else 0
+    if not 0 < size < 1 << 63:
         raise argparse.ArgumentTypeError(f'{text!r} is no size such as 4096, 4k or 256M')
-    return int(found[1]) << (10 * ' kmgt'.index(found[2] or ' '))
+    return size
 
 
 def _depths(text: str) -> list[int]:
@@ -592,29 +610,28 @@ def _depths(text: str) -> list[int]:
         depths = [int(part) for part in text.split(',')]
     except ValueError:
         depths = [0]
-    if min(depths) < 1 or max(depths) > 100_000:
-        raise argparse.ArgumentTypeError(f'{text!r} is no list of depths such as 1,16,64')
-    return depths
+    if min(depths) < 1 or max(depths) > DEPTH_MAX:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no list of depths such as 1,16,64, each {DEPTH_MAX:,} at most')
+    return list(dict.fromkeys(depths))
 
 
 def _against(text: str) -> list[str]:
-    names = [name for name in text.split(',') if name]
-    for name in names:
+    names = [name for name in dict.fromkeys(text.split(',')) if name]
+    for name in names or [text]:
         if name not in OWN + ASKED_FOR + OTHERS:
             raise argparse.ArgumentTypeError(
                 f'{name!r} is none of {", ".join(OWN[1:] + ASKED_FOR + OTHERS)}')
     return names
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
+    """Return the type of an argument that is a number from *least* to *most*."""
     def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < 1e6:
-            raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:,} to {most:,}')
 
     return parse
 
@@ -626,14 +643,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=parse_size, default='256M', help='of the file (default 256M)')
     parser.add_argument('--block-size', type=parse_size, default='4k', help='(default 4k)')
     parser.add_argument('--depths', type=_depths, default='1,16,64,256', help='(default 1,16,64,256)')
-    parser.add_argument('--seconds', type=_positive(float), default=2.0, help='each (default 2)')
-    parser.add_argument('--rounds', type=_positive(int), default=1,
+    parser.add_argument('--seconds', type=number(float, 0.01, 86_400), default=2.0,
+                        help='each way at each depth (default 2)')
+    parser.add_argument('--rounds', type=number(int, 1, 10_000), default=1,
                         help='go through it all so often, and show medians (default 1)')
     parser.add_argument('--rw', choices=RW, default='randread', help='(default randread)')
     parser.add_argument('--against', type=_against, default=[], metavar='WAYS',
                         help=f'besides {", ".join(OWN)}: any of {", ".join(ASKED_FOR + OTHERS)}')
     parser.add_argument('--only', type=_against, metavar='WAYS', help='these ways and no others')
-    parser.add_argument('--poll-us', type=_positive(int), metavar='MICROSECONDS',
+    parser.add_argument('--poll-us', type=number(int, 1, 1_000_000), metavar='MICROSECONDS',
                         help='one more way: greenaio with config.poll_max_us set to this')
     parser.add_argument('--buffered', action='store_true', help='through the page cache, no O_DIRECT')
     parser.add_argument('--cache', choices=('warm', 'cold'), default='warm',
@@ -644,76 +662,133 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    # Ctrl-C is raised in the main greenlet: without this gevent prints the greenlet that it found as well.
-    gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)
     try:
         return _main(arguments)
-    except BadArgument as error:
-        print(f'greenaio bench: {error}', file=sys.stderr)
-    except OSError as error:
-        if error.filename is None:      # of standard output
-            raise
-        print(f'greenaio bench: {error.filename}: {error.strerror}', file=sys.stderr)
-    return 2
+    except (BadArgument, Failure) as error:
+        _tell(str(error))
+        return 1 if isinstance(error, Failure) else 2
+
+
+def _tell(problem: str) -> None:
+    print(f'greenaio bench: {problem}', file=sys.stderr)
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    ways = arguments.only or [*OWN, *(way for way in arguments.against if way not in OWN)]
+    for way in [way for way in ways if not _installed(way)]:
+        _tell(f'{way} is not installed, left out')
+        ways.remove(way)
+    if not ways:
+        raise BadArgument('no way is left to measure')
+    if arguments.poll_us:
+        ways.insert(1, 'greenaio+poll')
+        _greenaio_poll.limit = arguments.poll_us  # type: ignore[attr-defined]
+    with _outputs(arguments.json, arguments.plot), _bench_file(arguments) as (path, size):
+        load = Load(path, size, arguments.block_size, arguments.rw, arguments.seconds,
+                    arguments.buffered, arguments.cache)
+        _try(load)
+        results = _measure(load, ways, arguments.depths, arguments.rounds)
+        kind = f'buffered, {load.cache} cache' if load.buffered else 'O_DIRECT'
+        title = (f'{load.rw}, {load.block_size} bytes, {kind}, '
+                 f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
+        if arguments.json:
+            _write_json(arguments, load, title, results)
+        if arguments.plot:
+            _plot(results, arguments.plot, title)
+    table(COLUMNS, [_row(one) for one in results], title=title, right=COLUMNS[1:])
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise BadArgument for arguments that do not go together, before anything is made or measured."""
+    needed = arguments.block_size * max(arguments.depths)
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if arguments.block_size % 512 and not arguments.buffered:
         raise BadArgument('--block-size must be a multiple of 512, or --buffered given')
+    if arguments.block_size > BLOCK_MAX:
+        raise BadArgument(f'--block-size is at most {BLOCK_MAX >> 20:,} MiB')
     if arguments.size < arguments.block_size:
         raise BadArgument('--size is smaller than --block-size')
+    if needed > MEMORY_SHARE * memory:
+        raise BadArgument(f'{max(arguments.depths):,} requests of {arguments.block_size:,} bytes take '
+                          f'{needed >> 20:,} MiB, and this machine has {memory >> 20:,} MiB of memory')
     if arguments.cache == 'cold' and not arguments.buffered:
         raise BadArgument('--cache cold needs --buffered: O_DIRECT knows no cache')
     if arguments.rw == 'append' and {*(arguments.only or ()), *arguments.against} & set(OTHERS):
         raise BadArgument('--rw append is for the ways of our own; the others write where there is a file')
     if arguments.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise BadArgument('--plot needs matplotlib: pip install "greenaio[bench]"') from None
+        if importlib.util.find_spec('matplotlib') is None:
+            raise BadArgument('--plot needs matplotlib: pip install "greenaio[bench]"')
         if pathlib.Path(arguments.plot).suffix not in PICTURES:
             raise BadArgument(f'--plot {arguments.plot}: the name must end in {", ".join(PICTURES)}')
-    for path in filter(None, (arguments.json, arguments.plot)):
-        place = path if os.path.exists(path) else os.path.dirname(path) or '.'
-        if os.path.isdir(path) or not os.access(place, os.W_OK):
-            raise BadArgument(f'{path} cannot be written')      # before all the work, not after it
-    ways = arguments.only or [*OWN, *(way for way in arguments.against if way not in OWN)]
-    for way in [way for way in ways if not _installed(way)]:
-        print(f'greenaio bench: {way} is not installed, left out', file=sys.stderr)
-        ways.remove(way)
-    if arguments.poll_us:
-        ways.insert(1, 'greenaio+poll')
-        _greenaio_poll.limit = arguments.poll_us  # type: ignore[attr-defined]
-    with _bench_file(arguments) as (path, size):
-        load = Load(path, size, arguments.block_size, arguments.rw, arguments.seconds,
-                    arguments.buffered, arguments.cache)
-        results = _measure(load, ways, arguments.depths, arguments.rounds)
-        kind = f'buffered, {load.cache} cache' if load.buffered else 'O_DIRECT'
-        title = (f'{load.rw}, {load.block_size} bytes, {kind}, '
-                 f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
-    table(COLUMNS, [_row(one) for one in results], title=title, right=COLUMNS[1:])
-    if arguments.json:
-        with open(arguments.json, 'w') as file:
-            json.dump({'title': title, 'command': [sys.executable, '-m', 'greenaio', *sys.argv[1:]],
-                       'machine': _machine(), 'versions': _versions(),
-                       'commands': {'fio': fio_command(load, arguments.depths[0]),
-                                    'qemu-img': qemu_command(load, arguments.depths[0], 2000)},
-                       'results': results}, file, indent=1)
-    if arguments.plot:
-        _plot(results, arguments.plot, title)
-    return 0
+    named = [os.path.realpath(path) for path in (arguments.path, arguments.json, arguments.plot) if path]
+    if len(set(named)) < len(named):
+        raise BadArgument('PATH, --json and --plot must be different files')
+
+
+@contextlib.contextmanager
+def _outputs(*paths: str | None) -> Iterator[None]:
+    """Make the files that do not exist before all the work, and not after it; remove them if that fails."""
+    made: list[str] = []
+    try:
+        for path in filter(None, paths):
+            is_new = not os.path.lexists(path)
+            try:
+                open(path, 'ab').close()
+            except OSError as error:
+                raise BadArgument(f'{path}: {error.strerror}') from None
+            made += [path] * is_new
+        yield
+    except BaseException:
+        for path in made:
+            os.unlink(path)
+        raise
+
+
+def _try(load: Load) -> None:
+    """Raise BadArgument for a file that takes no request of this kind."""
+    try:
+        with load.open() as file:
+            if load.buffered:
+                return
+            os.preadv(file.fileno(), [aligned_buffer(load.block_size)], 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL or load.buffered:
+            raise
+        raise BadArgument(f'{load.path} takes no O_DIRECT request of {load.block_size} bytes; '
+                          'give another --block-size, or --buffered') from None
+
+
+def _write_json(arguments: argparse.Namespace, load: Load, title: str, results: list[dict[str, Any]]) -> None:
+    with open(arguments.json, 'w') as file:
+        json.dump({'title': title, 'command': [sys.executable, '-m', 'greenaio', *sys.argv[1:]],
+                   'machine': _machine(), 'versions': _versions(),
+                   'commands': {'fio': fio_command(load, arguments.depths[0]),
+                                'qemu-img': qemu_command(load, arguments.depths[0], 2000)},
+                   'results': results}, file, indent=1)
 
 
 def _measure(load: Load, ways: list[str], depths: list[int], rounds: int) -> list[dict[str, Any]]:
     results = {(depth, way): Result(way, depth) for depth in depths for way in ways}
+    failed: dict[str, Failure] = {}
     with _progress(rounds * len(results)) as step:
         for number in range(rounds):
             for depth in depths:
                 # Another one first in each round: a disk remembers what went before.
                 for way in ways[number % len(ways):] + ways[:number % len(ways)]:
                     step(f'{way}, depth {depth}' + (f', round {number + 1}' if rounds > 1 else ''))
+                    if way in failed:
+                        continue
                     load.prepare()
-                    results[depth, way].rounds.append(WAYS[way](load, depth))
+                    try:
+                        results[depth, way].rounds.append(WAYS[way](load, depth))
+                    except Failure as error:
+                        failed[way] = error
         if load.appending:
             load.prepare()
-    return [result.summary(load.block_size) for result in results.values()]
+    if len(failed) == len(ways):
+        raise failed[ways[0]]
+    for way, why in failed.items():
+        _tell(f'{way} is left out: {why}')
+    return [result.summary(load.block_size) for result in results.values() if result.way not in failed]

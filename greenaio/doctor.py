@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import stat
 import sys
 import time
@@ -811,19 +812,29 @@ def _examine_apart(paths: Sequence[str]) -> Report:
         os.close(reading)
         _answer(paths, writing)
     os.close(writing)
-    with open(reading, 'rb') as pipe:
-        answer = pickle.load(pipe)
-    for _ in range(int(LET_GO / 0.01)):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            break
-        time.sleep(0.01)
+    try:
+        with open(reading, 'rb') as pipe:
+            answer = pickle.load(pipe)
+    except BaseException:               # Ctrl-C; the child removes its files
+        os.kill(child, signal.SIGTERM)
+        raise
+    finally:
+        _wait_for(child)
     if isinstance(answer, BaseException):
         raise answer
     report: Report = answer
     return report
 
 
+def _wait_for(child: int) -> None:
+    for _ in range(int(LET_GO / 0.01)):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.01)
+
+
 def _answer(paths: Sequence[str], fd: int) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # of the terminal: the parent has it, too
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):

@@ -333,6 +333,15 @@ def run_example(name, *args, cwd=None, text=False, timeout=60):
                           cwd=cwd, timeout=timeout)
 
 
+def run_in_shell(command, redirection, *, before='', env=None, cwd=None):
+    """Run *command* in a shell that redirects its output; return the finished process, its output as text.
+    Python writes its output when it ends, whatever the environment of the tests says."""
+    env = {**os.environ, **(env or {})}
+    env.pop('PYTHONUNBUFFERED', None)
+    return subprocess.run(['bash', '-c', f'{before}\n"$@" {redirection}', 'bash', *map(str, command)],
+                          cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
 @pytest.fixture
 def example(request, monkeypatch):
     """The example that the test's module is about, imported."""

@@ -120,6 +120,40 @@ def test_way_that_is_not_installed_is_left_out(folder, tmp_path):
     assert 'greenaio' in done.stdout
 
 
+def test_way_that_fails_is_left_out(disk_folder, tmp_path):
+    """io_uring is forbidden in many containers; all else that was measured is worth something."""
+    fio = tmp_path / 'fio'
+    fio.write_text('#!/bin/sh\necho fio: io_queue_init: Operation not permitted >&2\nexit 1\n')
+    fio.chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    done = quick(disk_folder, '--only', 'greenaio,fio:io_uring', env=env)
+    assert done.returncode == 0
+    why = 'fio failed: fio: io_queue_init: Operation not permitted\n'
+    assert done.stderr == f'greenaio bench: fio:io_uring is left out: {why}'
+    assert 'greenaio' in done.stdout and 'fio' not in done.stdout
+    done = quick(disk_folder, '--only', 'fio:io_uring', env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', f'greenaio bench: {why}')
+
+
+def test_file_without_o_direct_is_told_before_anything_is_measured():
+    path = '/sys/kernel/vmcoreinfo'
+    if not os.path.exists(path):
+        missing('needs a file of sysfs')
+    done = quick(path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'greenaio bench: {path} takes no O_DIRECT request of 4096 bytes')
+    assert '--buffered' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_outputs_that_were_made_ahead_do_not_stay_after_a_failure(tmp_path):
+    out = tmp_path / 'out.json'
+    assert quick('/no/such/file', '--json', out).returncode == 2
+    assert os.listdir(tmp_path) == []
+    out.write_text('of yesterday')
+    assert quick('/no/such/file', '--json', out).returncode == 2
+    assert out.read_text() == 'of yesterday'
+
+
 def test_polling_is_one_more_way(disk_folder):
     done = quick(disk_folder, '--only', 'greenaio', '--poll-us', '50')
     assert done.returncode == 0, done.stderr
@@ -174,7 +208,11 @@ def test_file_that_exists_is_never_written_unless_told_to(folder):
     ['--block-size', '1000'], ['--size', '1k'], ['--rounds', '0'], ['/no/such/folder/file'],
     ['/dev/null'], ['--cache', 'cold'], ['--cache', 'hot'], ['--rw', 'append', '--against', 'fio'],
     ['--json', '/no/such/folder/x.json'], ['--unknown'], ['--poll-us', '0'], ['/tmp/no-such-file'],
-    ['--json', '/tmp'], ['--plot', '/tmp'], ['--plot', 'picture.xyz'],
+    ['--json', '/tmp'], ['--plot', '/tmp'], ['--plot', 'picture.xyz'], ['--json', '/proc/new'],
+    ['--size', '1000000T'], ['--size', f'{10 ** 30}'], ['--size', '8G', '--block-size', '4G'],
+    ['--depths', '100000'], ['--depths', '10000', '--block-size', '1G', '--size', '1G'],
+    ['--seconds', '1e-9'], ['--seconds', 'inf'], ['--rounds', f'{10 ** 30}'], ['--poll-us', '10000000'],
+    ['--only', ','], ['--json', 'a.png', '--plot', 'a.png'], ['/dev/null', '--json', '/dev/null'],
 ])
 def test_bad_arguments_are_one_line_and_status_2(arguments):
     done = run(*arguments)

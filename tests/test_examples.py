@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import EXAMPLES, run_example
+from conftest import EXAMPLES, run_example, run_in_shell
 
 TOKEN = {**os.environ, 'OBJECT_SERVER_TOKEN': 'token'}
 
@@ -82,8 +82,7 @@ SHORT = {'checksum': ('disk.img',), 'copy_tree': ('objects', 'copy'),
 def run_with_stdout(folder, name, redirection):
     """Run an example by a shell that redirects its output."""
     command = [sys.executable, EXAMPLES / f'{name}.py', *SHORT[name]]
-    return subprocess.run(['bash', '-c', f'"$@" {redirection}', 'bash', *command], cwd=folder, env=TOKEN,
-                          capture_output=True, text=True, timeout=60)
+    return run_in_shell(command, redirection, cwd=folder, env=TOKEN)
 
 
 @pytest.mark.parametrize('name', SHORT)
