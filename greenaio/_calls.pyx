@@ -609,7 +609,8 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
     A thread closes it where the close may have data to write, a server to tell, or the blocks of a file without
     a name to free. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain
     call instead. A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread
-    that frees a file without a name may close it later, and the finalizer waits for nothing."""
+    that frees a file without a name, or tells a server of the end of a reader, may close it later, and the
+    finalizer waits for nothing. A forgotten writer is closed at once: until then the file can't be executed."""
     global _left_count
     cdef Request request = None
     cdef Pool pool = None
@@ -631,7 +632,9 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
                 if error.errno == EBADF:
                     raise
                 known = None            # xfs that is shut down tells nothing, and has nothing to wait for
-            is_slow = known is not None and (known.is_nameless or (is_used or may_wait) and _close_waits(known))
+            is_slow = known is not None and (
+                known.is_nameless
+                or (is_used or may_wait or not known.kind & WRITABLE) and _close_waits(known))
             if is_slow and may_wait and not is_used and driver is None:
                 driver = _driver_to_close_with()    # the hub is newer than the file, and this its first wait
             if is_slow and may_wait and not is_used and driver is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import importlib.util
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import gevent
 import pytest
@@ -546,6 +548,33 @@ def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
             assert os.path.exists(hangs), 'the hub waited for the flush'
     finally:
         server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize('forgets', ['greenlet', 'hub'])
+@pytest.mark.parametrize('make', [lambda path: greenaio.File(path, os.O_RDONLY),
+                                  lambda path: greenaio.open(path, 'rb', 0),
+                                  lambda path: greenaio.open(path, 'rb'), greenaio.open],
+                         ids=['File', 'raw', 'buffered', 'text'])
+def test_forgotten_reader_of_a_server_that_hangs_is_not_closed_in_the_hub(server, make, forgets):
+    hangs = f'{server.control}-flush'
+    files = []
+    gevent.spawn(lambda: files.append(make(os.path.join(server.mount, 'data')))).join(10)
+    fd = files[0].fileno()
+    with subprocess.Popen(['sh', '-c', f'sleep 5; rm -f {hangs}']) as unhang, warnings.catch_warnings():
+        with open(hangs, 'w'):          # after the fork: a child closes all its files, which flushes them
+            pass
+        warnings.simplefilter('ignore', ResourceWarning)
+        if forgets == 'hub':
+            gevent.get_hub().loop.run_callback(files.clear)
+            gevent.sleep(0.01)
+        else:
+            files.clear()
+        gc.collect()
+        waited = not os.path.exists(hangs)
+        unhang.kill()
+    assert not waited, 'the hub waited for the flush'
+    os.unlink(hangs)
+    wait_until(lambda: not os.path.exists(f'/proc/self/fd/{fd}'))
 
 
 @pytest.mark.parametrize('call', ['stat', 'copyfile'])
