@@ -78,6 +78,7 @@ cdef extern from *:
     const int O_PATH
     const int O_CREAT
     const int O_EXCL
+    const int O_TRUNC
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -111,13 +112,10 @@ cdef enum:
     RWF_APPEND = 16
 
 
-cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0, long d=0, long e=0,
-                   int other_fd=-1, Pool pool=None) except? -4096:
-    """The answer of a system call that a thread of *device*, or of *pool*, makes, or minus its errno."""
-    cdef Driver driver = current_driver()
-    cdef Request request = new_call(fd, keep, number, a, b, c, d, e)
-    request.other_fd = other_fd
-    return driver.perform_by_thread(request, device.pool() if pool is None else pool)
+cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0,
+                   long d=0) except? -4096:
+    """The answer of a system call that a thread of *device* makes, or minus its errno."""
+    return current_driver().perform_by_thread(new_call(fd, keep, number, a, b, c, d), device.pool())
 
 
 cdef Pool _pool_between(Known source, Known target):
@@ -212,6 +210,7 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
         walk = Walk(place.path, place.dir_fd, not flags & O_NOFOLLOW and flags & (O_CREAT | O_EXCL) != O_CREAT | O_EXCL)
         walk.keep = place
         walk.way.opens, walk.way.flags, walk.way.permissions = True, flags, mode
+        walk.way.truncates = flags & O_TRUNC != 0
         fd = _walk(driver, walk, dir_fd, 'open', open_there)
         if fd == LEASED:
             fd = _wait_for_lease(driver, walk, dir_fd)
@@ -224,17 +223,33 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
     """What *call* says at the end of *walk*, each part of which waits with the threads of its own device."""
     cdef Request request
     cdef Pool pool
+    cdef Known known
     cdef int64_t result = GO_ON
     cdef bint is_fifo
     cdef int met
     while result == GO_ON:
         pool = walk.go_on()
-        request = new_chain(-1, walk, name, call, walk.way)
-        request.other_fd = dir_fd       # its number must not come to mean another directory
-        request.gives_fd = walk.way.opens
-        request.fifo = walk.arrive()
-        is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
-        result = driver.perform_by_thread(request, pool)
+        known, mine = walk.truncated(), None
+        try:
+            if known is not None:
+                walk.way.stops_at_end = bool(_held)
+                if walk.way.is_over and is_held(known):
+                    walk.arrive()
+                    mine = hold_range(-1, known, 0, alignment.EVERYTHING)
+            request = new_chain(-1, walk, name, call, walk.way)
+            request.other_fd = dir_fd       # its number must not come to mean another directory
+            request.gives_fd = walk.way.opens
+            request.fifo = walk.arrive()
+            request.file, request.range = known, mine       # for `_is_being_written`
+            is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
+            result = driver.perform_by_thread(request, pool)
+        except BaseException:
+            if mine is not None:
+                mine.ranges.settled = False     # it may still be emptied
+            raise
+        finally:
+            if mine is not None:
+                mine.let_go()
         if is_fifo and result >= 0 and meetings() != met and not _has_peer(<int>result):
             result = LONELY
     return result
@@ -441,11 +456,11 @@ cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1
     cdef uint64_t low, high
     for engine in all_engines():
         for request in (<Engine>engine).writes():
-            if type(request.file) is not Known or request.keep is not None and not request.keep.over:
+            if type(request.file) is not Known or request.range is not None and not request.range.over:
                 continue                # or its range, which is ours or does not overlap
             other = request.file
-            if other.inode != known.inode or other.device.number != known.device.number:
-                continue
+            if other.inode and other.inode != known.inode or other.device.number != known.device.number:
+                continue                # without an inode it may be any file there: see `Walk.truncated`
             if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND:
                 return True
             low, high = request.offset, <uint64_t>request.offset + request.nbytes
@@ -482,10 +497,10 @@ def _in_turn(int fd, Known known, int64_t start, work):
     return work_in(mine, fd, finish)
 
 
-cdef int64_t _change(Request request, Known known, int64_t start) except? -4096:
-    """The answer of a call that changes the file from *start* on."""
-    request.file, request.offset = known, start     # so `_is_being_written` finds it
-    return current_driver().perform_by_thread(request, known.device.pool())
+cdef int64_t _change(Request request, Known known, int64_t start, mine, Pool pool=None) except? -4096:
+    """The answer of a call that changes the file from *start* on, where the range *mine* is held, or None."""
+    request.file, request.offset, request.range = known, start, mine    # so `_is_being_written` finds it
+    return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)
 
 
 # Descriptors -------------------------------------------------------------------------------------
@@ -508,7 +523,7 @@ def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
 
 cdef int64_t truncate_file(int fd, Known known, int64_t length, mine=None) except? -4096:
     """0, or minus the errno. *mine* is the range that is held."""
-    return _change(new_call(fd, mine, SYS_ftruncate, fd, length), known, length)
+    return _change(new_call(fd, None, SYS_ftruncate, fd, length), known, length, mine)
 
 
 def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
@@ -516,7 +531,7 @@ def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
     cdef Known known = _open_file(number)
     cdef int64_t result
     result = _in_turn(number, known, offset, lambda mine: _change(
-        new_call(number, mine, POSIX_FALLOCATE, number, offset, length), known, offset))
+        new_call(number, None, POSIX_FALLOCATE, number, offset, length), known, offset, mine))
     if result < 0:
         raise failed(result, None)
 
@@ -537,13 +552,30 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     offsets[0] = 0 if offset_src is None else offset_src
     offsets[1] = 0 if offset_dst is None else offset_dst
     known = _open_file(source)
-    result = _call(source, known.device, memory, SYS_copy_file_range,
-                   source, 0 if offset_src is None else <long>&offsets[0],
-                   target, 0 if offset_dst is None else <long>&offsets[1], count, target,
-                   _pool_between(known, _open_file(target)))
+    cdef Known other = _open_file(target)
+    result = _copy(target, other, 0 if offset_dst is None else offset_dst, lambda: new_call(
+        source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
+        target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
     if result < 0:
         raise failed(result, None)
     return result
+
+
+cdef int64_t _copy(int target, Known other, int64_t start, make, int source, Known known) except? -4096:
+    """The answer of the call from ``make()``, which copies from *source* to *target*, from *start* on."""
+    cdef Pool pool = _pool_between(known, other)
+    cdef Request one
+
+    def work(mine):
+        cdef Request request = make()
+        request.fd, request.other_fd = target, source
+        return _change(request, other, start, mine, pool)
+
+    if other.kind & STORED:
+        return _in_turn(target, other, start, work)
+    one = make()
+    one.other_fd = target
+    return current_driver().perform_by_thread(one, pool)
 
 
 def readahead(int fd, int64_t offset, Py_ssize_t count):
@@ -558,18 +590,18 @@ def start_writing(int fd, int64_t offset, int64_t nbytes):
 
 def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     cdef int target = c_int(out_fd), source = c_int(in_fd)
-    cdef Known known
-    cdef Pool pool
+    cdef Known known, other
     cdef AlignedBuffer memory = scratch(8)
     cdef Py_ssize_t *at = <Py_ssize_t *>memory.address
     cdef int64_t result
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
-    pool = _pool_between(known, _open_file(target))
+    other = _open_file(target)
     with _fallback.using(source), _fallback.using(target):      # also while it waits for the socket
         while True:
-            result = _call(source, known.device, memory, SYS_sendfile, target, source,
-                           0 if offset is None else <long>at, count, 0, target, pool)
+            result = _copy(target, other, 0, lambda: new_call(
+                source, memory, SYS_sendfile, target, source, 0 if offset is None else <long>at, count),
+                source, known)
             if result != -EAGAIN:
                 break
             _fallback.wait_for(target, 2)       # a non-blocking socket that is full, as gevent's are

@@ -50,6 +50,7 @@ cdef class Request:
     cdef int64_t _result                # the kernel's word, once DONE
     cdef readonly object waiter         # the greenlet parked on this very request, or None
     cdef object keep                    # whatever else must live until the kernel is done
+    cdef object range                   # of the file that it changes: held for it, see `alignment`; or None
     cdef public object closer           # keeps the fd open if it was closed meanwhile
     cdef Py_buffer _view                # the pin on one buffer ...
     cdef Py_buffer *_views              # ... or on many, with the iovec that names them

@@ -267,6 +267,7 @@ cdef class Request:
             _under_way -= 1
         self.fifo = self.peer = -1
         self.keep = None
+        self.range = None
         self.file = None
         if not self.goes_again():   # else the fd must stay what it was
             self.closer = None

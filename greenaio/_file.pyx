@@ -252,8 +252,10 @@ cdef class File:
         if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
             return None
         request.pin(buffer)
+        if not reading and is_held(known):
+            return None
         if known.kind & DIRECT:
-            if _is_misaligned(known, request) or not reading and is_held(known):
+            if _is_misaligned(known, request):
                 return None
             way = _way(driver, known, request, not reading)
         request.file = known
@@ -430,7 +432,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
     may be a part, as btrfs reads one extent: the rest is asked for again, for as long as that brings something."""
     cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
     cdef unsigned int theirs = request.flags
-    cdef object turn = request.keep
+    cdef object range_held = request.range
     cdef int64_t offset = request.offset
     cdef uint64_t wanted, done = 0
     cdef Way way
@@ -451,7 +453,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known, buffers) excep
             return _in_all(done, result, writing)
         request = _again(request)
         request.flags = theirs
-        request.keep = turn
+        request.range = range_held
         request.offset = offset
         _pin(request, buffers)
         if result > 0:
@@ -768,7 +770,7 @@ def _write_misaligned(Known known, Request asked, buffers):
         cdef Request request = new_request(
             PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
         request.pin(memory)
-        request.keep = mine
+        request.range = mine
         return _direct(current_driver(), request, known, memory)
 
     def work():
@@ -805,7 +807,7 @@ def _write_in_turn(Known known, Request request, memory):
     elif not direct:
         start, end = in_pages(start, end)
     mine = _hold_to(request.fd, known, start, end)
-    request.keep = mine
+    request.range = mine
     return work_in(mine, request.fd, work)
 
 

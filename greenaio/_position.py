@@ -274,26 +274,28 @@ def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
     return taking(turns.get(fd) or turns.setdefault(fd, Turn()))
 
 
-def blocking(call: Callable[..., Any], fd: int, *args: Any) -> Any:
-    """Return ``call(fd, *args)``, one of `posix`, for a greenlet inside `uninterrupted`.
+def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any) -> Any:
+    """Return ``call(*args, **kwargs)``, one of `posix`, for a greenlet inside `uninterrupted`. The argument
+    at *place* is the fd of the file that it reads or changes.
 
     Parked greenlets may be in the middle of a read or write at the file's position, or of its sectors. Raises
     BlockingSwitchOutError if they are.
     """
+    fd = args[place]
     facts = posix.fstat(fd)
     if not is_stored(facts.st_mode):
-        return call(fd, *args)
+        return call(*args, **kwargs)
     name = call.__name__
     with turn_of(fd) if name in ('read', 'readv', 'write', 'writev') else contextlib.nullcontext():
         if name not in ('read', 'readv'):
             start, end = 0, alignment.EVERYTHING
             if name in ('pwrite', 'pwritev'):
                 try:
-                    start, end = args[1], args[1] + _nbytes([args[0]] if name == 'pwrite' else args[0])
+                    start, end = args[2], args[2] + _nbytes([args[1]] if name == 'pwrite' else args[1])
                 except (TypeError, IndexError):
-                    return call(fd, *args)      # it tells what is wrong with them
+                    return call(*args, **kwargs)    # it tells what is wrong with them
             alignment.refuse_if_held((facts.st_dev, facts.st_ino), start, end)
-        return call(fd, *args)
+        return call(*args, **kwargs)
 
 
 def _wait(fd: int, mode: int, event: int) -> bool:

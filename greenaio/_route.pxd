@@ -20,6 +20,8 @@ cdef class Nowait:
     cpdef void answered(self, bint again) noexcept
     cpdef void unsupported(self) noexcept
 
+cdef class Known
+
 cdef class Device:
     cdef readonly object number
     cdef readonly str file_system
@@ -48,7 +50,8 @@ cdef struct way:
     int end             # O_PATH: where the path leads; or -1
     uint64_t device     # what the next step may have to wait for ...
     uint64_t mount      # ... and the unique number of its mount, or 0
-    unsigned int mode   # st_mode of the end; 0 where there is none
+    uint64_t inode      # of the end ...
+    unsigned int mode   # ... and its st_mode; 0 where there is none
     int error           # minus the errno with which the walk ended; or 0
     int links           # followed
     bint follows        # the last link, too
@@ -63,6 +66,8 @@ cdef struct way:
     int permissions
     void *answer        # ... and for stat, where its answer goes
     bint opens
+    bint truncates      # a regular file that is at the end
+    bint stops_at_end   # the hub wants to know of that before the call
     bint is_local       # no server is asked where the walk is ...
     bint passes_a_server    # ... but one is on the way there
     bint is_alone       # the thread is no disk's
@@ -79,6 +84,7 @@ cdef class Walk:
     cdef Device _device(self)
     cdef Pool _pool_to_end(self, Device device)
     cdef bint is_in_memory(self) except -1
+    cdef Known truncated(self)
     cdef int arrive(self) noexcept
 
 cdef long open_there(void *arg) noexcept nogil

@@ -859,7 +859,7 @@ cdef bint _note_place(way *this, int fd) noexcept nogil:
     if facts_of(fd, b'', &found):
         return False
     is_other = found.device != this.device
-    this.device, this.mount, this.mode = found.device, found.mount, found.mode
+    this.device, this.mount, this.inode, this.mode = found.device, found.mount, found.inode, found.mode
     return is_other
 
 
@@ -970,7 +970,8 @@ cdef int _walk(way *this, bint may_wait) noexcept nogil:
 
 cdef bint _has_to_go_on(way *this) noexcept nogil:
     """In a thread: walk on; return whether the call is for other threads."""
-    return not this.is_over and (_walk(this, True) == CROSSED or this.passes_a_server)
+    return not this.is_over and (_walk(this, True) == CROSSED or this.passes_a_server
+                                 or this.stops_at_end and S_ISREG(this.mode))
 
 
 cdef bint _waits_for_a_peer(way *this) noexcept nogil:
@@ -1094,6 +1095,17 @@ cdef class Walk:
         cdef Device device = device_of(self.way.device, self.way.mount)
         return (self.way.is_over and self.way.links == 0 and (device.in_memory or device.answers)
                 and (self.way.end >= 0 or is_certain(self.way.error)))
+
+    cdef Known truncated(self):
+        """The file that the call empties, as far as it is known: without an inode it may be any file of its
+        device. None if it empties none."""
+        if not self.way.truncates or self.way.is_over and not S_ISREG(self.way.mode):
+            return None
+        cdef Known known = Known.__new__(Known)
+        known.kind, known.mode = STORED | REGULAR, self.way.mode
+        known.inode = self.way.inode if self.way.is_over else 0
+        known.device = device_of(self.way.device, self.way.mount)
+        return known
 
     cdef int arrive(self) noexcept:
         """Close what is not needed any more, if it is over; return an O_PATH fd of the FIFO that it leads to, if an

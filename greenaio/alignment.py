@@ -9,8 +9,9 @@ Two neighbours in one sector would lose each other's bytes:
                             writes: aa 22           aa 22: the bytes of one are lost
 
 So a misaligned write, and a fallocate, first holds a range of the file. While a range of a file is held or
-waited for, its other writes hold ranges too: the aligned ones, those through the page cache, and calls that
-change its length. Calls that block hold none: in the hub, in a thread without a hub, in another process.
+waited for, its other writes hold ranges too: the aligned ones, those through the page cache, copies into the
+file, and calls that change its length, such as an open with O_TRUNC. Calls that block hold none: in the hub,
+in a thread without a hub, in another process.
 
 The ranges of a file are in one list, in the order in which they were asked for. A range is granted once no
 earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it; when that one goes,

@@ -85,12 +85,14 @@ def _as_usual(name: str, value: Any) -> Any:
     return value
 
 
-_GUARDED = ('ftruncate', 'pwrite', 'pwritev', 'read', 'readv', 'write', 'writev')
+# Calls that share a file's position or sectors with parked greenlets, and which argument is the file's fd.
+_GUARDED = {'copy_file_range': 1, 'ftruncate': 0, 'posix_fallocate': 0, 'pwrite': 0, 'pwritev': 0, 'read': 0,
+            'readv': 0, 'sendfile': 0, 'write': 0, 'writev': 0}
 
 
 def _cooperative(name: str) -> Callable[..., Any]:
     original, ours = getattr(posix, name), getattr(greenaio.os, name)
-    guarded = name in _GUARDED
+    guarded = _GUARDED.get(name, sys.maxsize)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -98,8 +100,8 @@ def _cooperative(name: str) -> Callable[..., Any]:
             args = _as_usual(name, args[0]), *args[1:]
         if can_wait():
             return ours(*args, **kwargs)
-        if guarded and is_uninterrupted() and args and not kwargs and type(args[0]) is int:
-            return _position.blocking(original, *args)
+        if guarded < len(args) and is_uninterrupted() and type(args[guarded]) is int:
+            return _position.blocking(original, *args, place=guarded, **kwargs)
         return original(*args, **kwargs)
 
     return call

@@ -118,6 +118,19 @@ def test_appenders_that_make_it_longer_get_each_its_place(file):
     assert contents(file) == pattern(65536) + b''.join(bytes([i]) * 100 for i in range(50))
 
 
+def copy_into(fd, how):
+    """Copy 100 bytes to the beginning of *fd*: the same as are there in `other_writes`."""
+    source = os.open(os.path.join(os.path.dirname(os.readlink(f'/proc/self/fd/{fd}')), 'source'),
+                     os.O_RDWR | os.O_CREAT)
+    os.pwrite(source, b'B' * 100, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    if how == 'copied':
+        assert greenaio.os.copy_file_range(source, fd, 100, 0, 0) == 100
+    else:
+        assert greenaio.os.sendfile(fd, source, 0, 100) == 100
+    os.close(source)
+
+
 def other_writes():
     """What is done at the same time, and what the file has to be afterwards; -1: only as long."""
     odd, rest = b'D' * 5000, pattern(65536)[5100:]
@@ -131,6 +144,10 @@ def other_writes():
     yield 'allocated', 0, lambda fd: greenaio.os.posix_fallocate(fd, 0, 99999), (
         (bytes(100) + odd).ljust(99999, b'\0'))
     yield 'emptied', 65536, lambda fd: greenaio.os.ftruncate(fd, 0), b''
+    yield 'opened', 65536, lambda fd: os.close(
+        greenaio.os.open(os.readlink(f'/proc/self/fd/{fd}'), os.O_WRONLY | os.O_TRUNC)), b''
+    for how in ('copied', 'sent'):
+        yield how, 65536, lambda fd, how=how: copy_into(fd, how), buffered + odd + rest
 
 
 @pytest.mark.parametrize('is_first', [False, True], ids=['second', 'first'])
@@ -627,3 +644,78 @@ def test_threads_end_amidst_their_misaligned_writes_and_nobody_hangs(file):
         with gevent.Timeout(10):
             assert file.pwrite(b'abc', 5) == 3
     assert contents(file)[:8] == pattern(8)[:5] + b'abc'
+
+
+# Calls that change the file without a write -------------------------------------------------------
+
+def changes(path, source):
+    """Calls that fill the first 16 bytes, or empty the file; the bytes that are there afterwards."""
+    yield 'copy_file_range', b'B' * 16, lambda fd: greenaio.os.copy_file_range(source, fd, 16, 0, 0)
+    yield 'sendfile', b'B' * 16, lambda fd: greenaio.os.sendfile(fd, source, 0, 16)
+    yield 'at the position', b'B' * 16, lambda fd: greenaio.os.copy_file_range(source, fd, 16, 0)
+    yield 'write', b'B' * 16, lambda fd: greenaio.os.pwrite(fd, b'B' * 16, 0)
+    yield 'begun', b'B' * 16, lambda fd: streamed(path)
+    yield 'open', None, lambda fd: os.close(greenaio.os.open(path, os.O_WRONLY | os.O_TRUNC))
+    yield 'open, not cached', None, lambda fd: os.close(greenaio.os.open(path, os.O_WRONLY | os.O_TRUNC))
+    yield 'ftruncate', None, lambda fd: greenaio.os.ftruncate(fd, 0)
+
+
+def evict():
+    with open('/proc/sys/vm/drop_caches', 'w') as control:
+        control.write('2')
+
+
+def streamed(path):
+    with File(path, os.O_WRONLY) as file:
+        begun = file.begin(False, b'B' * 16, 0)
+        if begun is None:
+            assert file.pwrite(b'B' * 16, 0) == 16
+        else:
+            assert file.end(begun) == 16
+
+
+@pytest.mark.parametrize('name', [name for name, *_ in changes('', -1)])
+def test_change_of_a_sector_waits_for_the_misaligned_write_that_has_read_it(held_disk, name):
+    """
+        misaligned write          other call
+        reads the sector: held
+                                  changes it
+        writes the sector: the change is undone
+    """
+    source = os.open(f'{held_disk.file}.source', os.O_RDWR | os.O_CREAT)
+    os.write(source, b'B' * 16)
+    plain = os.open(held_disk.file, os.O_RDWR)
+    (want, change), = [rest for one, *rest in changes(held_disk.file, source) if one == name]
+    with File(held_disk.file, os.O_RDWR | os.O_DIRECT) as file:
+        if 'not cached' in name:
+            evict()
+        else:
+            os.stat(held_disk.file)
+        held_disk.hold()
+        odd = gevent.spawn(file.pwrite, b'odd', 100)
+        gevent.sleep(0.05)
+        other = gevent.spawn(change, plain)
+        gevent.sleep(0.05)
+        assert not odd.ready()
+        held_disk.release()
+        gevent.joinall([odd, other], timeout=20, raise_error=True)
+        got = contents(file)
+    os.close(plain)
+    os.close(source)
+    if want is None:
+        assert got == b''
+    else:
+        assert (got[:16], got[100:103], got[16:100] + got[103:]) == (
+            want, b'odd', pattern(4 * MIB)[16:100] + pattern(4 * MIB)[103:])
+
+
+def test_open_that_is_killed_while_it_waits_for_a_range_empties_nothing(file):
+    held, fds = hold(file, 0, 512), len(os.listdir('/proc/self/fd'))
+    waiting = [gevent.spawn(greenaio.os.open, file.name, os.O_WRONLY | os.O_TRUNC) for _ in range(3)]
+    gevent.sleep(0.05)
+    assert not any(greenlet.ready() for greenlet in waiting)
+    gevent.killall(waiting[:2])
+    assert len(os.listdir('/proc/self/fd')) == fds and contents(file) == pattern(65536)
+    held.let_go()
+    os.close(waiting[2].get(timeout=10))
+    assert contents(file) == b''

@@ -368,6 +368,8 @@ with open('data', 'wb') as file:
     file.write(bytes(8192))
 file = greenaio.open('data', 'r+b', buffering=0, direct=True)
 fd, leave = os.open('data', os.O_RDWR), Event()
+source = os.open('source', os.O_RDWR | os.O_CREAT)
+os.write(source, b'x')
 st = os.fstat(fd)
 def change():
     held = alignment._Range((st.st_dev, st.st_ino), 0, 4096)
@@ -376,7 +378,8 @@ def change():
 changer = gevent.spawn(change)
 gevent.sleep(0)
 calls = [lambda: os.pwrite(fd, b'x', 4095), lambda: os.pwritev(fd, [b'x', b'y'], 0),
-         lambda: os.write(fd, b'x'), lambda: os.ftruncate(fd, 8192),
+         lambda: os.write(fd, b'x'), lambda: os.ftruncate(fd, 8192), lambda: os.posix_fallocate(fd, 0, 10),
+         lambda: os.copy_file_range(source, fd, 1, offset_dst=0), lambda: os.sendfile(fd, source, 0, 1),
          lambda: file.write(b'x'), lambda: file.truncate(8192)]
 with greenaio.uninterrupted():
     for i, call in enumerate(calls):
@@ -387,6 +390,7 @@ with greenaio.uninterrupted():
         else:
             raise AssertionError(i)
     assert os.pwrite(fd, b'x', 4096) == 1 and os.pread(fd, 1, 0) == bytes(1)    # elsewhere, and a read
+    assert os.sendfile(source, fd, 0, 1) == 1                                   # and a copy from there
     for wrong in (lambda: os.pwrite(fd, 'x', 0), lambda: os.pwrite(fd, b'x')):
         try:
             wrong()
