@@ -69,17 +69,19 @@ def test_page_cache_hit_never_switches(data_file, engine):
     file = File(data_file)
     os.pread(fd, MIB, 0)
     gevent.sleep(0.01)
+    calls = (lambda: greenaio.os.pread(fd, 5000, 777), lambda: file.pread(5000, 777),
+             lambda: file.preadv(buffers, 4000))
     lent, rounds = engine.lent_total, []
     for _ in range(20):             # a slow machine ends a bounded run by time now and then
         gevent.sleep(0.001)
         switches = []
         settrace(lambda event, pair, switches=switches: switches.append(event))
         try:
-            data = greenaio.os.pread(fd, 5000, 777), file.pread(5000, 777)
-            file.preadv(buffers, 4000)
+            for call, result in zip(calls, (pattern(MIB)[777:5777], pattern(MIB)[777:5777], 5100)):
+                _threads.forgive()  # a call that lost the processor looks as if it had waited in the hub
+                assert call() == result
         finally:
             settrace(None)
-        assert data == (pattern(MIB)[777:5777],) * 2
         assert b''.join(buffers) == pattern(MIB)[4000:9100]
         rounds.append(len(switches))
     assert rounds.count(0) > 10
@@ -109,6 +111,7 @@ def test_miss_takes_a_thread_of_its_device(cold_file, engine):
     lent = []
     for offset in range(0, MIB, 16384):         # a quick disk may have filled the page before we look again
         for _ in range(2):
+            _threads.forgive()      # a read that lost the processor sends the next one to a thread
             before = engine.lent_total
             assert greenaio.os.pread(fd, 4096, offset) == pattern(MIB)[offset:offset + 4096]
             lent.append(engine.lent_total - before)
