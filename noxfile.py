@@ -1,4 +1,9 @@
-"""greenaio on each Python that is here: ``nox``, or one of ``nox -s tests-3.12 package-3.12 no_compiler``."""
+"""One command for each thing to be checked: ``nox -l`` lists them, ``nox -s lint quick`` runs two.
+
+Each session runs a stage of ``.ci/stage`` in an environment of its own, over a copy of the clone. Arguments
+behind ``--`` go to pytest: ``nox -s tests -- tests/test_wsgi.py``. Without a name, ``nox`` runs ``lint`` and
+``quick``.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,14 @@ import zipfile
 import nox
 
 PYTHONS = ['3.10', '3.11', '3.12', '3.13']
+MAIN = '3.11'
 ROOT = pathlib.Path(__file__).parent
 SMOKE = ROOT / 'tests' / 'smoke.py'
-# Of what git has, all goes into the sdist but this.
-NOT_SHIPPED = ('.git', '.github')
+CONSTRAINTS = ROOT / '.ci' / 'constraints.txt'
+# The rest of what git has goes into the sdist.
+NOT_SHIPPED = ('.git', '.github', '.pre-commit-config.yaml')
 
+nox.options.sessions = ['lint', 'quick']
 nox.options.error_on_missing_interpreters = False
 nox.needs_version = '>=2024.4.15'
 
@@ -25,17 +33,68 @@ _versions = pathlib.Path(os.environ.get('PYENV_ROOT', pathlib.Path.home() / '.py
 os.environ['PATH'] = os.pathsep.join([os.environ['PATH'], *map(str, sorted(_versions.glob('3.*/bin')))])
 
 
-@nox.session(python=PYTHONS)
+def stage(session: nox.Session, name: str, *args: str | pathlib.Path, extras: str = 'test') -> None:
+    """Build a copy of the clone, and run a stage of ``.ci/stage`` in it."""
+    copy_of_the_tree(session)
+    session.install('-c', CONSTRAINTS, f'.[{extras}]')
+    session.run('bash', '.ci/stage', name, *args, external=True)
+
+
+@nox.session(python=MAIN)
+def lint(session: nox.Session) -> None:
+    """Run ruff and mypy, compare the stubs with the modules, see that the mutants fit."""
+    session.install('-c', CONSTRAINTS, 'ruff')
+    session.run('bash', ROOT / '.ci' / 'stage', 'style', external=True)     # ruff passes over a copy in .nox
+    stage(session, 'types', extras='test,lint')
+
+
+@nox.session(python=MAIN)
+def quick(session: nox.Session) -> None:
+    """Test the engine, the context and the driver over a simulated kernel: under two minutes."""
+    stage(session, 'quick', *session.posargs)
+
+
+@nox.session(python=MAIN)
 def tests(session: nox.Session) -> None:
-    """The tests of what is compiled, or those that are named: ``nox -s tests-3.12 -- tests/test_wsgi.py``."""
-    source = copy_of_the_tree(session)
-    session.install('.[test]')
-    session.run('python', '-m', 'pytest', '-q', *(session.posargs or [f'@{source}/tests/compiled.txt']))
+    """Run all tests, or the named ones; root and many tools are needed for all: half an hour."""
+    stage(session, 'tests', *session.posargs)
 
 
 @nox.session(python=PYTHONS)
-def package(session: nox.Session) -> None:
-    """The sdist, a wheel made of it, and real I/O by that wheel where the source is out of sight."""
+def compiled(session: nox.Session) -> None:
+    """Run the tests of what is compiled, on each Python: `nox -s compiled-3.12`."""
+    stage(session, 'compiled', *session.posargs)
+
+
+@nox.session(python=MAIN)
+def faults(session: nox.Session) -> None:
+    """Run the tests in which disks freeze, fail, fill up and lose power."""
+    stage(session, 'faults', *session.posargs)
+
+
+@nox.session(python=MAIN)
+def long(session: nox.Session) -> None:
+    """Run the mutants, other projects' suites, the sanitizers, a million histories, the soak: some hours."""
+    stage(session, 'long')
+
+
+@nox.session(python=MAIN)
+def bench(session: nox.Session) -> None:
+    """Measure beside fio, qemu-img and caio; compare the instructions per request with the baseline."""
+    stage(session, 'bench')
+
+
+@nox.session(python=MAIN)
+def docs(session: nox.Session) -> None:
+    """Build the site without a warning."""
+    site = pathlib.Path(session.create_tmp()).resolve() / 'site'
+    stage(session, 'docs', site, extras='docs,metrics,wsgi')
+    session.log(f'{site}/index.html')
+
+
+@nox.session(python=PYTHONS)
+def release(session: nox.Session) -> None:
+    """Build the sdist and a wheel of it; do real I/O by that wheel where the source is out of sight."""
     folder = build(session)
     sdist, = folder.glob('*.tar.gz')
     wheel, = folder.glob('*.whl')
@@ -48,27 +107,18 @@ def package(session: nox.Session) -> None:
     session.run('python', '-m', 'greenaio', '--version')
 
 
-@nox.session(python=PYTHONS[1])
+@nox.session(python=MAIN)
 def no_compiler(session: nox.Session) -> None:
-    """The sdist installs without a compiler, and greenaio works by threads."""
+    """Install the sdist without a compiler; greenaio works by threads."""
     sdist, = build(session, '--sdist').glob('*.tar.gz')
     session.install(sdist, env={'CC': '/bin/false'})
     session.chdir(session.create_tmp())
     session.run('python', SMOKE, '--threads')
 
 
-@nox.session(python=PYTHONS[1])
-def docs(session: nox.Session) -> None:
-    """The site, without a warning."""
-    site = pathlib.Path(session.create_tmp()) / 'site'
-    copy_of_the_tree(session)
-    session.install('.[docs]')
-    session.run('python', '-m', 'sphinx', '-W', '--keep-going', '-q', 'docs', site)
-    session.log(f'{site}/index.html')
-
-
 def copy_of_the_tree(session: nox.Session) -> pathlib.Path:
-    """What git has, as it is here now: no module that another Python has built. The session goes on in it."""
+    """Copy the files that git tracks, without the modules that another Python has built. The session goes on
+    in the copy."""
     folder = pathlib.Path(session.create_tmp()) / 'source'
     shutil.rmtree(folder, ignore_errors=True)
     for name in tracked():
@@ -87,7 +137,7 @@ def build(session: nox.Session, *what: str) -> pathlib.Path:
     copy_of_the_tree(session)
     folder = pathlib.Path(session.create_tmp()) / 'dist'
     shutil.rmtree(folder, ignore_errors=True)
-    session.install('build')
+    session.install('-c', CONSTRAINTS, 'build')
     session.run('python', '-m', 'build', '-o', folder, *what, silent=True)
     return folder
 
