@@ -23,6 +23,7 @@ import tempfile
 import textwrap
 import time
 from collections import deque
+from typing import Any
 
 import gevent
 import pytest
@@ -35,7 +36,9 @@ MIB = 1 << 20
 BATCH_MAX = 32                  # requests in one io_submit
 PEEK_MAX = 64                   # events copied out at once
 IN_CI = bool(os.environ.get('CI'))
-EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / 'examples'
+PROGRAMS = ROOT / 'tests' / 'programs'
 
 
 def missing(reason):
@@ -75,7 +78,7 @@ for number in (signal.SIGABRT, signal.SIGKILL):
     time.sleep(5)
 '''
 PATIENCE = 600                  # seconds
-_watchdog = None
+_watchdog: subprocess.Popen[str] | None = None
 
 
 def tell_watchdog(*words):
@@ -99,8 +102,8 @@ def pytest_runtest_logstart(nodeid):
 
 
 def pytest_sessionfinish():
-    _watchdog.stdin.close()
-    _watchdog.wait()
+    if _watchdog is not None:
+        _watchdog.communicate()
 
 
 def file_system(path):
@@ -168,7 +171,7 @@ class ScriptedContext(Context):
 
     def __init__(self):
         super().__init__()
-        self.answers = deque()      # what submit says next: a number taken, or minus an errno
+        self.answers: deque[Any] = deque()      # what submit says next: a number taken, or minus an errno
         self.slots = None           # so many requests fit, until their events are committed
         self.disk = None            # bytes: what reads find when they end
         self.inline = False         # complete each request inside its own submit
@@ -274,8 +277,9 @@ class ScriptedContext(Context):
 def driver():
     """A Driver of this hub over a ScriptedContext, which is ``driver.engine.context``. To it no time passes,
     or a slow machine would end a pass where no test wants it, unless that is set free."""
-    driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=64)
-    driver.engine.context.frozen_at = driver.engine.context.now()
+    context = ScriptedContext()
+    context.frozen_at = context.now()
+    driver = _hub.Driver(gevent.get_hub(), context, depth=64)
     yield driver
     driver.engine._check()
     driver.close()
@@ -349,11 +353,24 @@ def contexts():
         return sum('[aio]' in line for line in maps)
 
 
-def run_python(code, *args, env=None, timeout=60, check=True):
-    """Run *code* in a fresh interpreter; return the finished process, its output as text."""
-    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
-                          capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **(env or {})})
+def run_python(code, *args, **kwargs):
+    """Run *code* in a fresh interpreter; return the finished process, its output as text.
+
+    A program of more than 24 lines is a file of ``tests/programs``, for `run_program`.
+    """
+    return _run_interpreter(['-c', textwrap.dedent(code)], args, **kwargs)
+
+
+def run_program(name, *args, **kwargs):
+    """Run a file of ``tests/programs`` in a fresh interpreter; return the finished process."""
+    return _run_interpreter([PROGRAMS / f'{name}.py'], args, **kwargs)
+
+
+def _run_interpreter(program, args, options=(), env=None, timeout=60, check=True):
+    env = {**os.environ, **(env or {})}
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, [env.get('PYTHONPATH'), str(ROOT)]))
+    done = subprocess.run([sys.executable, *options, *program, *map(str, args)], capture_output=True,
+                          text=True, timeout=timeout, env=env)
     if check:
         assert done.returncode == 0, done.stderr
         assert done.stderr == '', done.stderr

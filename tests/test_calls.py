@@ -14,7 +14,7 @@ from _thread import get_ident
 
 import gevent
 import pytest
-from conftest import MIB, missing, path_of_tests, pattern, run, run_python
+from conftest import MIB, missing, path_of_tests, pattern, run, run_program, run_python
 from gevent import socket as gsocket
 
 import greenaio
@@ -227,41 +227,7 @@ def test_sendfile_that_waits_for_the_socket_keeps_its_file(folder):
 @pytest.mark.parametrize('ends', ['fork', 'destroy'])
 def test_fd_that_nobody_was_given_yet_is_closed(disk_folder, ends):
     """A thread has opened it, and no pass has handed it over."""
-    run_python('''
-        import os, sys, time, warnings, gevent
-        import greenaio.os
-        from greenaio import _hub
-        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
-        path, ends = sys.argv[1:]
-        greenaio.os.stat('/')
-
-        def opened():
-            return [fd for fd in os.listdir('/proc/self/fd') if os.path.lexists(f'/proc/self/fd/{fd}')
-                    and os.readlink(f'/proc/self/fd/{fd}') == path]
-
-        greenlets = [gevent.spawn(greenaio.os.open, path, os.O_RDWR | os.O_CREAT) for _ in range(10)]
-        gevent.sleep(0)
-        end = time.monotonic() + 20
-        while len(opened()) < 10 and time.monotonic() < end:
-            time.sleep(0.01)
-        engine = _hub.get_driver().engine
-        _hub.get_driver()._on_eventfd()         # reaps; but only the hub hands over
-        assert len(engine.ready) == 10
-        if ends == 'destroy':
-            gevent.get_hub().destroy()
-        elif child := os.fork():
-            assert os.waitpid(child, 0)[1] == 0
-            gevent.joinall(greenlets, raise_error=True)
-            os._exit(0)
-        else:
-            gevent.get_hub().exception_stream = None
-            gevent.joinall(greenlets)
-        until = time.monotonic() + 10
-        while opened() and time.monotonic() < until:    # threads close them
-            time.sleep(0.01)
-        assert not opened(), opened()
-        os._exit(0)
-    ''', os.path.join(disk_folder, 'new'), ends)
+    run_program('ungiven_fd', os.path.join(disk_folder, 'new'), ends)
 
 
 @pytest.mark.parametrize('kind', [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_python
+from conftest import run_program, run_python
 
 import greenaio
 
@@ -23,10 +23,13 @@ HEAVY = {'argparse', 'asyncio', 'concurrent', 'ctypes', 'dataclasses', 'gevent.l
          'socket', 'ssl', 'subprocess', 'tempfile', 'urllib', 'werkzeug'}
 
 
+STRICT = ('-W', 'error', '-X', 'dev')
+
+
 def strictly(*args, **env):
     """What ``python -W error -X dev`` *args* prints."""
-    done = subprocess.run([sys.executable, '-W', 'error', '-X', 'dev', *map(str, args)], capture_output=True,
-                          text=True, timeout=60, env={**os.environ, **env})
+    done = subprocess.run([sys.executable, *STRICT, *map(str, args)], capture_output=True, text=True,
+                          timeout=60, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
     assert done.stderr == ''
     return done.stdout
@@ -50,51 +53,9 @@ def test_the_help_of_an_example_warns_of_nothing(path):
     assert path.name in help or 'argparse' not in path.read_text()
 
 
-WORK = '''
-import os, sys, threading
-import gevent, gevent.pool
-import greenaio, greenaio.block, greenaio.os
-
-folder = sys.argv[1]
-path = os.path.join(folder, 'data')
-
-with greenaio.File(path, os.O_RDWR | os.O_CREAT) as file:
-    file.pwrite(bytes(range(256)) * 256, 0)
-    file.fsync()
-with greenaio.File(path, os.O_RDWR | os.O_DIRECT) as file:
-    reads = [gevent.spawn(file.pread, 4096, i * 4096) for i in range(16)]
-    gevent.joinall(reads, raise_error=True)
-    assert b''.join(read.value for read in reads) == bytes(range(256)) * 256
-    gevent.spawn(file.preadv, [greenaio.aligned_buffer(65536)], 0).kill()
-    with gevent.Timeout(0, False):
-        file.fdatasync()
-with greenaio.open(path, 'r+', encoding='latin-1') as file:
-    assert file.read(3) == '\\x00\\x01\\x02'
-    file.write('…'.encode('utf-8').decode('latin-1'))
-with greenaio.open(path, 'rb', direct=True, prefetch=2) as file:
-    assert len(file.read()) == 65536
-greenaio.copyfile(path, path + '2')
-with greenaio.block.BlockDevice(path + '2') as disk:
-    disk.pwrite(b'x' * 4096, 0)
-    disk.flush()
-    assert disk.pread(4096, 0) == b'x' * 4096
-fd = greenaio.os.open(path, os.O_RDONLY)
-assert len(greenaio.os.read(fd, 100)) == 100
-greenaio.os.close(fd)
-
-def in_a_thread():
-    with greenaio.File(path) as file:
-        file.pread(10, 0)
-    gevent.get_hub().destroy()
-thread = threading.Thread(target=in_a_thread)
-thread.start()
-thread.join()
-'''
-
-
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])
 def test_work_leaves_no_warning(folder, loop):
-    strictly('-c', WORK, folder, GEVENT_LOOP=loop)
+    run_program('all_kinds_of_work', folder, options=STRICT, env={'GEVENT_LOOP': loop})
 
 
 def test_importing_greenaio_brings_nothing_heavy():

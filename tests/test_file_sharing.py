@@ -10,7 +10,7 @@ from collections import deque
 
 import gevent
 import pytest
-from conftest import MIB, run_python
+from conftest import MIB, run_program, run_python
 from greenlet import getcurrent
 
 import greenaio
@@ -130,68 +130,13 @@ def test_turn_that_is_given_to_who_gives_up_is_not_lost():
 def test_owner_whose_thread_has_ended():
     """The turn of a number passes on. That of a file does not: the lock inside it is held for ever, and who
     waited for that would stop its whole thread."""
-    run_python('''
-import errno, gevent, os, threading
-from greenaio import _position
-from greenaio.fileobject import open as open_file
-turn = _position.Turn()
-r, w = os.pipe()
-file = open_file(r, 'rb', closefd=False)
-
-def take():
-    turn.owner = gevent.spawn(gevent.sleep, 100)
-    gevent.spawn(file.read, 4)
-    gevent.sleep(0.02)
-
-thread = threading.Thread(target=take)
-thread.start()
-thread.join()
-with gevent.Timeout(10):
-    assert turn.wait()
-    try:
-        file.read(4)
-    except OSError as error:
-        assert error.errno == errno.EOWNERDEAD, error
-    else:
-        raise AssertionError('it had its turn')
-assert not file._io_turn.queue
-file.raw.close()
-os._exit(0)
-''')
+    run_program('owner_of_ended_thread')
 
 
 TURN_AND_THREAD = '''
-import errno, gevent, os, sys, threading
+import errno, gevent, os, sys
 from greenaio import _position
-from greenaio.fileobject import open as open_file
-start = gevent.monkey.get_original('_thread', 'start_new_thread')
-is_over, keep = threading.Event(), []
-
-def in_thread_that_ends(how, work, at_end=lambda: None):
-    """Spawn *work* in another thread, which then ends, or whose hub does; *at_end* is called before."""
-    def thread():
-        keep.append(gevent.spawn(work))
-        gevent.sleep(0.05)
-        at_end()
-        if how == 'hub':
-            gevent.get_hub().destroy(destroy_loop=True)
-        is_over.set()
-        if how == 'hub':
-            _position.native_sleep(60)
-    start(thread, ())
-    is_over.wait(10)
-    if how == 'thread':
-        while not keep[0].dead:
-            _position.native_sleep(0.001)
-
-def has_its_turn(call, *args):
-    job = gevent.spawn(call, *args)
-    job.join(10)
-    assert job.ready()
-    job.get()
-
-fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-file = open_file(fd, 'r+b', closefd=False)
+from tests.programs.turn_and_thread import *
 '''
 
 
@@ -422,45 +367,7 @@ def test_two_close_and_one_is_killed(pipe):
 def test_child_does_not_write_what_is_the_parents(disk_folder):
     """The memory of a request is wiped in a child, where the greenlet that waits for it finds ECANCELED."""
     path = os.path.join(disk_folder, 'forked')
-    run_python('''
-import gevent, os, sys, warnings
-warnings.simplefilter('ignore', DeprecationWarning)
-from greenaio.fileobject import open as open_file
-path, n = sys.argv[1], 8 << 20
-file = open_file(path, 'wb', buffering=0, direct=True)
-file.write(b'x' * n)
-file.flush()                    # the next are overwrites, which native AIO takes
-file.seek(0)
-
-def write():
-    file.write(b'A' * n)
-    file.flush()
-
-writer = gevent.spawn(write)
-while not file._behind._blocks:
-    gevent.sleep(0)
-    assert not writer.ready()
-r, w = os.pipe()
-pid = os.fork()
-if pid == 0:
-    os.read(r, 1)               # the parent has written all, and B over it
-    gevent.reinit()
-    gevent.get_hub().exception_stream = None
-    try:
-        writer.join(5)
-        os._exit(0 if type(writer.exception) is OSError else 1)
-    finally:
-        os._exit(2)
-writer.get()
-file.seek(0)
-file.write(b'B' * n)
-file.close()
-os.write(w, b'x')
-assert os.waitpid(pid, 0)[1] == 0
-with open(path, 'rb') as file:
-    data = file.read()
-assert data.count(b'B') == n, [data.count(one) for one in (b'A', b'B', bytes(1))]
-''', path)
+    run_program('forked_writer', path)
 
 
 @pytest.mark.parametrize('fork', ['os.fork', 'gevent.os.fork_gevent'])

@@ -3,46 +3,12 @@
 import os
 
 import pytest
-from conftest import held_disk, path_of_tests, pattern, run_python  # noqa: F401
+from conftest import held_disk, path_of_tests, pattern, run_program, run_python  # noqa: F401
 
 COMMON = '''
-import errno, gevent, os, sys, warnings
-warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
+import errno, gevent, os, sys
 from greenaio import File, _hub, aligned_buffer
-
-path = sys.argv[1]
-# Not File(path): that takes a thread, and under libuv gevent's thread pools hang the third generation
-# in uv_loop_fork, with no greenaio about.
-file = File.from_fd(os.open(path, os.O_RDONLY | os.O_DIRECT), closefd=True)
-
-def read(i):
-    data = file.pread(4096, i * 4096)
-    assert data[:8] == (i * 512).to_bytes(8, 'little'), (i, data[:8])
-    return 'ok'
-
-def in_child(work, fork=os.fork):
-    """Run work in a forked child; return its pid."""
-    pid = fork()
-    if pid:
-        return pid
-    try:
-        gevent.reinit()
-        gevent.get_hub().exception_stream = None    # inherited greenlets fail, and are printed
-        work()
-        status = 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        status = 1
-    os._exit(status)
-
-def wait(pid):
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            return
-        gevent.sleep(0.005)
+from tests.programs.forking import *
 '''
 
 
@@ -266,57 +232,7 @@ reader.kill()
 @pytest.mark.parametrize('cached', ['all', 'a part'])
 def test_reader_killed_in_the_child_leaves_the_parent_its_position(held_disk, cached):  # noqa: F811
     """They share it. Who is killed gives back what the page cache had; not so a copy of it."""
-    run_python(COMMON + '''
-import time
-from greenaio.fileobject import FileIO
-content = os.pread(os.open(path, os.O_RDONLY), 1 << 22, 0)
-shared = FileIO(path)
-hold, release = (command.format(me=os.getpid()) for command in sys.argv[3:])
-fd = shared.fileno()
-
-def position():
-    return os.lseek(fd, 0, os.SEEK_CUR)
-
-def read_on():                          # all of it is in the page cache: it parks to let others have a turn
-    return b''.join(iter(lambda: shared.read(500), b''))
-
-def read_two():
-    return shared.read(8192)
-
-if sys.argv[2] == 'all':
-    reader, wanted = gevent.spawn(read_on), content
-    while position() == 0:
-        gevent.sleep(0)
-else:
-    wanted = content[:8192]
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    for _ in range(100):                # until the kernel really forgets the second page
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.pread(fd, 4096, 0)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.system(hold)                 # or the thread is done before we look
-        reader = gevent.spawn(read_two)
-        gevent.sleep(0)
-        if not reader.ready():
-            break
-        os.system(release)
-        gevent.sleep(0.01)
-    assert position() == 4096
-assert not reader.ready()
-
-def child():
-    end = time.monotonic() + 20
-    while position() != len(wanted) and time.monotonic() < end:
-        time.sleep(0.01)                # until the parent is past it
-    reader.kill()
-
-pid = in_child(child)
-assert reader.get() == wanted
-at = position()
-wait(pid)
-assert position() == at == len(wanted)
-os.system(release)
-''', held_disk.file, cached, *held_disk.commands())
+    run_program('killed_in_the_child', held_disk.file, cached, *held_disk.commands())
 
 
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])

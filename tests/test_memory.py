@@ -5,7 +5,7 @@ import mmap
 
 import gevent
 import pytest
-from conftest import path_of_tests, pattern, run_python
+from conftest import pattern, run_program
 
 from greenaio import _fallback, _memory, aligned_buffer
 
@@ -62,40 +62,8 @@ def test_buffer_outlives_its_views():
 
 def test_ten_thousand_waiting_greenlets_cost_at_most_a_kibibyte_each():
     """Resident memory per greenlet that waits for a request, less that of one that just sleeps."""
-    done = run_python('''
-        import gc, gevent, sys
-        from conftest import ScriptedContext
-        from greenaio import _hub
-        from greenaio._engine import Request
-
-        def resident():
-            gc.collect()
-            with open('/proc/self/smaps_rollup') as file:
-                return next(int(line.split()[1]) for line in file if line.startswith('Rss:')) * 1024
-
-        driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=256)
-        buffers = [bytearray(64) for _ in range(10_000)]
-        perform = driver.perform_request
-        def wait(buffer):
-            perform(Request(0, 3, buffer))
-        event = gevent.event.Event()
-        def sleep(buffer):
-            event.wait()
-
-        def cost(function):
-            before = resident()
-            greenlets = [gevent.spawn(function, buffer) for buffer in buffers]
-            gevent.sleep(0.5)
-            return (resident() - before) / len(buffers), greenlets
-        if sys.argv[1] == 'sleep':
-            print(cost(sleep)[0])
-        else:
-            print(cost(wait)[0])
-    ''', 'sleep', env=path_of_tests())
-    sleeping = float(done.stdout)
+    sleeping, waiting = (float(run_program('waiting_greenlets', kind).stdout) for kind in ('sleep', 'wait'))
     assert sleeping > 1000
-    code = done.args[2]
-    waiting = float(run_python(code, 'wait', env=path_of_tests()).stdout)
     assert waiting - sleeping <= 1024, (waiting, sleeping)
 
 

@@ -6,7 +6,7 @@ Each `known_fault` is one of today's code. The rebuilt handle has to make these 
 import os
 
 import pytest
-from conftest import FreezableDisk, known_fault, missing, run_python
+from conftest import FreezableDisk, known_fault, missing, run_program, run_python
 
 
 @pytest.fixture
@@ -19,31 +19,8 @@ def frozen_ext4(tmp_path):
 
 
 CLOSED_TWICE = '''
-import errno, os, subprocess, sys
-import gevent, greenaio.os
-folder, freeze, thaw = sys.argv[1:]
-
-def made(name, nbytes=65536):
-    fd = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT)
-    os.write(fd, bytes(nbytes))
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return fd
-
-def outcome(call, *args):
-    try:
-        with gevent.Timeout(0.2):
-            call(*args)
-        return 'done'
-    except gevent.Timeout:
-        return 'timeout'
-    except OSError as error:
-        return errno.errorcode[error.errno]
-
-cold, large, victim = made('cold'), made('large', 16 << 20), made('victim')
-subprocess.run(freeze, shell=True, check=True)
-reader = gevent.spawn(greenaio.os.pread, cold, 4096, 0)     # the one thread of the disk
-gevent.sleep(0.1)
+import gevent, greenaio.os, os, subprocess
+from tests.programs.closed_twice import *
 '''
 
 
@@ -102,48 +79,12 @@ assert os.waitpid(pid, 0)[1] == 0, 'a file of the program was closed in the chil
 @known_fault('a close waits in the child for an operation that stayed with the parent')
 @pytest.mark.parametrize('user', ['greenlet', 'thread'])
 def test_child_closes_a_number_that_the_parent_was_using(user):
-    run_python('''
-import os, sys, threading, time, warnings
-warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
-import gevent, greenaio.os
-reading, writing = os.pipe()
-
-def use():
-    greenaio.os.read(reading, 1)
-
-if sys.argv[1] == 'greenlet':
-    gevent.spawn(use)
-    gevent.sleep(0.05)
-else:
-    threading.Thread(target=use, daemon=True).start()
-    time.sleep(0.2)
-pid = os.fork()
-if pid == 0:
-    gevent.reinit()
-    greenaio.os.close(reading)
-    gevent.sleep(0.1)
-    os._exit(os.path.exists(f'/proc/self/fd/{reading}'))
-status = os.waitpid(pid, 0)[1]
-os.write(writing, b'x')
-assert status == 0, 'the number is open in the child'
-''', user)
+    run_program('number_in_use', user)
 
 
 FORKED_BY_C = '''
-import ctypes, os, signal, sys, threading, time
-import gevent, greenaio, greenaio.os
-libc = ctypes.PyDLL(None)
-
-def finish(pid):
-    """Wait for the child, for 5 s at most."""
-    for _ in range(500):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        gevent.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return 'hangs'
+import gevent, greenaio, greenaio.os, os, sys, threading, time
+from tests.programs.forked_by_c import *
 '''
 
 
@@ -176,31 +117,7 @@ assert status == 0, status
 @known_fault('a fork in C is not noticed by the sector ranges')
 def test_sectors_that_a_thread_was_writing_can_be_written_in_a_child_forked_by_c(frozen_ext4):
     """The child writes the sector on which a thread of the parent waits for the disk."""
-    done = run_python(FORKED_BY_C + '''
-import subprocess
-folder, freeze, thaw = sys.argv[1:]
-path = os.path.join(folder, 'data')
-with open(path, 'wb') as file:
-    file.write(bytes(1 << 20))
-    os.fsync(file.fileno())
-file = greenaio.File(path, os.O_RDWR | os.O_DIRECT)
-gevent.get_hub()
-subprocess.run(freeze, shell=True, check=True)
-
-def use():
-    gevent.get_hub()
-    file.pwrite(b'parent', 100)
-
-threading.Thread(target=use, daemon=True).start()
-time.sleep(0.3)
-pid = libc.fork()
-if pid == 0:
-    file.pwrite(b'child', 200)
-    os._exit(0)
-subprocess.run(thaw, shell=True, check=True)
-status = finish(pid)
-print(status)
-''', frozen_ext4.path, *frozen_ext4.commands())
+    done = run_program('sectors_in_use', frozen_ext4.path, *frozen_ext4.commands())
     assert done.stdout.split() == ['0']
 
 

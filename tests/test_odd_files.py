@@ -16,7 +16,7 @@ import time
 
 import gevent
 import pytest
-from conftest import missing, pattern, run, run_python
+from conftest import missing, pattern, run, run_program, run_python
 from streaming import DATA
 
 import greenaio
@@ -613,44 +613,9 @@ def test_terminal_with_little_room_left_is_not_waited_for_in_the_hub():
     assert done.stdout == 'goes on False\n'
 
 
-PIPE = '''
-import gevent, greenaio.os, os, sys
-from greenaio import _position
-reader, writer = os.pipe()
-def wait(fd, event):
-    """Another process is quicker, the first time."""
-    plain(fd, event)
-    if sys.argv[1].startswith('read'):
-        os.read(reader, 100)
-    else:
-        os.write(writer, bytes(4096))
-    _position.wait_for = plain
-plain, _position.wait_for = _position.wait_for, wait
-calls = {'read': lambda: greenaio.os.read(reader, 100),
-         'readv': lambda: greenaio.os.readv(reader, [bytearray(9)]),
-         'write': lambda: greenaio.os.write(writer, b'here'),
-         'writev': lambda: greenaio.os.writev(writer, [b'here'])}
-os.write(writer, bytes(15 * 4096))
-if sys.argv[1].startswith('read'):
-    os.read(reader, 15 * 4096)
-    os.write(writer, b'theirs')
-waiting = gevent.spawn(calls[sys.argv[1]])
-gevent.sleep(0.1)
-assert not waiting.ready()
-if sys.argv[1].startswith('read'):
-    os.write(writer, b'ours')
-    assert waiting.get(timeout=10) in (b'ours', 4)
-else:
-    os.read(reader, 16 * 4096)
-    assert waiting.get(timeout=10) == 4
-    assert os.read(reader, 100) == b'here'
-assert os.get_blocking(reader) and os.get_blocking(writer)
-'''
-
-
 @pytest.mark.parametrize('call', ['read', 'readv', 'write', 'writev'])
 def test_pipe_that_another_process_was_quicker_at_is_not_waited_for_in_the_hub(call):
-    run_python(PIPE, call, timeout=20)
+    run_program('quicker_process', call, timeout=20)
 
 
 # Descriptors without a file ----------------------------------------------------------------------

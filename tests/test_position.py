@@ -10,7 +10,7 @@ import sys
 import gevent
 import greenlet
 import pytest
-from conftest import CONTROL, FreezableDisk, known_fault, missing, run_python
+from conftest import CONTROL, FreezableDisk, known_fault, missing, run_program, run_python
 
 import greenaio
 import greenaio.os
@@ -147,31 +147,7 @@ def test_writers_of_two_kinds_lose_no_line(disk_folder, program):
 
 @SHARED
 def test_forked_readers_of_one_position_take_each_record_once(folder):
-    done = run_python('''
-import gevent.monkey
-gevent.monkey.patch_all(greenaio=True)
-import gevent, os, sys
-gevent.get_hub()
-path, records = sys.argv[1], 4000
-with open(path, 'wb') as file:
-    file.write(b''.join(b'%015d\\n' % i for i in range(records)))
-fd = os.open(path, os.O_RDONLY)
-children = []
-for k in range(3):
-    pid = os.fork()
-    if pid == 0:
-        gevent.sleep(0.01)
-        taken = []
-        while data := os.read(fd, 16):
-            taken.append(data)
-        with open(f'{path}.{k}', 'wb') as file:
-            file.write(b''.join(taken))
-        os._exit(0)
-    children.append(pid)
-for pid in children:
-    os.waitpid(pid, 0)
-print(sum(os.path.getsize(f'{path}.{k}') for k in range(3)) // 16 - records)
-''', os.path.join(folder, 'records'))
+    done = run_program('forked_readers', os.path.join(folder, 'records'))
     assert int(done.stdout) == 0, f'{done.stdout.strip()} records are taken twice'
 
 
@@ -189,33 +165,7 @@ def test_process_that_reads_at_the_position_of_a_frozen_disk_does_not_stop_the_h
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         freeze, thaw = disk.commands()
-        done = run_python('''
-import subprocess, sys, time
-import gevent, greenaio, greenaio.os
-path, freeze, thaw, call, control = sys.argv[1:]
-worst = 0
-def tick():
-    global worst
-    while True:
-        before = time.monotonic()
-        gevent.sleep(0.001)
-        worst = max(worst, time.monotonic() - before - 0.001)
-file = greenaio.open(path, 'rb', 0)
-subprocess.run(freeze, shell=True, check=True)
-reader = subprocess.Popen(['cat'], stdin=file.fileno(), stdout=subprocess.DEVNULL)
-time.sleep(0.3)
-thawing = subprocess.Popen(f'sleep 1.5; {thaw}', shell=True)
-beside = subprocess.Popen([sys.executable, '-c', control, '1.5'], stdout=subprocess.PIPE, text=True)
-ticker = gevent.spawn(tick)
-gevent.sleep(0.05)
-user = gevent.spawn(lambda: eval(call))
-gevent.sleep(1)
-print(worst)
-thawing.wait()
-user.join(5)
-reader.wait()
-print(beside.stdout.read())
-''', path, freeze, thaw, call, CONTROL)
+        done = run_program('shared_position', path, freeze, thaw, call, CONTROL)
         gap, control = map(float, done.stdout.split())
         assert gap - control < 0.05, f'the hub stood still for {gap:.2f} s'
     finally:

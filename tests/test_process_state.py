@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import missing, run_python
+from conftest import missing, run_program, run_python
 from test_fallback import WITHOUT
 from test_file import SECCOMP
 
@@ -13,46 +13,8 @@ PERSONALITY = 135 if os.uname().machine == 'x86_64' else 92     # a system call 
 
 # The only thread of a device is busy until `set_free`: it sends a file to a blocking socket that is full.
 BUSY_THREAD = '''
-import os, socket, sys, gevent, greenaio, greenaio.os
-folder = sys.argv[1]
-os.chdir(folder)
-os.mkdir('here')
-os.mkdir('there')
-greenaio.os.stat(folder)            # the hub has its fds
-
-def open_fds():
-    return sorted(os.listdir('/proc/self/fd'))
-
-def keep_busy():
-    global sending, receiver, sender, big
-    with open(folder + '/big', 'wb') as file:
-        file.write(bytes(1 << 20))
-    big = os.open(folder + '/big', os.O_RDONLY)
-    sender, receiver = socket.socketpair()
-    sending = gevent.spawn(greenaio.os.sendfile, sender.fileno(), big, 0, 1 << 20)
-    gevent.sleep(0.05)
-
-def set_free():
-    receiver.setblocking(False)
-    while not sending.ready():
-        try:
-            receiver.recv(1 << 20)
-        except BlockingIOError:
-            gevent.sleep(0.001)
-    receiver.close()
-    sender.close()
-    os.close(big)
-
-def call_in(directory, function, *args, **kwargs):
-    """A greenlet that makes the call while *directory* is the working directory, and another afterwards."""
-    def call():
-        os.chdir(directory)
-        return function(*args, **kwargs)
-    greenlet = gevent.spawn(call)
-    gevent.sleep(0.01)
-    assert not greenlet.ready()
-    os.chdir(folder)
-    return greenlet
+import gevent, greenaio, greenaio.os, os, sys
+from tests.programs.busy_thread import *
 '''
 ONE_THREAD = {'GREENAIO_THREADS': '1'}
 
@@ -301,40 +263,8 @@ for i in range(20):
 
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv-cffi'])
 def test_write_beyond_the_limit_of_the_process_sends_its_signal(folder, loop):
-    run_python('''
-        import errno, os, resource, signal, sys, gevent, greenaio.monkey, greenaio.os
-        os.chdir(sys.argv[1])
-        greenaio.monkey.patch_all()
-        gevent.sleep(0)
-        got = []
-        signal.signal(signal.SIGXFSZ, lambda *args: got.append(1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, -1))
-        def refused(call, *args):
-            got.clear()
-            try:
-                call(*args)
-            except OSError as error:
-                assert error.errno == errno.EFBIG, error
-            else:
-                raise AssertionError
-            gevent.sleep(0)             # Python calls a handler when it likes
-            return len(got)
-        with open('big', 'wb', 0) as file:
-            file.write(b'x' * 8192)
-            assert refused(file.write, b'y') == 1
-            assert refused(os.ftruncate, file.fileno(), 10000) == 1
-            assert refused(os.pwrite, file.fileno(), b'z', 9000) == 1
-            assert os.stat('big').st_size == 8192
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # as Python begins
-        with open('big', 'ab', 0) as file:
-            assert refused(file.write, b'y') == 0
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if os.fork() == 0:
-            with open('big', 'ab', 0) as file:
-                file.write(b'y')
-            os._exit(0)
-        assert os.WTERMSIG(os.wait()[1]) == signal.SIGXFSZ
-    ''', folder, env={'GEVENT_LOOP': loop, 'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
+    run_program('file_size_limit', folder,
+                env={'GEVENT_LOOP': loop, 'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
 
 
 def test_sendfile_by_a_thread_to_a_peer_that_is_gone_sends_its_signal(folder):
@@ -362,41 +292,8 @@ assert got == [1]
 
 # Threads of the device are there before the credentials of this one change.
 CREDENTIALS = '''
-import ctypes, errno, os, sys, gevent, greenaio, greenaio.os
-libc = ctypes.CDLL(None, use_errno=True)
-folder = sys.argv[1]
-os.chdir(folder)
-os.chmod(folder, 0o777)
-NOBODY = 65534
-
-def write(name, mode=0o666):
-    os.close(greenaio.os.open(name, os.O_WRONLY | os.O_CREAT, mode))
-
-def owner(name):
-    st = os.stat(name)
-    return st.st_uid, st.st_gid
-
-def outcome(call, *args):
-    try:
-        greenaio.os.close(call(*args))
-    except OSError as error:
-        return errno.errorcode[error.errno]
-    return 'done'
-
-def attempts(tag):
-    return {'read': outcome(greenaio.os.open, 'secret', os.O_RDONLY),
-            'write': outcome(greenaio.os.open, 'secret', os.O_RDWR),
-            'create': outcome(greenaio.os.open, f'closed/{tag}', os.O_WRONLY | os.O_CREAT)}
-
-os.umask(0)
-os.mkdir('closed', 0o700)
-with open('secret', 'w') as file:
-    file.write('secret')
-os.chmod('secret', 0o600)
-gevent.joinall([gevent.spawn(write, f'warm{i}') for i in range(8)], raise_error=True)
-ALL = {'read': 'done', 'write': 'done', 'create': 'done'}
-NONE = {'read': 'EACCES', 'write': 'EACCES', 'create': 'EACCES'}
-assert attempts('before') == ALL
+import errno, gevent, greenaio, greenaio.os, os, sys
+from tests.programs.credentials import *
 '''
 
 
@@ -695,36 +592,8 @@ def test_files_of_this_thread_in_proc_are_those_of_the_caller():
 # What audit hooks see ----------------------------------------------------------------------------
 
 AUDIT = '''
-import io, os, pathlib, shutil, sys, gevent, greenaio.monkey
-os.chdir(sys.argv[1])
-real = os.open, os.ftruncate, io.open, io.FileIO, shutil.copyfile, os.stat, os.fstat
-greenaio.monkey.patch_all()
-gevent.sleep(0)
-ours = os.open, os.ftruncate, open, greenaio.fileobject.FileIO, greenaio.copyfile, os.stat, os.fstat
-seen, listening = [], []
-
-def hook(event, args):
-    if not listening or event not in listening[0]:
-        return
-    if event == 'open' and (isinstance(args[0], int) or args[0] == os.devnull):
-        return              # of the fd below a file object; and where arguments are tried, at their first use
-    seen.append((event, *[(arg, type(arg)) for arg in args], gevent.getcurrent()))
-
-sys.addaudithook(hook)
-
-def events(call, *args):
-    seen.clear()
-    listening.append(('open', 'os.truncate', 'shutil.copyfile'))
-    try:
-        result = call(*args)
-    except OSError:
-        result = None
-    listening.clear()
-    if call in (real[0], ours[0]) and result is not None:
-        os.close(result)
-    elif hasattr(result, 'close'):
-        result.close()
-    return list(seen)
+import gevent, os, pathlib, sys
+from tests.programs.audit import *
 '''
 
 

@@ -14,7 +14,7 @@ import time
 
 import gevent
 import pytest
-from conftest import MIB, FreezableDisk, aio_nr, missing, pattern, run, run_python
+from conftest import MIB, FreezableDisk, aio_nr, missing, pattern, run, run_program, run_python
 from test_block import SHUTDOWN, loop_device, unmount
 
 from greenaio import File, _hub, aligned_buffer
@@ -286,47 +286,4 @@ def test_what_was_killed_harms_nothing_that_comes_after(loop, freezable):
     with open(path, 'r+b' if os.path.exists(path) else 'wb') as data:
         data.write(b'w' * MIB)
         os.fsync(data.fileno())
-    run_python('''
-        import gc, os, signal, subprocess, sys, gevent
-        from greenaio import File, _hub, aligned_buffer
-        path, freeze, thaw = sys.argv[1:]
-        hub, engine = gevent.get_hub(), _hub.get_driver().engine
-        file = File(path, os.O_RDWR | os.O_DIRECT)
-        ours = aligned_buffer(4096)
-        ours[:] = b'w' * 4096
-        file.pwrite(ours, 0)
-
-        def read(i, seconds):
-            ways = (lambda: file.preadv([aligned_buffer(4096)], 0), lambda: file.pread(4096, 0),
-                    lambda: file.preadv([aligned_buffer(512) for _ in range(8)], 0),
-                    lambda: file.preadv([bytearray(4096)], 4096 * i))
-            with gevent.Timeout(seconds, False):
-                ways[i % 4]()
-                raise AssertionError('the disk is not frozen')
-
-        rescue = subprocess.Popen(f'exec >&- 2>&-; sleep 20; {thaw}', shell=True)
-        subprocess.run(freeze, shell=True, check=True)
-        for how in ('kill', 'timeout', 'throw'):
-            jobs = [gevent.spawn(read, i, 0.01 if how == 'timeout' else None) for i in range(8)]
-            gevent.sleep(0.02)
-            if how == 'kill':
-                gevent.killall(jobs)
-            elif how == 'throw':
-                for job in jobs:
-                    hub.loop.run_callback(job.throw, gevent.GreenletExit)
-            gevent.joinall(jobs, raise_error=True)
-        del jobs
-        gc.collect()
-        after = [aligned_buffer(size) for size in (512, 4096) for _ in range(100)]
-        after += [bytearray(size) for size in (512, 4096) for _ in range(100)]
-        after += [bytes([109]) * 4096 for _ in range(100)]
-        for memory in after[:400]:
-            memory[:] = b'm' * len(memory)
-        assert len(engine.in_flight) + len(engine.lent) >= 6    # others had not begun
-        subprocess.run(thaw, shell=True, check=True)
-        while len(engine.in_flight) + len(engine.lent):
-            gevent.sleep(0.001)
-        assert all(memory == b'm' * len(memory) for memory in after)
-        rescue.kill()
-        file.close()
-    ''', path, *freezable.commands(), env={'GEVENT_LOOP': loop})
+    run_program('killed_on_frozen_disk', path, *freezable.commands(), env={'GEVENT_LOOP': loop})

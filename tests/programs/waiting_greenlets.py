@@ -1,0 +1,45 @@
+"""Print the bytes of resident memory per greenlet that sleeps, or that waits for a request."""
+
+import gc
+import sys
+
+import gevent
+
+from greenaio import _hub
+from greenaio._engine import Request
+from tests.conftest import ScriptedContext
+
+
+def resident():
+    gc.collect()
+    with open('/proc/self/smaps_rollup') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith('Rss:')) * 1024
+
+
+driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=256)
+buffers = [bytearray(64) for _ in range(10_000)]
+perform = driver.perform_request
+
+
+def wait(buffer):
+    perform(Request(0, 3, buffer))
+
+
+event = gevent.event.Event()
+
+
+def sleep(buffer):
+    event.wait()
+
+
+def cost(function):
+    before = resident()
+    greenlets = [gevent.spawn(function, buffer) for buffer in buffers]
+    gevent.sleep(0.5)
+    return (resident() - before) / len(buffers), greenlets
+
+
+if sys.argv[1] == 'sleep':
+    print(cost(sleep)[0])
+else:
+    print(cost(wait)[0])
