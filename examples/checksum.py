@@ -6,11 +6,15 @@ that cannot be read costs a line on stderr and the exit status 1, not the run.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == '__main__':      # the imports take a while: Ctrl-C then gives no traceback, either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import errno
 import hashlib
 import os
-import signal
 import stat
 import sys
 from collections.abc import Iterator
@@ -102,7 +106,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.done = 0
-        self.shown = sys.stderr.isatty()
+        self.shown = bool(sys.stderr) and sys.stderr.isatty()
 
     def step(self, path: str) -> None:
         self.done += 1

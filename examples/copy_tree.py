@@ -6,12 +6,16 @@ stderr and the exit status 1, not the run. With rich installed, a terminal shows
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == '__main__':      # the imports take a while: Ctrl-C then gives no traceback, either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import importlib.util
 import os
 import shutil
-import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -53,8 +57,9 @@ def copy_file(source: str, target: str, progress: Step) -> None:
         raise shutil.SpecialFileError(f'{source!r} is no file, no folder and no symbolic link')
     try:
         greenaio.copyfile(source, target, follow_symlinks=False, progress=step)
-    except gevent.GreenletExit:         # Ctrl-C: half a file would look like a whole one
-        os.unlink(target)
+    except BaseException:               # Ctrl-C, a full disk: half a file would look like a whole one
+        with contextlib.suppress(OSError):
+            os.unlink(target)
         raise
     shutil.copystat(source, target, follow_symlinks=False)
 
@@ -63,18 +68,23 @@ def copy_tree(source: str, target: str, progress: Step) -> tuple[int, list[str]]
     """Copy it; return how many files there were, and what went wrong."""
     failed: list[str] = []
     folders, count, pool = [], 0, Pool(FILES)
+    lost: set[str] = set()          # folders that could not be made
 
-    def attempt(call: Callable[..., None], *args: object) -> None:
+    def attempt(call: Callable[..., None], *args: object) -> bool:
         try:
             call(*args)
+            return True
         except OSError as error:        # which names no file, if it was being read or written
             failed.append(str(error) if error.filename or not error.errno else f'{error}: {args[0]!r}')
         except Exception as error:      # or it would end the greenlet, and not be counted
             failed.append(f'{error!r}: {args[0]!r}')
+        return False
 
     try:
         for folder, there, names in walk(source, target, failed):
-            attempt(os.makedirs, there)
+            if os.path.dirname(there) in lost or not attempt(os.mkdir, there):
+                lost.add(there)
+                continue
             folders.append((folder, there))
             count += len(names)
             for name in names:          # waits for one to be done, while FILES are under way
@@ -124,6 +134,7 @@ def run() -> int:
     """`main`, without a traceback for Ctrl-C or for output that is full or closed."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
+    gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), SystemExit(143))
     try:
         status = main()
         if sys.stdout:

@@ -11,13 +11,17 @@ A client that breaks the protocol or stalls is dropped; the other clients do not
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == '__main__':      # the imports take a while: Ctrl-C then gives no traceback, either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
 import fcntl
 import os
 import select
-import signal
 import ssl
 import stat
 import struct
@@ -700,6 +704,8 @@ def is_served(path: str) -> bool:
 
 def address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(':')
+    if ':' in host and host[0] != '[':
+        host = f'[{host}]'              # as a URI has IPv6
     if not host or not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'{text!r} is no HOST:PORT')
     return host, int(port)
@@ -724,12 +730,20 @@ def number(kind: Callable[[str], float], least: float, most: float) -> Callable[
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:.15g} to {most:.15g}')
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:,} to {most:,}')
     return parse
 
 
+def bind(sock: Any, where: Any, name: str) -> None:
+    try:
+        sock.bind(where)
+    except OSError as error:            # which does not name the address
+        sock.close()
+        raise OSError(error.errno or errno.ENAMETOOLONG, error.strerror or str(error), name) from None
+
+
 def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """The listening socket, and the URI of what it leads to."""
+    """The listening socket, and the URI of what it leads to. Raises OSError."""
     if arguments.unix:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(arguments.unix).st_mode):
@@ -737,13 +751,13 @@ def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), arguments.unix)
                 os.unlink(arguments.unix)       # of a server that was
         sock = socket.socket(socket.AF_UNIX)
-        sock.bind(arguments.unix)
+        bind(sock, arguments.unix, arguments.unix)
         uri = f'nbd+unix:///?socket={arguments.unix}'
     else:
         host, port = arguments.tcp
         sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host.strip('[]'), port))
+        bind(sock, (host.strip('[]'), port), f'{host}:{port}')
         uri = f'nbd{"s" if arguments.tls else ""}://{host}:{sock.getsockname()[1]}/'
     sock.listen(128)
     return sock, uri
@@ -760,8 +774,8 @@ def main() -> int:
                        help='(%(default)s)')
     add('--tls', nargs=2, metavar=('CERT', 'KEY'), help='and no client without it')
     add('--read-only', action='store_true')
-    add('--iops', type=number(float, 0.1, 1e9), help='operations a second of each export, at most')
-    add('--bps', type=number(float, 1, 1e15), help='bytes a second, likewise')
+    add('--iops', type=number(float, 0.1, 10 ** 9), help='operations a second of each export, at most')
+    add('--bps', type=number(float, 1, 10 ** 15), help='bytes a second, likewise')
     add('--connections', type=number(int, 1, 100_000), default=100, metavar='N',
         help='at a time (%(default)s), of 0.5 MiB each; more wait')
     add('--memory', type=number(int, MEMORY_MIN, 1 << 20), default=256, metavar='MIB',
@@ -770,6 +784,8 @@ def main() -> int:
         help='for a client to send a request that it has begun, and to send or take each MiB of data '
         '(%(default)s); between two requests it has any time')
     arguments = parser.parse_args()
+    if arguments.unix == '':
+        parser.error('argument --unix: a path is missing')
     exports: dict[str, Export] = {}
     try:
         for text in arguments.exports:
@@ -794,6 +810,22 @@ def main() -> int:
         return 1
     limits = Limits(Memory(arguments.memory * MIB), arguments.timeout)
     server = StreamServer(sock, Server(exports, limits, tls), spawn=Pool(arguments.connections))
+    status = serve(server, uri)
+    if arguments.unix and not is_served(arguments.unix):        # by another one, since
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(arguments.unix)
+    for device in {export.device for export in exports.values()}:
+        try:
+            device.flush()
+            device.close()
+        except OSError as error:
+            print(f'nbd_server.py: {error}', file=sys.stderr)
+            status = 1
+    return status
+
+
+def serve(server: StreamServer, uri: str) -> int:
+    """Serve until a signal ends it; return the exit status."""
     status = 0
 
     def interrupt() -> None:
@@ -808,11 +840,9 @@ def main() -> int:
     except OSError as error:            # full or closed; the interpreter would try again at its end
         print(f'nbd_server.py: standard output: {error.strerror}', file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        server.close()
         return 1
     server.serve_forever()
-    for device in {export.device for export in exports.values()}:
-        device.flush()
-        device.close()
     return status
 
 

@@ -12,6 +12,11 @@ Needs werkzeug, and a file system with extended attributes; for metrics promethe
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == '__main__':      # the imports take a while: Ctrl-C then gives no traceback, either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import contextlib
@@ -24,7 +29,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import stat
 import sys
@@ -455,7 +459,7 @@ def number(kind: Callable[[str], float], least: float, most: float) -> Callable[
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:.15g} to {most:.15g}')
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least:,} to {most:,}')
     return parse
 
 
@@ -482,10 +486,10 @@ def main() -> int:
         Collector()
     try:
         store = Store(arguments.root, arguments.token, arguments, arguments.metrics_token)
-        server = pywsgi.WSGIServer((arguments.host, arguments.port), store, log=None, handler_class=Handler,
-                                   spawn=Pool(arguments.connections))
+        server = pywsgi.WSGIServer((arguments.host.strip('[]'), arguments.port), store, log=None,
+                                   handler_class=Handler, spawn=Pool(arguments.connections))
         server.start()
-    except OSError as error:
+    except (OSError, ValueError) as error:      # a variable of the environment may be wrong, too
         print(f'object_server.py: {error}', file=sys.stderr)
         return 1
     status = 0
@@ -498,7 +502,8 @@ def main() -> int:
     gevent.signal_handler(signal.SIGTERM, server.close)
     gevent.signal_handler(signal.SIGINT, interrupt)
     try:
-        print(f'http://{arguments.host}:{server.server_port}', flush=True)
+        host = str(server.server_host)
+        print(f'http://{f"[{host}]" if ":" in host else host}:{server.server_port}', flush=True)
     except OSError as error:            # full or closed; the interpreter would try again at its end
         print(f'object_server.py: standard output: {error.strerror}', file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -12,6 +12,11 @@ written twice. There are no checkpoints here, the log only grows.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == '__main__':      # the imports take a while: Ctrl-C then gives no traceback, either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
@@ -19,7 +24,6 @@ import fcntl
 import glob
 import itertools
 import os
-import signal
 import struct
 import sys
 import tempfile
@@ -221,6 +225,7 @@ def main() -> int:
     if (not 1 <= arguments.greenlets <= 100_000 or not 0 < arguments.seconds <= 86400
             or not os.path.isdir(arguments.folder)):
         parser.error('FOLDER has to be there, GREENLETS from 1 to 100,000, SECONDS above 0 and up to 86,400')
+    gevent.get_hub().NOT_ERROR += (OSError,)    # the waiter for a greenlet tells its error, gevent does not
     compare(arguments)
     return 0
 
@@ -251,6 +256,7 @@ def run() -> int:
     """`main`, without a traceback for Ctrl-C, for a disk that fails, or for output that is full or closed."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
+    gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), SystemExit(143))
     try:
         status = main()
         if sys.stdout:

@@ -662,6 +662,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    gevent.get_hub().NOT_ERROR += (OSError,)    # a greenlet's error is told once, by the caller
     try:
         return _main(arguments)
     except (BadArgument, Failure) as error:

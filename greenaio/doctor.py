@@ -41,6 +41,7 @@ LOOKS = 16              # places of a file at which it is asked whether the page
 O_DIRECT = getattr(os, 'O_DIRECT', 0)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP,
                 errno.ENOSYS, errno.ENOENT)     # the last is what /proc says
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RWF_NOWAIT = getattr(os, 'RWF_NOWAIT', 8)
 
 # What is told of, in this order.
@@ -339,8 +340,10 @@ def examine_path(path: str, machine: Machine) -> Place:
     except OSError as error:
         if examination.step == 'open':
             raise BadPath(f'{path}: {error.strerror}') from None
-        place.problems.append(Problem(f'{path}: {examination.step}: {error.strerror}',
-                                      'see what the kernel says of the disk: dmesg'))
+        place.problems.append(Problem(
+            f'{path}: {examination.step}: {error.strerror}',
+            'make room there, or raise the limit (quota, ulimit -f)' if error.errno in NO_ROOM else
+            'see what the kernel says of the disk: dmesg'))
     return place
 
 

@@ -73,6 +73,22 @@ def test_limit_of_file_sizes_is_not_blamed_on_the_output(disk_folder):
     assert os.listdir(disk_folder) == []
 
 
+def test_disk_that_gets_full_during_the_run_is_one_line(disk_folder):
+    done = run(disk_folder, *COMMANDS['bench'], '--rw', 'append', '--size', '64k', before='ulimit -f 100')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.startswith(f'python -m greenaio bench: {disk_folder}/greenaio-bench-')
+    assert done.stderr.endswith(': File too large\n') and done.stderr.count('\n') == 1
+    assert os.listdir(disk_folder) == []
+
+
+def test_doctor_of_a_disk_that_is_full_does_not_send_to_dmesg(disk_folder):
+    done = run(disk_folder, *COMMANDS['doctor'], before='ulimit -f 0')
+    assert (done.returncode, done.stderr) == (1, '')
+    problem, = json.loads(done.stdout)['degraded']
+    assert problem['what'].endswith(': File too large') and 'ulimit -f' in problem['remedy']
+    assert os.listdir(disk_folder) == []
+
+
 def test_figures_are_kept_where_the_output_is_full(disk_folder, tmp_path):
     out = tmp_path / 'out.json'
     done = run(disk_folder, *COMMANDS['bench'], '--json', out, redirection='>/dev/full')

@@ -5,12 +5,13 @@ import importlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import EXAMPLES, run_example, run_in_shell
+from conftest import EXAMPLES, missing, run_example, run_in_shell, run_python
 
 TOKEN = {**os.environ, 'OBJECT_SERVER_TOKEN': 'token'}
 
@@ -44,8 +45,13 @@ ENDLESS = {
     'nbd_server': (('--tcp', '127.0.0.1:0', 'disk.img'), lambda process, folder: process.stdout.readline())}
 
 
-@pytest.mark.parametrize('name', ENDLESS)
-def test_ctrl_c_ends_it_without_a_traceback(inputs, name):
+ENDS = [(name, signal.SIGINT, 130) for name in ENDLESS] + [
+    (name, signal.SIGTERM, 143 if name in ('copy_tree', 'write_ahead_log') else 0)
+    for name in ENDLESS if name != 'checksum']
+
+
+@pytest.mark.parametrize('name, number, status', ENDS)
+def test_signal_ends_it_without_a_traceback(inputs, name, number, status):
     arguments, has_begun = ENDLESS[name]
     if name == 'copy_tree':
         for i in range(3000):
@@ -57,21 +63,41 @@ def test_ctrl_c_ends_it_without_a_traceback(inputs, name):
         while not has_begun(process, inputs):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert errors.count('\n') <= 1
     assert 'Traceback' not in errors
     if name == 'copy_tree':             # no file is there in part
-        assert 'incomplete' in errors
+        assert ('incomplete' in errors) == (number == signal.SIGINT)
         copies = [path.read_bytes() for path in inputs.glob('copy/*')]
         assert set(copies) == {b'content'}
         assert 50 < len(copies) < 3000
     else:
         assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *args):
+        if name == 'gevent':
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1], run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('name', ENDLESS)
+def test_ctrl_c_during_the_imports_gives_no_traceback(name):
+    done = run_python(INTERRUPTED, EXAMPLES / f'{name}.py', check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', '')
 
 
 SHORT = {'checksum': ('disk.img',), 'copy_tree': ('objects', 'copy'),
@@ -108,6 +134,81 @@ def test_reader_that_has_seen_enough_gives_no_line(inputs, name):
     assert done.returncode == 1
 
 
+def test_errors_that_are_closed_cost_no_checksum(inputs):
+    done = run_with_stdout(inputs, 'checksum', '2>&-')
+    assert done.returncode == 0
+    assert done.stdout.endswith('  disk.img\n')
+
+
+def run_with_small_files(folder, name, *arguments):
+    return run_in_shell([sys.executable, EXAMPLES / f'{name}.py', *arguments], '', cwd=folder,
+                        before='ulimit -f 100')      # as on a disk that is full, after 100 KiB
+
+
+def test_copy_that_could_not_be_finished_is_removed(inputs):
+    (inputs / 'tree' / 'large').write_bytes(bytes(1 << 20))
+    (inputs / 'tree' / 'small').write_bytes(b'content')
+    done = run_with_small_files(inputs, 'copy_tree', 'tree', 'copy')
+    assert (done.returncode, done.stdout) == (1, '2 files, 1 errors\n')
+    assert done.stderr.startswith('copy_tree.py: [Errno 27] File too large') and done.stderr.count('\n') == 1
+    assert os.listdir(inputs / 'copy') == ['small']
+
+
+def test_log_that_has_no_room_is_a_line(inputs):
+    done = run_with_small_files(inputs, 'write_ahead_log', '.')
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.startswith('write_ahead_log.py: [Errno 2') and done.stderr.count('\n') == 1
+    assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
+
+
+def test_folder_that_cannot_be_made_costs_one_line_for_all_that_is_in_it(inputs):
+    for name in ('one', 'two/three'):
+        (inputs / 'tree' / name).mkdir(parents=True)
+        (inputs / 'tree' / name / 'file').touch()
+    done = run_example('copy_tree', 'tree', '/proc/copy', cwd=inputs, text=True)
+    assert (done.returncode, done.stdout) == (1, '0 files, 1 errors\n')
+    assert done.stderr == "copy_tree.py: [Errno 2] No such file or directory: '/proc/copy'\n"
+
+
+@pytest.mark.parametrize('name', ['object_server', 'nbd_server'])
+def test_variable_that_is_out_of_range_stops_a_server_with_a_line(inputs, name):
+    done = run_in_shell([sys.executable, EXAMPLES / f'{name}.py', *SHORT[name]], '', cwd=inputs,
+                        env={**TOKEN, 'GREENAIO_DEPTH': 'abc'})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'{name}.py: GREENAIO_DEPTH must be') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('command, address', [
+    (('nbd_server', '--tcp', '127.0.0.1:{}', 'disk.img'), '127.0.0.1:{}'),
+    (('object_server', 'objects', '--token', 'x', '--port', '{}'), "('127.0.0.1', {})"),
+], ids=lambda one: one[0] if isinstance(one, tuple) else '')
+def test_address_that_is_in_use_is_named(inputs, command, address):
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = other.getsockname()[1]
+        done = run_example(*(word.format(port) for word in command), cwd=inputs, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'{command[0]}.py: [Errno 98] Address already in use: ')
+    assert address.format(port) in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('command, prefix', [
+    (('nbd_server', '--tcp', '::1:0', 'disk.img'), 'nbd://[::1]:'),
+    (('object_server', 'objects', '--token', 'x', '--host', '[::1]', '--port', '0'), 'http://[::1]:'),
+], ids=lambda one: ' '.join(one) if isinstance(one, tuple) else '')
+def test_url_of_an_ipv6_address_has_brackets(inputs, command, prefix):
+    with contextlib.suppress(OSError), socket.create_server(('::1', 0), family=socket.AF_INET6):
+        name, *arguments = command
+        process = subprocess.Popen([sys.executable, EXAMPLES / f'{name}.py', *arguments], cwd=inputs,
+                                   stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline().startswith(prefix)
+        finally:
+            process.terminate()
+            process.communicate()
+        return
+    missing('needs IPv6')
+
+
 STORE = ('object_server', 'objects', '--token', 'x')
 
 
@@ -115,6 +216,7 @@ STORE = ('object_server', 'objects', '--token', 'x')
     (*STORE, '--port', '65536'), (*STORE, '--port', '-1'), (*STORE, '--uploads', '0'),
     (*STORE, '--connections', '0'), (*STORE, '--object-size', '-1'), (*STORE, '--idle-timeout', '0'),
     (*STORE, '--idle-timeout', 'nan'), (*STORE, '--idle-timeout', 'inf'),
+    ('nbd_server', 'disk.img', '--unix', ''),
     ('write_ahead_log', '--seconds', 'inf'), ('write_ahead_log', '--seconds', 'nan'),
     ('write_ahead_log', '--greenlets', '1000000'), ('write_ahead_log', 'missing'),
     ('copy_tree', 'missing', 'copy'), ('copy_tree', 'tree', 'missing/copy')], ids=' '.join)

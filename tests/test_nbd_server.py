@@ -134,6 +134,7 @@ def test_socket_of_a_server_that_was_is_used_again(image, tmp_path):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / 'sock'))
     Server(image, where=('--unix', str(tmp_path / 'sock'))).stop()
+    assert not (tmp_path / 'sock').exists()         # of this one, which has stopped
 
 
 @pytest.mark.parametrize('where', ['here', ':10809', '127.0.0.1:', '127.0.0.1:x', '127.0.0.1:65536'])
