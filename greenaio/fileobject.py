@@ -32,6 +32,7 @@ import gevent
 from gevent._fileobjectcommon import FileObjectBase, FileObjectThread, OpenDescriptor, cancel_wait_ex
 from gevent._fileobjectposix import FileObjectPosix  # type: ignore[import-not-found]
 from gevent._hub_local import get_hub_if_exists
+from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
 from greenaio import _fallback, _position, alignment, streams
@@ -923,29 +924,62 @@ class FileObject(FileObjectBase):                   # type: ignore[type-arg]
     with *bufsize* and *close* as names of *buffering* and *closefd*. *fobj* is a path, an fd, or an object
     with ``fileno()``. What epoll accepts (pipes, sockets, terminals) becomes gevent's `FileObjectPosix`; an
     object that has a buffer of its own keeps it, and takes threads, in a `FileObjectThread` of gevent's.
+
+    *lock* and *threadpool* are those of `FileObjectThread`. A lock of the caller's own is held during each
+    call. True and False make no difference here, because greenlets that share a file take turns anyway. The
+    pool does the work only in a `FileObjectThread`: other files have native threads of their device.
     """
 
-    def __new__(cls, fobj: Any, *args: Any, **kwargs: Any) -> Any:
+    lock: Any
+    threadpool: Any
+
+    def __new__(cls, fobj: Any, *args: Any, lock: Any = True, threadpool: Any = None, **kwargs: Any) -> Any:
         if isinstance(fobj, FileObject):
             fobj = fobj.io
         if hasattr(fobj, 'read') and not isinstance(fobj, io.RawIOBase) and not _is_layer(fobj):
-            return FileObjectThread(fobj, *args, threadpool=_fallback._pool(), **kwargs)
+            return _by_threadpool(threadpool, fobj, *args, lock=lock, **kwargs)
+        is_own = lock is not True and lock      # which FileObjectPosix would not take
+        if is_own and not hasattr(lock, '__enter__'):
+            raise TypeError(f'Expected a Semaphore or boolean, got {type(lock)!r}')
         descriptor = _Descriptor(fobj, *args, **kwargs)
         raw: Any = descriptor.opened_raw()
-        if cls is FileObject and isinstance(raw, FileIO) and _is_pollable(raw):
+        if cls is FileObject and not is_own and isinstance(raw, FileIO) and _is_pollable(raw):
             return _by_epoll(raw, fobj, *args, **kwargs)
         self: Any = super().__new__(cls)
         self._descriptor = descriptor
+        self.lock, self.threadpool = lock if is_own else DummySemaphore(), threadpool
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(self.__dict__.pop('_descriptor'))
 
+    def _wrap_method(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        lock = self.lock
+        if isinstance(lock, DummySemaphore):
+            return method
+
+        @functools.wraps(method)
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                return method(*args, **kwargs)
+
+        return locked
+
     def _do_close(self, fobj: Any, closefd: bool) -> None:
-        if closefd or isinstance(fobj, FileIO):
-            fobj.close()
-        else:
-            fobj.flush()
+        with self.lock:
+            if closefd or isinstance(fobj, FileIO):
+                fobj.close()
+            else:
+                fobj.flush()
+
+
+def _by_threadpool(pool: Any, fobj: Any, *args: Any, **kwargs: Any) -> Any:
+    pool = _fallback._pool() if pool is None else pool
+    file: Any = FileObjectThread(fobj, *args, threadpool=pool, **kwargs)
+    if file.threadpool is not pool:     # gevent takes an idle pool, whose length is 0, for none
+        file.threadpool = pool
+        file._do_delegate_methods()
+    return file
 
 
 def _is_pollable(raw: FileIO) -> bool:

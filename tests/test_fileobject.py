@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import gc
+import io
 import os
 import pathlib
 import pickle
@@ -20,14 +21,17 @@ import gevent
 import gevent.fileobject
 import pytest
 from conftest import MIB, missing, pattern, run_python
+from gevent.fileobject import FileObjectThread
+from gevent.lock import Semaphore
 from gevent.tests import test__fileobject as theirs
+from gevent.threadpool import ThreadPool
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
 import greenaio.os
-from greenaio import _position
+from greenaio import _fallback, _position
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 
 ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
@@ -514,6 +518,76 @@ def test_object_with_a_buffer_of_its_own_keeps_it(data_file, mode):
         file.close()
         assert inner.closed
     assert first in ('one\r\n', b'one\r\n')
+
+
+@pytest.mark.parametrize('kind', ['path', 'pipe', 'buffered object'])
+def test_lock_of_the_caller_is_held_during_each_call(data_file, kind):
+    """Also while the file is closed, because that flushes; and for a pipe, where gevent's takes no lock."""
+    lock, held = Semaphore(), []
+    reader, writer = os.pipe()
+    buffered = io.BufferedReader(io.FileIO(data_file))
+    target = {'path': data_file, 'pipe': reader, 'buffered object': buffered}[kind]
+    os.write(writer, pattern(MIB)[:4096])
+    os.close(writer)
+    file = FileObject(target, 'rb', lock=lock)
+    assert file.lock is lock
+    lock.acquire()
+    calls = [gevent.spawn(file.read, 8), gevent.spawn(file.readline, 1), gevent.spawn(lambda: next(file)),
+             gevent.spawn(file.readable)]
+    gevent.sleep(0.02)
+    held += [call.ready() for call in calls]
+    lock.release()
+    gevent.joinall(calls, raise_error=True, timeout=10)
+    assert held == 4 * [False] and calls[0].value == pattern(8) and not lock.locked()
+    lock.acquire()
+    closing = gevent.spawn(file.close)
+    gevent.sleep(0.02)
+    assert not closing.ready()
+    lock.release()
+    closing.get(timeout=10)
+    buffered.close()
+    if kind == 'pipe':
+        with pytest.raises(OSError, match='Bad file descriptor'):
+            os.fstat(reader)
+    else:
+        os.close(reader)
+
+
+@pytest.mark.parametrize('lock', [True, False, None, 0])
+def test_without_a_lock_of_the_caller_a_file_object_is_as_before(data_file, lock):
+    with FileObject(data_file, 'rb', lock=lock) as file, FileObject(data_file, 'rb') as wanted:
+        assert type(file) is FileObject and file.read(16) == wanted.read(16) == pattern(16)
+        with file.lock:                 # any code may take it
+            assert file.tell() == 16
+
+
+def test_wrong_lock_is_refused_before_a_file_is_made(folder):
+    """With the words of gevent's FileObjectThread."""
+    for kind in (FileObject, FileObjectThread):
+        with pytest.raises(TypeError, match=r"^Expected a Semaphore or boolean, got <class 'list'>$"):
+            kind(os.path.join(folder, 'new'), 'w', lock=['a list'])
+    assert os.listdir(folder) == []
+
+
+def test_pool_of_the_caller_does_the_work_of_objects_that_take_a_pool(data_file):
+    """Other files take native threads. gevent itself takes a pool that is idle for none."""
+    pool, used = ThreadPool(1), []
+    with FileObject(data_file, 'rb', threadpool=pool) as file:
+        assert type(file) is FileObject and file.threadpool is pool and file.read(8) == pattern(8)
+    assert pool.size == 0
+
+    class Buffered(io.BufferedReader):
+        def read(self, n):
+            used.append(threading.get_ident())
+            return super().read(n)
+
+    for threadpool in (pool, None):
+        with FileObject(Buffered(io.FileIO(data_file)), 'rb', threadpool=threadpool) as file:
+            assert isinstance(file, FileObjectThread) and file.read(8) == pattern(8)
+            assert file.threadpool is (_fallback._pool() if threadpool is None else pool)
+            assert file.threadpool is not gevent.get_hub().threadpool
+    assert len({threading.get_ident(), *used}) == 3
+    pool.kill()
 
 
 def test_file_object_of_ours_is_not_wrapped_twice(data_file):
