@@ -7,7 +7,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <linux/aio_abi.h>
     #include <sys/eventfd.h>
     #include <sys/syscall.h>
@@ -45,6 +47,22 @@ cdef extern from *:
     static inline long abi_eventfd(void)
     { return abi_result(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }
 
+    /* A pipe, both ends of it under one number: a sandbox that has no eventfd has it. As an eventfd it can be
+       signalled, cleared and watched, but the kernel does not signal it. */
+    static inline long abi_pipe(void)
+    {
+        char path[32];
+        int ends[2];
+        long fd;
+        if (pipe2(ends, O_NONBLOCK | O_CLOEXEC) < 0)
+            return -(long)errno;
+        snprintf(path, sizeof path, "/proc/self/fd/%d", ends[0]);
+        fd = abi_result(open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC));
+        close(ends[0]);
+        close(ends[1]);
+        return fd;
+    }
+
     /* An eventfd under two numbers: the first, unless somebody closed that. EAGAIN: it is readable, and how;
        nothing was signalled. */
     static inline void abi_signal(int fd, int same)
@@ -56,9 +74,9 @@ cdef extern from *:
 
     static inline void abi_clear(int fd, int same)
     {
-        uint64_t count;
-        if (read(fd, &count, sizeof count) < 0 && errno == EBADF)
-            (void)!read(same, &count, sizeof count);
+        uint64_t counts[64];           /* a pipe in the place of an eventfd has one for each signal */
+        if (read(fd, counts, sizeof counts) < 0 && errno == EBADF)
+            (void)!read(same, counts, sizeof counts);
     }
 
     /* The other side of both is aio_complete() in the kernel, on any processor: it writes an event,
@@ -116,6 +134,7 @@ cdef extern from *:
     long abi_io_getevents(aio_context_t ctx, long min_nr, long nr, io_event *events,
                           long timeout_ns) nogil
     long abi_eventfd() nogil
+    long abi_pipe() nogil
     void abi_signal(int fd, int same) nogil
     void abi_clear(int fd, int same) nogil
     unsigned int abi_load_tail(aio_ring *ring) nogil

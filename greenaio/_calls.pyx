@@ -59,6 +59,9 @@ cdef extern from *:
         int fd
     long syscall(long number, ...) nogil
     const long SYS_gettid
+    const long SYS_statx
+    const long SYS_preadv2
+    const long SYS_pwritev2
     const long SYS_openat
     const long SYS_close
     const long SYS_ftruncate
@@ -415,6 +418,14 @@ def lseek(int fd, int64_t offset, int whence):
 
 # The umask of the process, which threads are told of.
 learn_umask, umask = _threads.learn_umask, _threads.umask
+
+
+def errors_of_newer_calls():
+    """Return the errno of each newer system call that has a substitute here, by name. They are made with arguments
+    that no kernel accepts, so the errno is EBADF, EFAULT or EINVAL, unless the call is denied or not known."""
+    return {name: c_errno if syscall(number, -1, NULL, NULL, NULL, NULL, NULL) < 0 else 0 for name, number in (
+        ('statx', SYS_statx), ('preadv2', SYS_preadv2), ('pwritev2', SYS_pwritev2), ('openat2', 437),
+        ('copy_file_range', SYS_copy_file_range), ('cachestat', 451), ('statmount', 457))}
 
 
 # Ranges that greenlets hold, see `alignment` -------------------------------------------------------

@@ -26,6 +26,7 @@ cdef class Context:
     cdef iocb **_pointers
     cdef io_event *_events          # PEEK_MAX, the copies that peek() makes
     cdef long _getevents_ns         # io_getevents: how long to wait, for the probe alone
+    cdef readonly long denied       # minus the errno that eventfd gave, where a pipe stands for it; else 0
     cdef readonly int eventfd       # this number is for the loop, which watches it
     cdef readonly int own_eventfd   # the same, for us and the kernel
     cdef readonly int depth
@@ -45,6 +46,7 @@ cdef class Context:
     cpdef int clear(self) except -1
     cpdef after_fork_in_child(self)
     cpdef destroy(self)
+    cdef long _make_eventfd(self) noexcept
     cdef void _close_eventfd(self) noexcept
     cdef bint _probe(self)
     cdef int _unmap_from_children(self) except -1

@@ -10,14 +10,14 @@ serves every batch; of a request in flight only its data buffer and its token st
 import os
 import posix            # for what may be patched in os
 
-from libc.errno cimport EBADF, errno as c_errno
+from libc.errno cimport EBADF, EMFILE, ENFILE, ENOMEM, errno as c_errno
 from libc.stdlib cimport calloc, free
 from libc.time cimport time_t
 from posix.unistd cimport close
 
 from greenaio._abi cimport (
     AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_clear, abi_eventfd, abi_io_destroy, abi_io_getevents, abi_io_setup,
-    abi_io_submit, abi_load_tail, abi_relax, abi_signal, abi_store_head,
+    abi_io_submit, abi_load_tail, abi_pipe, abi_relax, abi_signal, abi_store_head,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -129,7 +129,7 @@ cdef class Context:
             self._pointers[i] = &self._iocbs[i]
 
     def __init__(self):
-        fd = abi_eventfd()
+        fd = self._make_eventfd()
         if fd < 0:
             raise _os_error(fd, 'eventfd')
         self.eventfd = fd
@@ -137,6 +137,19 @@ cdef class Context:
         self.own_eventfd = fcntl(fd, F_DUPFD_CLOEXEC, OWN_MIN)
         if self.own_eventfd < 0:        # so many are not allowed
             self.own_eventfd = fd
+
+    cdef long _make_eventfd(self) noexcept:
+        """Return a new eventfd, or minus the errno. Where a sandbox denies it, a pipe stands for it: threads can
+        signal that, but native AIO can't, so there is none."""
+        cdef long fd = abi_eventfd(), pipe
+        self.denied = 0
+        if fd >= 0 or fd == -EMFILE or fd == -ENFILE or fd == -ENOMEM:
+            return fd
+        pipe = abi_pipe()
+        if pipe < 0:
+            return fd
+        self.denied = fd
+        return pipe
 
     def __dealloc__(self):
         # Only a context that never had a request is still set up here: see destroy().
@@ -148,12 +161,15 @@ cdef class Context:
         free(self._events)
 
     cpdef open(self, int depth):
-        """Set the context up for *depth* requests in flight. Raises OSError as ``io_setup`` does."""
+        """Set the context up for *depth* requests in flight. Raises OSError as ``io_setup`` does, or as ``eventfd``
+        did."""
         cdef long code
         if self._ctx:
             raise ValueError('the context is set up already')
         if depth < 1:
             raise ValueError(f'depth must be at least 1, not {depth}')
+        if self.denied:
+            raise _os_error(self.denied, 'eventfd')
         code = abi_io_setup(depth, &self._ctx)
         if code < 0:
             self._ctx = 0
@@ -341,7 +357,7 @@ cdef class Context:
         self.staged = 0
         if self.eventfd < 0:
             return
-        fresh = abi_eventfd()
+        fresh = self._make_eventfd()
         if fresh >= 0:                  # it may be one of these, which somebody has closed: then dup3() does nothing
             dup3(<int>fresh, self.eventfd, O_CLOEXEC)
             dup3(<int>fresh, self.own_eventfd, O_CLOEXEC)

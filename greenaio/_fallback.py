@@ -202,10 +202,11 @@ _umask_changes = 0
 
 
 def learn_umask() -> None:
-    """Learn the umask before `umask` changes it."""
+    """Learn the umask before `umask` changes it, unless a sandbox denies both."""
     global _umask
-    _umask = posix.umask(0o077)         # for that moment a file gets no bit too many
-    posix.umask(_umask)
+    with contextlib.suppress(OSError):
+        _umask = posix.umask(0o077)     # for that moment a file gets no bit too many
+        posix.umask(_umask)
 
 
 def umask(mask: int, /) -> int:

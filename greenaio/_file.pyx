@@ -65,7 +65,7 @@ cdef extern from *:
     static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
     {
         long result;
-        if (flags == 0)                 /* the older calls, which no sandbox denies */
+        if (flags == 0)
             return offset == -1 ? RESULT(reading ? readv(fd, v, n) : writev(fd, v, n))
                                 : RESULT(reading ? preadv(fd, v, n, offset) : pwritev(fd, v, n, offset));
         if (flags == 8 /* RWF_NOWAIT */ && is_denied[reading])
@@ -77,6 +77,9 @@ cdef extern from *:
     static inline long buffer_now(int reading, int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
     {
         struct iovec one = { at, n };   /* on the stack: nobody is switched to meanwhile */
+        if (flags == 0)                 /* the oldest calls, which no sandbox denies */
+            return offset == -1 ? RESULT(reading ? read(fd, at, n) : write(fd, at, n))
+                                : RESULT(reading ? pread(fd, at, n, offset) : pwrite(fd, at, n, offset));
         return vector_now(reading, fd, &one, 1, offset, flags);
     }
 

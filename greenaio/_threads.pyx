@@ -236,7 +236,10 @@ cdef extern from *:
     long syscall(long number, ...) nogil
     const long SYS_openat
     const long SYS_close
+    const long SYS_read
+    const long SYS_write
     const long SYS_pread64
+    const long SYS_pwrite64
     const long SYS_newfstatat
     const long SYS_ftruncate
     const long SYS_fallocate
@@ -477,11 +480,20 @@ cdef int as_call(Request request) except -1:
         one.one.iov_len = request.nbytes
         buffers, count = &one.one, 1
     cdef bint reading = opcode == PREAD or opcode == PREADV
+    cdef bint in_order = request.offset == -1       # at the file's own position
+    # A sandbox may deny the newer calls, so each request takes the oldest one that does it.
     if request.flags:
         one.number = SYS_preadv2 if reading else SYS_pwritev2
-    elif request.offset == -1:          # the file's own position
+    elif count == 1:
+        if reading:
+            one.number = SYS_read if in_order else SYS_pread64
+        else:
+            one.number = SYS_write if in_order else SYS_pwrite64
+        _set(one, request.fd, <long>(<iovec *>buffers).iov_base, (<iovec *>buffers).iov_len, request.offset, 0, 0)
+        return 0
+    elif in_order:
         one.number = SYS_readv if reading else SYS_writev
-    else:                               # a sandbox may deny the newer calls
+    else:
         one.number = SYS_preadv if reading else SYS_pwritev
     # The offset in two halves, of which a 64-bit kernel takes the first whole.
     _set(one, request.fd, <long>buffers, count, request.offset, 0, request.flags)
@@ -526,8 +538,11 @@ cdef void _learn_umask(unsigned int mask) noexcept:
 
 
 def learn_umask():
-    """Learn the umask before `umask` changes it."""
-    mask = posix.umask(0o077)           # for that moment a file gets no bit too many
+    """Learn the umask before `umask` changes it, unless a sandbox denies both."""
+    try:
+        mask = posix.umask(0o077)       # for that moment a file gets no bit too many
+    except OSError:
+        return
     posix.umask(mask)
     _learn_umask(mask)
 

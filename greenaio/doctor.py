@@ -70,8 +70,20 @@ REBUILD = ('install a C compiler and the headers of Python, then: '
            'pip install --force-reinstall --no-cache-dir greenaio')
 ELSEWHERE = ('keep the data on ext4 or xfs on a disk of this machine: in a container on a volume, not on its '
              'own layer')
-ALLOW = ('allow io_setup, io_destroy, io_submit and io_getevents in the seccomp profile of this container or '
-         'service (docker: --security-opt seccomp=PROFILE, systemd: SystemCallFilter=@aio)')
+ALLOW = ('allow {} in the seccomp profile of this container or service (docker: --security-opt '
+         'seccomp=PROFILE, systemd: SystemCallFilter={})')
+AIO_CALLS = 'io_setup, io_destroy, io_submit and io_getevents'
+
+# System calls that have a substitute: the version of Linux that brought each, and what is lost without it.
+NEWER = {
+    'statx': ('4.11', 'a call that has to ask a file server may be made in the hub'),
+    'preadv2': ('4.6', 'each read takes a thread, also one of cached bytes'),
+    'pwritev2': ('4.6', 'os.pwritev with flags such as RWF_DSYNC fails'),
+    'openat2': ('5.6', 'open and stat take a thread, also for a cached path'),
+    'copy_file_range': ('4.5', 'what is copied goes through the memory of this process'),
+    'cachestat': ('6.5', 'an O_DIRECT write may wait in the hub for pages that the page cache has'),
+    'statmount': ('6.8', 'a thread reads the list of all mounts to learn the kind of a file system'),
+}
 
 
 class BadPath(Exception):
@@ -180,6 +192,7 @@ def examine_machine() -> Machine:
         extension='built' if greenaio.native else _why_not_built(), aio=Aio())
     if greenaio.native:
         _examine_aio(found)
+        _examine_newer_calls(found)
     else:
         found.problems.append(Problem(
             f'{NOT_BUILT}, so that all takes a Python thread pool ({found.extension}). There was no '
@@ -217,11 +230,11 @@ def _examine_aio(machine: Machine) -> None:
 
     aio = machine.aio
     aio.depth_asked = config.depth
-    call = 'eventfd'
+    call = 'eventfd2'
     try:
         context = Context()
         try:
-            call = 'io_setup'
+            call = 'eventfd2' if context.denied else 'io_setup'
             context.open(DEPTH_TRIED)
             call = 'io_submit'
             _send_one(context)
@@ -290,6 +303,18 @@ def _explain_denial(machine: Machine, call: str, error: OSError) -> None:
         f'native AIO is denied ({aio.error}) by {by}; threads do its work, which are slower', remedy))
 
 
+def _examine_newer_calls(machine: Machine) -> None:
+    from greenaio._calls import errors_of_newer_calls
+
+    kernel = tuple(map(int, re.findall(r'\d+', platform.release())[:2]))
+    for call, code in errors_of_newer_calls().items():
+        since, loss = NEWER[call]
+        if code in (errno.ENOSYS, errno.EPERM) and kernel >= tuple(map(int, since.split('.'))):
+            by, remedy = _denied_by(machine, call, code)
+            machine.problems.append(Problem(f'{call} is denied ({errno.errorcode[code]}) by {by}: {loss}',
+                                            remedy))
+
+
 def _denied_by(machine: Machine, call: str, code: int | None) -> tuple[str, str]:
     """Whose answer that is, and what to do about it."""
     aio, filtered = machine.aio, machine.seccomp == 2
@@ -301,10 +326,11 @@ def _denied_by(machine: Machine, call: str, code: int | None) -> tuple[str, str]
         return 'the limit of open files', 'raise it: ulimit -n, LimitNOFILE='
     if code == errno.ENOMEM and not filtered:
         return 'want of memory', 'give this process, or its cgroup, more'
-    if code == errno.ENOSYS and aio.aio_nr is None:     # which a kernel with AIO has
+    if call.startswith('io_') and code == errno.ENOSYS and aio.aio_nr is None:  # which a kernel with AIO has
         return 'a kernel that was built without CONFIG_AIO', 'use another kernel'
     if filtered:
-        return 'a seccomp filter', ALLOW
+        calls = (AIO_CALLS, '@aio') if call.startswith('io_') else (call, call)
+        return 'a seccomp filter', ALLOW.format(*calls)
     if code == errno.ENOSYS:
         return 'something between this process and the kernel, as gVisor', 'run it without'
     return 'the kernel; there is no seccomp filter, so it may be a security module', 'look into the audit log'
@@ -470,8 +496,8 @@ class _Examination:
         try:
             call()
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL):
+                raise                   # EPERM is a sandbox's
             self.place.nowait[what] = 'yes (it would have waited)' if error.errno == errno.EAGAIN else 'no'
         else:
             self.place.nowait[what] = 'yes'

@@ -4,10 +4,12 @@ import errno
 import faulthandler
 import os
 import select
+import textwrap
 import time
 
 import pytest
 from conftest import contexts, run_python
+from test_file import NEWER_CALLS, SECCOMP
 
 import greenaio
 from greenaio import aligned_buffer
@@ -67,6 +69,47 @@ def test_eventfd_failing_leaves_nothing():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert open('/proc/sys/fs/aio-nr').read() == before
     ''')
+
+
+def test_pipe_stands_for_an_eventfd_that_a_sandbox_denies():
+    """It has two numbers as well, a forked child has one of its own, and native AIO is refused with it."""
+    run_python(SECCOMP + f"deny({NEWER_CALLS['eventfd2']}, errno.EPERM)\n" + textwrap.dedent('''
+        import select
+        from greenaio._context import Context
+        before = os.listdir('/proc/self/fd')
+        context = Context()
+        def is_signalled():
+            return bool(select.select([context.eventfd], [], [], 0)[0])
+        def clear():
+            for _ in range(2000):
+                if not is_signalled():
+                    return
+                context.clear()
+        for _ in range(100_000):                # more than a pipe holds
+            context.signal()
+        assert is_signalled()
+        clear()
+        assert not is_signalled() and context.denied == -errno.EPERM
+        try:
+            context.open(16)
+        except PermissionError as error:
+            assert 'eventfd' in str(error) and not context.is_open
+        else:
+            raise AssertionError('native AIO that could tell nothing')
+        pid = os.fork()
+        if pid == 0:
+            context.after_fork_in_child()
+            context.signal()
+            os._exit(not is_signalled())
+        assert os.waitpid(pid, 0)[1] == 0 and not is_signalled()
+        os.close(context.own_eventfd)
+        context.signal()
+        assert is_signalled()
+        clear()
+        assert not is_signalled()
+        context.close()
+        assert os.listdir('/proc/self/fd') == before
+    '''))
 
 
 def test_setup_failing_leaves_a_context_that_can_be_closed():

@@ -13,9 +13,9 @@ import time
 import pytest
 from conftest import FreezableDisk, file_system, missing, pattern, run, run_python
 from test_fallback import WITHOUT
-from test_file import IO_SETUP, IO_SUBMIT, SECCOMP
+from test_file import IO_SETUP, IO_SUBMIT, NEWER_CALLS, SECCOMP
 
-from greenaio import doctor
+from greenaio import _calls, doctor
 
 RUN = '''
 import runpy, sys
@@ -281,6 +281,28 @@ def test_seccomp_filter_is_found_out(disk_folder, call, number, code):
             assert found[name]['way'] == 'thread' and call in found[name]['why']
 
 
+@pytest.mark.parametrize('code', ['EPERM', 'ENOSYS'])
+def test_each_denied_call_is_named_with_its_loss_and_the_remedy(code):
+    denied = [name for name in NEWER_CALLS if name == 'eventfd2' or name in doctor.NEWER]
+    status, report = examine('/dev/shm', before=SECCOMP + ''.join(
+        f'deny({NEWER_CALLS[name]}, errno.{code})\n' for name in denied))
+    assert status == 1 and len(report['degraded']) == len(denied) == len(doctor.NEWER) + 1
+    for name in denied:
+        problem, = (one for one in report['degraded'] if name in one['remedy'])
+        assert f'({code}) by a seccomp filter' in problem['what'] or f'{name}: {code}' in problem['what']
+        assert problem['remedy'].startswith(f'allow {name} in the seccomp profile')
+        assert name == 'eventfd2' or doctor.NEWER[name][1] in problem['what']
+
+
+def test_call_that_the_kernel_does_not_have_yet_is_not_degraded(monkeypatch):
+    monkeypatch.setattr(doctor.platform, 'release', lambda: '6.6.1-generic')
+    monkeypatch.setattr(_calls, 'errors_of_newer_calls', lambda: {
+        'statx': errno.EFAULT, 'cachestat': errno.ENOSYS, 'statmount': errno.ENOSYS})
+    found = machine(2)
+    doctor._examine_newer_calls(found)
+    assert [problem.what.split()[0] for problem in found.problems] == ['cachestat']
+
+
 def test_depth_that_is_not_to_be_had_is_told(disk_folder):
     """The driver of this very process has some, so all can't be left."""
     code, report = examine(disk_folder, env={'GREENAIO_DEPTH': '65536'})
@@ -307,7 +329,9 @@ def machine(seccomp=0, aio_nr=65536, aio_max_nr=65536):
     (machine(0), 'io_setup', errno.ENOSYS, 'gVisor', 'without'),
     (machine(0), 'io_setup', errno.EPERM, 'a security module', 'audit'),
     (machine(0), 'io_setup', errno.ENOMEM, 'want of memory', 'more'),
-    (machine(0), 'eventfd', errno.EMFILE, 'limit of open files', 'ulimit -n'),
+    (machine(2), 'openat2', errno.ENOSYS, 'a seccomp filter', 'allow openat2 in the seccomp profile'),
+    (machine(0, None, None), 'statx', errno.ENOSYS, 'gVisor', 'without'),
+    (machine(0), 'eventfd2', errno.EMFILE, 'limit of open files', 'ulimit -n'),
 ])
 def test_who_denies_it_and_what_to_do(found, call, code, by, to_do):
     denied_by, remedy = doctor._denied_by(found, call, code)

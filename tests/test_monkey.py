@@ -10,7 +10,8 @@ import textwrap
 import zipfile
 
 import pytest
-from conftest import MIB, make_plugin_visible, pattern, run_python
+from conftest import MIB, make_plugin_visible, pattern, run_python, temporary_folder
+from test_file import NEWER_CALLS, SECCOMP
 
 PATCHED = '''
 import gevent.monkey
@@ -189,6 +190,40 @@ def test_library_behaves_as_before(tmp_path, folder):
         outputs.append(done.stdout)
     assert len(outputs[0]) > 700
     assert outputs[0] == outputs[1]
+
+
+DENY = SECCOMP + """
+folder, code, numbers = sys.argv[1], getattr(errno, sys.argv[2]), eval(sys.argv[3])
+def deny_all(names):
+    for name in names:
+        deny(numbers[name], code)
+"""
+
+
+@pytest.mark.parametrize('code', ['ENOSYS', 'EPERM'])
+def test_patched_files_work_in_a_sandbox_that_denies_a_newer_call(disk_folder, code):
+    run_python(PATCHED + DENY + textwrap.dedent("""
+        from tests.programs.all_ways import use_files
+        for name in numbers:                    # no hub is made here
+            pid = os.fork()
+            if pid == 0:
+                deny_all([name])
+                gevent.spawn(use_files, folder).get()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0, name
+    """), disk_folder, code, NEWER_CALLS)
+
+
+@pytest.mark.parametrize('code', ['ENOSYS', 'EPERM'])
+def test_patched_library_behaves_as_before_in_a_sandbox_that_denies_the_newer_calls(code):
+    with temporary_folder('memory') as folder:
+        os.mkdir(f'{folder}/plain')
+        os.mkdir(f'{folder}/patched')
+        plain = run_python('import io, os, sys\n' + LIBRARY, f'{folder}/plain').stdout
+        done = run_python(DENY + "deny_all({*numbers} - {'preadv', 'pwritev'})\n" + PATCHED + LIBRARY
+                          + 'from tests.programs.all_ways import use_files\n'
+                          + 'gevent.spawn(use_files, folder).get()\n', f'{folder}/patched', code, NEWER_CALLS)
+    assert done.stdout == plain
 
 
 def test_child_between_fork_and_exec_runs_nobody_elses_greenlets(folder):
