@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import run_in_shell, run_python
 
+from greenaio import _show, bench
+
 GREENAIO = (sys.executable, '-m', 'greenaio')
 QUICK = ('--size', '1M', '--seconds', '0.05', '--depths', '1', '--only', 'greenaio')
 COMMANDS = {'help': ['--help'], 'config': ['config'], 'doctor': ['doctor', '--json'],
@@ -94,6 +96,28 @@ def test_figures_are_kept_where_the_output_is_full(disk_folder, tmp_path):
     done = run(disk_folder, *COMMANDS['bench'], '--json', out, redirection='>/dev/full')
     assert done.returncode == 1
     assert json.loads(out.read_text())['results'][0]['iops'] > 0
+
+
+FIGURES = ('qemu-img:threads', '10,000', '120,000', '492', '102.45', '20,123', '41,234', '99,999.99',
+           '100.25', '212.50')
+SENTENCES = ('O_DIRECT write, the file gets longer', 'native AIO',
+             'the kernel would make the file longer inside io_submit, and wait for the disk')
+
+
+@pytest.mark.parametrize('width', [30, 40, 60, 80, 100, 120])
+@pytest.mark.parametrize('has_rich', [True, False], ids=['rich', 'plain'])
+@pytest.mark.parametrize('columns, row, right', [
+    (bench.COLUMNS, FIGURES, bench.COLUMNS[1:]), (('operation', 'way', 'why'), SENTENCES, ()),
+    (('', ''), SENTENCES[1:], ())], ids=['figures', 'sentences', 'facts'])
+def test_no_terminal_is_too_narrow_for_a_table(monkeypatch, capsys, width, has_rich, columns, row, right):
+    monkeypatch.setenv('COLUMNS', str(width))
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, 'rich', None)
+    _show.table(columns, [row], title='A title', right=right)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    words = [word for text in (*columns[1:], *row) for word in text.split()]
+    assert all(word in shown for word in words)
 
 
 # Signals -----------------------------------------------------------------------------------------
