@@ -7,7 +7,7 @@ import threading
 
 import gevent
 import pytest
-from conftest import MIB, pattern, run_python
+from conftest import MIB, pattern, run_program
 
 import greenaio
 import greenaio.os
@@ -352,37 +352,7 @@ def test_writes_of_other_files_are_not_waited_for(held_disk):
 
 def test_child_forked_while_a_thread_has_the_lock_of_the_ranges():
     """In the child Python ends the other threads before any hook: none may wait for that lock then."""
-    run_python('''
-        import gevent, os, sys, threading, time, warnings
-        from greenaio import alignment
-        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
-        has_range, has_lock, is_over = threading.Event(), threading.Event(), threading.Event()
-        inode = 1, 2
-        def with_range():
-            alignment._Range(inode, 0, 512)
-            has_range.set()
-            is_over.wait(50)
-        def with_lock():
-            with alignment._lock:
-                has_lock.set()
-                is_over.wait(50)
-        for work in with_range, with_lock:
-            threading.Thread(target=work, daemon=True).start()
-            (has_range if work is with_range else has_lock).wait(10)
-        child = os.fork()
-        if child == 0:
-            os._exit(1 if alignment._held or alignment._threads else 0)
-        for _ in range(1000):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, 9)
-            sys.exit('the child waits for ever')
-        assert status == 0
-        is_over.set()
-    ''')
+    run_program('fork_beside_locked_ranges')
 
 
 @pytest.mark.parametrize('how', ['fork', 'destroy'])
@@ -391,39 +361,7 @@ def test_range_of_a_greenlet_that_can_never_go_on_is_given_back(disk_folder, how
     with open(path, 'wb') as made:
         made.write(bytes(4 * MIB))
         os.fsync(made.fileno())
-    run_python('''
-        import os, sys, threading, time, warnings, gevent
-        from greenaio import File, aligned_buffer, alignment
-        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
-        path, how = sys.argv[1:]
-        file = File(path, os.O_RDWR | os.O_DIRECT)
-        begun, go_on = threading.Event(), threading.Event()
-
-        def other():
-            writers = [gevent.spawn(file.pwrite, b'odd', 7 + i * 4096) for i in range(300)]
-            while not alignment._held:
-                gevent.sleep(0)
-            begun.set()
-            if how == 'destroy':
-                gevent.get_hub().destroy()
-            else:
-                go_on.wait()                    # in this thread, so that nothing goes on
-                gevent.joinall(writers)
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        begun.wait()
-        child = os.fork() if how == 'fork' else thread.join()
-        if child:
-            go_on.set()
-            thread.join()
-            assert os.waitpid(child, 0)[1] == 0
-        else:
-            for data, offset in ((b'odd', 7), (aligned_buffer(4096), 8192)):
-                assert gevent.spawn(file.pwrite, data, offset).get(timeout=10) == len(data)
-            assert not alignment._held
-            os._exit(0)
-    ''', path, how)
+    run_program('range_of_lost_greenlet', path, how)
 
 
 @pytest.mark.parametrize('writing', [False, True], ids=['read', 'write'])
@@ -557,34 +495,7 @@ def test_misaligned_writes_of_threads_all_succeed(folder):
     with open(path, 'wb') as made:
         made.write(bytes(MIB))
         os.fsync(made.fileno())
-    run_python('''
-        import os, sys, threading, gevent
-        from greenaio import File, aligned_buffer, alignment
-        file = File(sys.argv[1], os.O_RDWR | os.O_DIRECT)
-        done, count = [], 60
-
-        def work(i, with_hub):
-            if with_hub:
-                gevent.get_hub()
-            for turn in range(count):
-                assert file.pwrite(bytes([65 + i, 97 + turn % 26]) * 20, i * 40) == 40
-                if turn % 10 == 5:
-                    assert file.pwrite(aligned_buffer(4096), 4096) == 4096
-                done.append(i)
-
-        threads = [threading.Thread(target=work, args=(i, i % 2)) for i in range(1, 4)]
-        for thread in threads:
-            thread.start()
-        work(0, True)
-        for thread in threads:
-            thread.join(30)
-        assert len(done) == 4 * count, len(done)
-        assert not alignment._held
-        assert file.pwrite(b'after', 5) == 5
-        data = open(sys.argv[1], 'rb').read(160)
-        for i in range(1, 4):
-            assert data[i * 40:i * 40 + 40] == bytes([65 + i, 97 + (count - 1) % 26]) * 20, data
-    ''', path)
+    run_program('misaligned_writes_of_threads', path)
 
 
 def end_thread(work):

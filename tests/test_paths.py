@@ -15,7 +15,7 @@ import warnings
 
 import gevent
 import pytest
-from conftest import is_mounted, missing, run, run_python
+from conftest import is_mounted, missing, run, run_program, run_python
 from test_file import SECCOMP
 
 import greenaio
@@ -173,44 +173,7 @@ def test_what_can_not_be_opened_says_so_as_in_os(folder):
 def test_open_of_a_fifo_that_waits_ends_with_its_hub(disk_folder, loop, end):
     fifo = os.path.join(disk_folder, 'fifo')
     os.mkfifo(fifo)
-    done = run_python('''
-        import errno, os, sys, threading, time, warnings, gevent, greenaio.os
-        warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
-        fifo, end = sys.argv[1:]
-        def wait():
-            try:
-                greenaio.os.open(fifo, os.O_RDONLY)
-            except OSError as error:
-                return error.errno
-        def work():
-            waiting = gevent.spawn(wait)
-            gevent.sleep(0.05)
-            if end == 'destroy':
-                gevent.get_hub().destroy(True)
-            return waiting
-        if end == 'destroy':
-            greenaio.os.stat('/')
-            fds = len(os.listdir('/proc/self/fd'))
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
-            until = time.monotonic() + 10
-            while len(os.listdir('/proc/self/fd')) > fds:
-                time.sleep(0.01)
-                assert time.monotonic() < until, (fds, os.listdir('/proc/self/fd'))
-            sys.exit()
-        waiting = work()
-        if end == 'fork':
-            pid = gevent.os.fork_gevent()
-            if pid == 0:
-                assert waiting.get(timeout=5) == errno.ECANCELED
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-            waiting.kill()
-            gevent.sleep(0.05)
-        elif end == 'raise':
-            sys.exit(7)
-    ''', fifo, end, env={'GEVENT_LOOP': loop}, timeout=30, check=False)
+    done = run_program('hub_of_fifo_ends', fifo, end, env={'GEVENT_LOOP': loop}, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (7 if end == 'raise' else 0, '')
 
 
@@ -312,87 +275,9 @@ def server(tmp_path):
     found.close()
 
 
-HUNG = '''
-import gevent, greenaio, greenaio.os, os, signal, sys, time
-from greenaio import File, config
-folder, mount, server, way = *sys.argv[1:3], int(sys.argv[3]), sys.argv[4]
-paths = []
-for i in range(3 * config.threads):
-    name = f'{folder}/{i}'
-    if way == 'link':
-        os.symlink(f'{mount}/data', name)
-    elif way == 'chain':
-        os.symlink(f'{name}-', name)
-        os.symlink('../' * 20 + f'{mount}/data', f'{name}-')
-    elif way == 'folder':
-        os.symlink(mount, name)
-        name += '/data'
-    elif way == 'long link':
-        os.symlink(f'{mount}/' + './' * 100 + 'data', name)
-    else:
-        name = os.path.relpath(f'{mount}/data', folder)
-        name = f'{folder}/{name}'
-    paths.append(name)
-if 'long' in way:                       # it is not in memory
-    os.system(f'sync; echo 2 >/proc/sys/vm/drop_caches')
-os.kill(server, signal.SIGSTOP)
-calls = [lambda path: greenaio.os.open(path, os.O_RDONLY), greenaio.os.stat,
-         lambda path: greenaio.open(path, 'rb'), lambda path: greenaio.os.open(path, os.O_RDWR | os.O_CREAT)]
-waiting = [gevent.spawn(calls[i % 4], path) for i, path in enumerate(paths)]
-try:
-    gevent.sleep(0.2)
-    began = time.monotonic()
-    with gevent.Timeout(10), File(f'{folder}/other', os.O_WRONLY | os.O_CREAT) as file:
-        file.pwrite(b'x', 0)
-    assert not any(greenlet.ready() for greenlet in waiting)
-    gevent.killall(waiting[::2])
-finally:
-    os.kill(server, signal.SIGCONT)
-gevent.joinall(waiting[1::2], timeout=20, raise_error=True)
-assert all(greenlet.ready() for greenlet in waiting)
-for greenlet in waiting[1::2]:
-    if isinstance(greenlet.value, int):
-        os.close(greenlet.value)
-os._exit(0)
-'''
-
-
 @pytest.mark.parametrize('way', ['link', 'chain', 'folder', 'long link', 'dots'])
 def test_path_into_a_hung_mount_holds_up_no_disk_that_it_begins_on(server, disk_folder, way):
-    run_python(HUNG, disk_folder, server.mount, server.process.pid, way)
-
-
-OUT_OF_HUNG = '''
-import gevent, greenaio, greenaio.os, os, sys
-from greenaio import File
-folder, mount, again, way = sys.argv[1:]
-paths = []
-for i in range(3 * greenaio.config.threads):
-    with open(f'{folder}/{i}', 'w'):
-        pass
-    names = {'link': f'{mount}/link-{i}',
-             'folder of it': f'{mount}/folder-{i}/{os.path.relpath(folder, mount + "/a")}',
-             'by number': f'link-{i}', 'working directory': f'link-{i}'}
-    paths.append(f'{names[way]}/{i}')
-fd = os.open(mount, os.O_PATH) if way == 'by number' else None
-if way == 'working directory':
-    os.chdir(mount)
-with open(again, 'w'):
-    waiting = [gevent.spawn(greenaio.os.stat, path, dir_fd=fd) if i % 2 else
-               gevent.spawn(greenaio.os.open, path, os.O_RDWR, dir_fd=fd) for i, path in enumerate(paths)]
-try:
-    gevent.sleep(0.5)
-    with gevent.Timeout(10), File(f'{folder}/other', os.O_WRONLY | os.O_CREAT) as file:
-        file.pwrite(b'x', 0)
-    assert not any(greenlet.ready() for greenlet in waiting)
-finally:
-    os.unlink(again)
-for path, greenlet in zip(paths, waiting):
-    found = greenlet.get(timeout=20)
-    assert os.path.samestat(found if isinstance(found, os.stat_result) else os.fstat(found),
-                            os.stat(path, dir_fd=fd))
-os._exit(0)
-'''
+    run_program('path_into_hung_mount', disk_folder, server.mount, server.process.pid, way)
 
 
 @pytest.mark.parametrize('way', ['link', 'folder of it', 'by number', 'working directory'])
@@ -408,7 +293,7 @@ def test_path_out_of_a_hung_mount_holds_up_no_disk_that_it_leads_to(tmp_path, di
     try:
         with open(f'{server.control}-link', 'w') as file:
             file.write(disk_folder)
-        run_python(OUT_OF_HUNG, disk_folder, server.mount, f'{server.control}-again', way,
+        run_program('path_out_of_hung_mount', disk_folder, server.mount, f'{server.control}-again', way,
                    env={'GREENAIO_THREADS': '2'})
     finally:
         server.close()
@@ -605,36 +490,7 @@ def test_working_directory_on_a_server_that_hangs_is_not_asked_for_in_the_hub(tm
 
 # Containers --------------------------------------------------------------------------------------
 
-USE = '''
-import gevent, greenaio, greenaio.os, os, sys, time
-from greenaio import _route
-folder = sys.argv[1]
-for i in range(3):
-    path = f'{folder}/{i}'
-    with greenaio.open(path, 'w') as file:
-        file.write('here')
-    os.symlink(path, path + '-link')
-    for name in (path, path + '-link'):
-        with greenaio.open(name) as file:
-            assert file.read() == 'here'
-        assert greenaio.os.stat(name) == os.stat(name)
-    for call in (greenaio.os.stat, greenaio.open):
-        try:
-            call(path + '-no')
-        except FileNotFoundError as error:
-            assert error.filename == path + '-no'
-        else:
-            raise AssertionError
-end = time.monotonic() + 10
-def file_system():
-    found = [device for device in _route.devices() if device.number == os.stat(folder).st_dev]
-    greenaio.os.fstat(0), greenaio.os.stat(folder)
-    return found[0].file_system if found else ''
-while not file_system():
-    gevent.sleep(0.01)
-    assert time.monotonic() < end
-print(file_system())
-'''
+USE = 'import tests.programs.usual_paths\n'
 
 
 def deny(*numbers, code):
@@ -672,37 +528,7 @@ def test_hub_does_not_parse_the_list_of_mounts(tmp_path, denied):
     """In a mount namespace of many mounts; the hub reads none of it."""
     if os.geteuid() != 0:
         missing('needs root')
-    done = run_python(deny(*denied, code='ENOSYS') + '''
-import gevent, greenaio.os, builtins
-from greenaio import _route
-libc = ctypes.CDLL(None, use_errno=True)
-folder = sys.argv[1].encode()
-assert libc.unshare(0x20000) == 0                                               # CLONE_NEWNS
-assert libc.mount(b'none', b'/', None, 0x44000, None) == 0                      # MS_REC | MS_PRIVATE
-for i in range(300):
-    os.mkdir(folder + b'/%d' % i)
-    assert libc.mount(b'none', folder + b'/%d' % i, b'tmpfs', 0, b'size=64k') == 0
-def refuse(path, *args, **kwargs):
-    assert 'mountinfo' not in str(path)
-    return plain(path, *args, **kwargs)
-plain, builtins.open = builtins.open, refuse
-def known():
-    for i in (0, 299):
-        greenaio.os.stat(folder + b'/%d/no' % i)
-for _ in range(500):
-    for i in (0, 299):
-        try:
-            greenaio.os.stat(folder + b'/%d/no' % i)
-        except FileNotFoundError:
-            pass
-    found = [device for device in _route.devices() if device.number == os.stat(folder + b'/299').st_dev]
-    if found and found[0].in_memory:
-        break
-    gevent.sleep(0.01)
-else:
-    raise AssertionError(_route.devices())
-print('known')
-''', tmp_path)
+    done = run_python(deny(*denied, code='ENOSYS') + 'import tests.programs.many_mounts', tmp_path)
     assert done.stdout == 'known\n'
 
 

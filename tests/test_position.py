@@ -20,36 +20,8 @@ SHARED = known_fault('a write at the position is an lseek, a positional write an
 POLLS = known_fault('a greenlet that waits for its turn polls')
 
 WRITERS = '''
-import gevent.monkey
-gevent.monkey.patch_all(greenaio=True)
-import gevent, os, subprocess, sys, time
-gevent.get_hub()
-path, lines = sys.argv[1], 2000
-
-def line(writer, i):
-    return b'%s %06d .............................\\n' % (writer, i)
-
-def write(writer):
-    for i in range(lines):
-        os.write(fd, line(writer, i))
-
-def until_it_writes():
-    while os.stat(path).st_size == 0:
-        assert other.poll() is None
-        gevent.sleep(0.001)
-
-def check(writers):
-    with open(path, 'rb') as file:
-        found = file.read().splitlines(keepends=True)
-    lost = {line(writer, i) for writer in writers for i in range(lines)} - set(found)
-    print(len(lost))
-
-OTHER = """
-import os, sys
-for i in range(int(sys.argv[1])):
-    os.write(1, b'other %06d .............................\\\\n' % i)
-"""
-fd = os.open(path, os.O_RDWR | os.O_CREAT)
+from tests.programs.writers import *
+import gevent, os, subprocess, sys
 '''
 
 FORKED_WRITERS = '''
@@ -68,7 +40,7 @@ check([b'a', b'b', b'c'])
 
 SUBPROCESS = '''
 other = subprocess.Popen([sys.executable, '-c', OTHER, str(lines)], stdout=fd)
-until_it_writes()
+until_it_writes(other)
 write(b'own')
 other.wait()
 check([b'own', b'other'])
@@ -77,7 +49,7 @@ check([b'own', b'other'])
 SUBPROCESS_AND_OBJECT = '''
 file = os.fdopen(os.dup(fd), 'w', 1)
 other = subprocess.Popen([sys.executable, '-c', OTHER, str(lines)], stdout=fd)
-until_it_writes()
+until_it_writes(other)
 for i in range(lines):
     print(line(b'own', i).decode(), end='', file=file)
 file.close()

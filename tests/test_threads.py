@@ -10,7 +10,7 @@ import time
 
 import gevent
 import pytest
-from conftest import MIB, missing, path_of_tests, pattern, run_python
+from conftest import MIB, missing, path_of_tests, pattern, run_program, run_python
 from greenlet import settrace
 
 import greenaio.os
@@ -280,32 +280,7 @@ def test_several_hubs_share_the_threads_of_a_device(data_file):
 
 
 def test_hub_destroyed_with_a_call_at_a_thread_leaks_nothing(folder):
-    run_python('''
-        import os, sys, time, threading, gevent, greenaio.os
-        from greenaio import _hub
-        fifo = sys.argv[1] + '/fifo'
-        os.mkfifo(fifo)
-        fds = lambda: len(os.listdir('/proc/self/fd'))
-        def work():
-            gevent.spawn(greenaio.os.open, fifo, os.O_RDONLY)
-            gevent.sleep(0.05)
-            assert len(_hub.get_driver().engine.lent) == 1
-            gevent.get_hub().destroy(True)
-        def once():
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
-            writer = os.open(fifo, os.O_RDWR)
-            time.sleep(0.1)
-            os.close(writer)
-        once()
-        before = fds()
-        once()
-        end = time.monotonic() + 5
-        while fds() > before and time.monotonic() < end:
-            time.sleep(0.01)
-        assert fds() == before, (fds(), before)
-    ''', folder)
+    run_program('hub_ends_with_call_at_thread', folder)
 
 
 def test_forked_child_has_threads_of_its_own_and_the_parent_loses_nothing(folder):
@@ -339,41 +314,7 @@ def test_where_no_thread_can_be_started_it_is_the_plain_call_and_a_warning(folde
         missing('needs root and the pids controller of cgroup v1')
     os.mkdir(group)
     try:
-        run_python('''
-            import logging, os, sys, gevent, greenaio.os
-            folder, group = sys.argv[1:]
-            told = []
-            handler = logging.Handler()
-            handler.emit = lambda record: told.append(record.getMessage())
-            logging.getLogger('greenaio').addHandler(handler)
-            fd = os.open(folder + '/data', os.O_RDWR | os.O_CREAT)
-            greenaio.os.pread(fd, 1, 0)             # the hub's driver is there
-            open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
-            tasks = len(os.listdir('/proc/self/task'))
-            open(group + '/pids.max', 'w').write(str(tasks))
-            for name in '/new', '/newer':
-                new = greenaio.os.open(folder + name, os.O_RDWR | os.O_CREAT)
-                assert greenaio.os.write(new, b'x' * 5000) == 5000
-                assert greenaio.os.stat(folder + name).st_size == 5000
-                assert greenaio.os.pread(new, 1 << 20, 0) == b'x' * 5000
-                greenaio.os.ftruncate(new, 3)
-                greenaio.os.close(new)
-            with greenaio.open(folder + '/direct', 'wb', direct=True) as file:
-                file.write(b'y' * 300000)           # behind the writer, and longer
-            assert greenaio.copyfile(folder + '/direct', folder + '/copy')
-            with greenaio.open(folder + '/copy', 'rb', direct=True, prefetch=3) as file:
-                assert file.read() == b'y' * 300000
-            try:
-                greenaio.os.open(folder + '/no/such', os.O_WRONLY | os.O_CREAT)
-            except FileNotFoundError as error:
-                assert error.filename == folder + '/no/such'
-            assert len(told) == 1 and "can't start a thread" in told[0], told
-            assert len(os.listdir('/proc/self/task')) == tasks
-            open(group + '/pids.max', 'w').write('max')
-            os.close(greenaio.os.open(folder + '/new', os.O_WRONLY | os.O_CREAT))
-            assert len(os.listdir('/proc/self/task')) == tasks + 1
-            open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
-        ''', folder, group)
+        run_program('no_thread_to_be_had', folder, group)
     finally:
         os.rmdir(group)
 

@@ -7,7 +7,7 @@ import threading
 
 import gevent
 import pytest
-from conftest import missing, pattern, run_python
+from conftest import missing, pattern, run_program, run_python
 from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
@@ -18,25 +18,8 @@ from greenaio._uninterrupted import inside, is_uninterrupted
 # What is wrong without the context ----------------------------------------------------------------
 
 PATCHED = '''
-import _thread
-early = _thread.allocate_lock()
-import gevent.monkey
-gevent.monkey.patch_all()
-import greenaio.monkey
-greenaio.monkey.patch_all()
-import os, sys, gevent, greenaio
-gevent.get_hub()
-os.chdir(sys.argv[1])
-os.umask(0o022)
-def evict(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-def at_once(*work):
-    jobs = [gevent.spawn(one, k) for k, one in enumerate(work)]
-    gevent.joinall(jobs, timeout=30, raise_error=True)
-    return [job.get(block=False) for job in jobs]
+from tests.programs.patched import *
+import gevent, greenaio, os, sys
 '''
 
 
@@ -327,83 +310,11 @@ def test_a_file_object_that_a_parked_greenlet_uses_raises_at_once():
 
 
 def test_a_position_that_a_parked_greenlet_is_moving_raises_at_once(disk_folder):
-    run_patched('''
-from greenaio import _position
-from gevent.event import Event
-from gevent.exceptions import BlockingSwitchOutError
-file = open('data', 'w+b', buffering=0)
-file.write(bytes(100))
-fd, leave = file.fileno(), Event()
-def move():
-    with _position.turn_of(fd):
-        leave.wait()
-mover = gevent.spawn(move)
-gevent.sleep(0)
-calls = [lambda: os.read(fd, 1), lambda: os.readv(fd, [bytearray(1)]), lambda: os.write(fd, b'x'),
-         lambda: os.writev(fd, [b'x']), lambda: file.read(1), lambda: file.write(b'x'), lambda: file.seek(0)]
-with greenaio.uninterrupted():
-    for i, call in enumerate(calls):
-        try:
-            call()
-        except BlockingSwitchOutError as error:
-            assert 'uninterrupted' in str(error)
-        else:
-            raise AssertionError(i)
-    assert os.pread(fd, 1, 0) == bytes(1) and os.pwrite(fd, b'x', 0) == 1       # elsewhere
-leave.set()
-mover.join()
-with greenaio.uninterrupted():
-    for call in calls:
-        call()
-file.close()
-''', disk_folder)
+    run_program('moved_position', disk_folder)
 
 
 def test_sectors_that_a_parked_greenlet_is_changing_raise_at_once(disk_folder):
-    run_patched('''
-from greenaio import alignment
-from gevent.event import Event
-from gevent.exceptions import BlockingSwitchOutError
-with open('data', 'wb') as file:
-    file.write(bytes(8192))
-file = greenaio.open('data', 'r+b', buffering=0, direct=True)
-fd, leave = os.open('data', os.O_RDWR), Event()
-source = os.open('source', os.O_RDWR | os.O_CREAT)
-os.write(source, b'x')
-st = os.fstat(fd)
-def change():
-    held = alignment._Range((st.st_dev, st.st_ino), 0, 4096)
-    leave.wait()
-    held.let_go()
-changer = gevent.spawn(change)
-gevent.sleep(0)
-calls = [lambda: os.pwrite(fd, b'x', 4095), lambda: os.pwritev(fd, [b'x', b'y'], 0),
-         lambda: os.write(fd, b'x'), lambda: os.ftruncate(fd, 8192), lambda: os.posix_fallocate(fd, 0, 10),
-         lambda: os.copy_file_range(source, fd, 1, offset_dst=0), lambda: os.sendfile(fd, source, 0, 1),
-         lambda: file.write(b'x'), lambda: file.truncate(8192)]
-with greenaio.uninterrupted():
-    for i, call in enumerate(calls):
-        try:
-            call()
-        except BlockingSwitchOutError as error:
-            assert 'uninterrupted' in str(error)
-        else:
-            raise AssertionError(i)
-    assert os.pwrite(fd, b'x', 4096) == 1 and os.pread(fd, 1, 0) == bytes(1)    # elsewhere, and a read
-    assert os.sendfile(source, fd, 0, 1) == 1                                   # and a copy from there
-    for wrong in (lambda: os.pwrite(fd, 'x', 0), lambda: os.pwrite(fd, b'x')):
-        try:
-            wrong()
-        except TypeError:
-            pass
-leave.set()
-changer.join()
-with greenaio.uninterrupted():
-    for call in calls:
-        call()
-file.close()
-os.close(fd)
-''', disk_folder)
+    run_program('changed_sectors', disk_folder)
 
 
 def test_a_turn_of_another_thread_is_waited_for(disk_folder):
@@ -429,33 +340,4 @@ def test_a_turn_of_another_thread_is_waited_for(disk_folder):
 
 
 def test_a_forked_child_is_inside_until_it_leaves(data_file):
-    run_python('''
-        import os, sys, threading
-        import gevent, greenaio
-        from gevent.exceptions import BlockingSwitchOutError
-        entered, stop = threading.Event(), threading.Event()
-        def other():
-            with greenaio.uninterrupted():
-                entered.set()
-                stop.wait()
-        thread = threading.Thread(target=other)
-        thread.start()
-        entered.wait()
-        file = greenaio.File(sys.argv[1])
-        def can_wait():
-            try:
-                return len(file.pread(8, 0)) == 8
-            except BlockingSwitchOutError:
-                return False
-        with greenaio.uninterrupted():
-            child = gevent.os.fork()
-            told = [can_wait()]
-        told.append(can_wait())
-        told.append(len(greenaio._uninterrupted.inside))
-        if child == 0:
-            os._exit(7 if told == [False, True, 0] else 1)
-        assert os.waitpid(child, 0)[1] == 7 << 8
-        assert told == [False, True, 1], told
-        stop.set()
-        thread.join()
-    ''', data_file)
+    run_program('forked_inside', data_file)

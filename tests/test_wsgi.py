@@ -9,7 +9,7 @@ import sys
 
 import gevent
 import pytest
-from conftest import CONTROL, MIB, make_plugin_visible, pattern, run_python
+from conftest import CONTROL, MIB, make_plugin_visible, pattern, run_program
 from gevent import pywsgi, socket
 from werkzeug.test import EnvironBuilder
 
@@ -353,68 +353,14 @@ def test_gunicorn_sends_what_is_buffered_too(data_file, tmp_path):
 
 # Beside a disk that takes its time ---------------------------------------------------------------
 
-SERVE = '''
-import gevent.monkey
-gevent.monkey.patch_all(greenaio='{patched}' == 'patched')
-import gevent, os, subprocess, sys, time
-from gevent import pywsgi, socket
-path, slow, fast = sys.argv[1:]
-folder, name = os.path.split(path)
-
-def werkzeug():
-    from werkzeug.utils import send_file
-    return lambda environ, start: send_file(path, environ)(environ, start)
-
-def flask():
-    import flask
-    app = flask.Flask('app')
-    app.add_url_rule('/held', view_func=lambda: flask.send_file(path))
-    return app
-
-def whitenoise():
-    from whitenoise import WhiteNoise
-    return WhiteNoise(None, root=folder)
-
-server = pywsgi.WSGIServer(('127.0.0.1', 0), {server}(), log=None)
-server.start()
-
-def download():
-    with socket.create_connection(('127.0.0.1', server.server_port)) as connection:
-        connection.sendall(f'GET /{{name}} HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n'.encode())
-        size = 0
-        while data := connection.recv(1 << 20):
-            size += len(data)
-    assert size > 4 << 20, size
-
-worst = [0]
-def tick():
-    while True:
-        now = time.monotonic()
-        gevent.sleep(0.001)
-        worst.append(time.monotonic() - now - 0.001)
-
-download()                              # modules are imported, pages cached
-fd = os.open(path, os.O_RDONLY)
-os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-subprocess.run(slow.format(me=os.getpid()), shell=True, check=True)
-began = time.monotonic()
-ticker = gevent.spawn(tick)
-gevent.sleep(0.01)
-try:
-    download()
-finally:
-    subprocess.run(fast, shell=True)
-print(max(worst), time.monotonic() - began)
-'''
-
 
 @pytest.mark.parametrize('patched', ['patched', 'unpatched'])
 @pytest.mark.parametrize('server', ['werkzeug', 'whitenoise', 'flask'])
 def test_throttled_disk_stops_only_the_unpatched(held_disk, tmp_path, server, patched):
     slow, fast = held_disk.commands(iops=2)         # the file is 4 MiB: some five reads
     with subprocess.Popen([sys.executable, '-c', CONTROL, '4'], stdout=subprocess.PIPE, text=True) as control:
-        done = run_python(SERVE.format(patched=patched, server=server), held_disk.file, slow, fast,
-                          env=make_plugin_visible(tmp_path))
+        done = run_program('slow_download', held_disk.file, slow, fast, server, patched,
+                           env=make_plugin_visible(tmp_path))
         machine = float(control.stdout.read())
     worst, took = map(float, done.stdout.split())
     assert took > 1, 'the disk was not slow: this showed nothing'

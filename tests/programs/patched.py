@@ -1,0 +1,34 @@
+"""All is patched, and a native lock is older than that."""
+
+import _thread
+
+early = _thread.allocate_lock()
+import gevent.monkey
+
+gevent.monkey.patch_all()
+import greenaio.monkey
+
+greenaio.monkey.patch_all()
+import os
+import sys
+
+import gevent
+
+import greenaio
+
+gevent.get_hub()
+os.chdir(sys.argv[1])
+os.umask(0o022)
+
+
+def evict(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def at_once(*work):
+    jobs = [gevent.spawn(one, k) for k, one in enumerate(work)]
+    gevent.joinall(jobs, timeout=30, raise_error=True)
+    return [job.get(block=False) for job in jobs]
