@@ -23,6 +23,7 @@ from posix.unistd cimport close as close_fd
 from gevent import sleep
 
 from greenaio import _fallback, _threads, alignment
+from greenaio._ends import was_thrown
 from greenaio._hub import all_drivers, all_engines, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
@@ -140,7 +141,9 @@ cdef Known _open_file(int fd):
 # Paths -------------------------------------------------------------------------------------------
 
 cdef bytes _encoded(path):
-    cdef bytes encoded = os.fsencode(path)
+    cdef bytes encoded
+    found = os.fsencode(path)
+    encoded = found if type(found) is bytes else bytes(memoryview(found))   # of a subclass
     if b'\0' in encoded:
         raise ValueError('embedded null byte')
     return encoded
@@ -317,7 +320,14 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
             raise ValueError("stat: can't specify dir_fd without matching path")
         if not follow_symlinks:
             raise ValueError('stat: cannot use fd and follow_symlinks together')
-        return fstat(path)
+        if c_int(path) < 0:
+            return posix.stat(path)     # which has an error of its own for that
+        try:
+            return fstat(path)
+        except OSError as error:
+            if not was_thrown(error):
+                error.filename = path
+            raise
     path = os.fspath(path)
     encoded = _encoded(path)
     cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)

@@ -230,7 +230,11 @@ class FileIO(io.FileIO):
         if self._ahead is not None:
             return self._wait(False, self._read_ahead, buffer)
         turn = _position.turns.get(self._fd)
-        n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
+        try:
+            n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
+        except (BufferError, TypeError):
+            raise TypeError('readinto() argument must be read-write bytes-like object, '
+                            f'not {type(buffer).__name__}') from None
         if n >= 0:
             return n
         n = -1 - n
@@ -294,7 +298,9 @@ class FileIO(io.FileIO):
         self._drain()
 
     def read(self, size: int | None = -1, /) -> bytes | None:       # type: ignore[override]
-        if size is None or size < 0:
+        if type(size) is not int:
+            size = -1 if size is None else operator.index(size)
+        if size < 0:
             return self.readall()
         data = Filling(size)
         n = self.readinto(data)
@@ -523,7 +529,8 @@ class FileIO(io.FileIO):
         return super().__reduce_ex__(max(protocol, 2))  # 0 and 1 make one of io's on it, which closes it
 
     def __repr__(self) -> str:
-        kind = f'{type(self).__module__}.{type(self).__qualname__}'
+        module = '_io' if type(self).__module__ in STANDARD else type(self).__module__
+        kind = f'{module}.{type(self).__qualname__}'
         if self.closed:
             return f'<{kind} [closed]>'
         name = f'name={self.name!r}' if hasattr(self, 'name') else f'fd={self._fd}'
@@ -787,11 +794,9 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
     """
     if prefetch is not None and prefetch < 0:
         raise ValueError(f'prefetch must not be negative, but is {prefetch}')
-    if not isinstance(file, int):
-        file = os.fspath(file)
-        if not isinstance(file, (str, bytes)):
-            raise TypeError(f'invalid file: {file!r}')
-    elif direct or dsync:
+    if not isinstance(file, (int, str, bytes)):
+        file = operator.index(file) if hasattr(file, '__index__') else os.fspath(file)
+    if isinstance(file, int) and (direct or dsync):
         raise ValueError('direct and dsync are for a path, not for a file that is open')
     buffering = operator.index(buffering)
     if encoding is None and isinstance(mode, str) and 'b' not in mode:

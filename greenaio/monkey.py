@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import copyreg
+import errno
 import functools
 import importlib._bootstrap
 import io
@@ -24,12 +25,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent.os
 import gevent.thread  # type: ignore[import-not-found]
 import gevent.util
+from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, patch_module
 
 import greenaio.os
-from greenaio import _blocked, _position, fileobject
+from greenaio import _blocked, _fallback, _position, fileobject
 from greenaio._config import check_environment
 from greenaio._position import can_wait
 from greenaio._uninterrupted import is_uninterrupted
@@ -51,6 +54,7 @@ class _Builtin(staticmethod):       # type: ignore[type-arg]
 
     def __init__(self, function: Callable[..., Any], module: str) -> None:
         function.__module__ = module
+        function.__annotations__ = {}   # those of ours name types that the module does not have
         super().__init__(function)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
@@ -58,6 +62,9 @@ class _Builtin(staticmethod):       # type: ignore[type-arg]
 
     def __reduce__(self) -> str:
         return self.__name__            # pickle looks for it in its module
+
+    def __repr__(self) -> str:
+        return f'<built-in function {self.__name__}>'
 
 
 _USUAL = frozenset({int, str, bytes})
@@ -74,7 +81,8 @@ def _as_usual(name: str, value: Any) -> Any:
             warnings.warn('bool is used as a file descriptor', RuntimeWarning,
                           stacklevel=fileobject.level_of_caller())
         return int(value)
-    if name in _IS_PATH and sys.version_info < (3, 12) and not hasattr(value, '__fspath__'):
+    if (name in _IS_PATH and sys.version_info < (3, 12) and not isinstance(value, bytes)
+            and not hasattr(value, '__fspath__')):
         try:
             path = bytes(memoryview(value))
         except TypeError:
@@ -107,9 +115,21 @@ def _cooperative(name: str) -> Callable[..., Any]:
     return call
 
 
+# Fds that gevent's ``os.close`` is about to close (from gevent 25.8 on).
+_closing = getattr(gevent.os, '_closing_fd_to_event', None)
+
+
 @functools.wraps(posix.close)
 def _close(fd: int) -> None:
-    _calls.close(fd, may_wait=can_wait())
+    if _closing is not None and (hub := get_hub_if_exists()) is not None and type(fd) is int and (
+            fd in _closing or not _fallback.in_use(fd) and hub.loop.closing_fd(fd)):
+        # Greenlets wait for it in the loop, which wakes them. gevent closes it after that.
+        try:
+            gevent.os.close(fd)
+        except OSError:                 # it was closed before, which gevent says without an errno
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+    else:
+        _calls.close(fd, may_wait=can_wait())
 
 
 @functools.wraps(posix.lstat)
@@ -163,6 +183,19 @@ _PLAIN_PAIR = io.BufferedRWPair
 
 class _Kind(abc.ABCMeta):
     """The class of classes that stand for those of `io`, and of their subclasses."""
+
+    @property
+    def __signature__(cls) -> Any:
+        """What `inspect` would find without our ``__new__``. Raises AttributeError if a subclass has one."""
+        import inspect  # hardly ever
+
+        ours = next(kind for kind in cls.__mro__ if vars(_Io).get(kind.__name__) is kind)
+        if cls.__new__ is not ours.__new__:
+            raise AttributeError('__signature__')
+        if cls.__init__ is ours.__init__:   # type: ignore[misc]
+            return inspect.signature(get_original('io', ours.__name__))
+        found = inspect.signature(cls.__init__)     # type: ignore[misc]
+        return found.replace(parameters=[*found.parameters.values()][1:])
 
 
 def _pickle_kind(kind: _Kind) -> Any:

@@ -10,7 +10,7 @@ import textwrap
 import zipfile
 
 import pytest
-from conftest import MIB, make_plugin_visible, pattern, run_python, temporary_folder
+from conftest import MIB, make_plugin_visible, pattern, run_program, run_python, temporary_folder
 from test_file import NEWER_CALLS, SECCOMP
 
 PATCHED = '''
@@ -488,6 +488,53 @@ def test_patched_unusual_arguments_are_taken_as_by_os():
                      PATCHED + UNUSUAL_ARGUMENTS + 'use()'))
     assert plain.count('\n') == 49
     assert green.splitlines() == alone.splitlines() == plain.splitlines()
+
+
+def test_look_at_all_that_a_program_sees_of_patched_names_finds_no_difference(tmp_path):
+    outputs = []
+    for name in ('plain', 'patched'):
+        (tmp_path / name).mkdir()
+        done = run_program('patched_names', name, tmp_path / name, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    assert len(outputs[0]) > 500
+    assert [pair for pair in zip(*outputs, strict=True) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+def test_patched_close_wakes_greenlets_that_wait_for_the_fd_in_the_loop(loop):
+    """As gevent's own does. An fd that nothing watches is closed at once."""
+    run_python(PATCHED + textwrap.dedent("""
+        import errno, selectors, socket
+        from gevent.socket import wait_read
+        pipe, pair = os.pipe(), socket.socketpair()
+        for end in (pipe[0], pair[0].detach()):
+            waiter = gevent.spawn(wait_read, end, timeout=20)
+            gevent.sleep(0.01)
+            os.close(end)
+            assert end not in os.pipe()         # its number is taken until the waiter is awake
+            with gevent.Timeout(5):
+                waiter.get()
+            for closed in (lambda: os.close(end), lambda: os.fstat(end)):
+                try:
+                    closed()
+                except OSError as error:
+                    assert error.errno == errno.EBADF
+                else:
+                    raise AssertionError
+        end, _ = os.pipe()
+        selector = selectors.DefaultSelector()
+        selector.register(end, selectors.EVENT_READ)
+        select = gevent.spawn(selector.select, 20)
+        gevent.sleep(0.01)
+        os.close(end)
+        with gevent.Timeout(5):
+            select.get()
+        selector.close()
+        end, _ = os.pipe()
+        os.close(end)
+        assert os.dup(1) == end
+    """), env={'GEVENT_LOOP': loop})
 
 
 # Files over files --------------------------------------------------------------------------------
