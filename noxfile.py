@@ -50,7 +50,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=MAIN)
 def quick(session: nox.Session) -> None:
-    """Test the engine, the context and the driver over a simulated kernel: under two minutes."""
+    """Run a part of all tests, which any user may: two minutes."""
     stage(session, 'quick', *session.posargs)
 
 
