@@ -88,6 +88,9 @@ def tell_watchdog(*words):
 
 def pytest_sessionstart():
     global _watchdog
+    # A shell has what it starts in the background ignore Ctrl-C, and so would what the tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _watchdog = subprocess.Popen([sys.executable, '-c', WATCHDOG, str(os.getpid()), str(PATIENCE)],
                                  stdin=subprocess.PIPE, text=True, bufsize=1)
 
