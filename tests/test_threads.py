@@ -91,7 +91,7 @@ def test_page_cache_hit_never_switches(data_file, engine):
 
 
 def test_greenlet_that_only_hits_starves_nobody(data_file):
-    ticks, end = [], time.monotonic() + 0.5
+    ticks, end = [], time.process_time() + 0.3      # of the processor: others may have it for a while
 
     def tick():
         while True:
@@ -100,7 +100,7 @@ def test_greenlet_that_only_hits_starves_nobody(data_file):
 
     ticker = gevent.spawn(tick)
     with File(data_file) as file:
-        while time.monotonic() < end:
+        while time.process_time() < end:
             file.pread(4096, 0)
     ticker.kill()
     assert len(ticks) > 20
