@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import sys
@@ -74,8 +75,12 @@ def signature_of_the_stub(app: Any, what: str, name: str, thing: Any, options: A
     """For autodoc-process-signature."""
     if arguments is None or what not in ('class', 'function', 'method'):
         return None
-    module = (getattr(thing, '__module__', None) or '').removeprefix('greenaio.')
-    arguments, result = STUBS.get(f'{module}.{getattr(thing, "__qualname__", "")}', (arguments, result or ''))
+    if what == 'method':        # which names no module, or no class, where it is compiled
+        home = functools.reduce(getattr, name.split('.')[1:-1], greenaio)
+        path = f'{home.__module__}.{home.__qualname__}.{name.rpartition(".")[2]}'
+    else:
+        path = f'{getattr(thing, "__module__", "")}.{getattr(thing, "__qualname__", "")}'
+    arguments, result = STUBS.get(path.removeprefix('greenaio.'), (arguments, result or ''))
     arguments = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r'\1', arguments)    # Sphinx 9.0, of int | StrPath
     return arguments, '' if what == 'class' else result
 

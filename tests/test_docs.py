@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -30,6 +31,7 @@ import pytest
 from conftest import make_plugin_visible, missing
 
 import greenaio
+import greenaio.os
 from greenaio._config import Config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -335,3 +337,30 @@ def test_every_public_name_is_in_the_reference():
     text = (ROOT / 'docs' / 'api.md').read_text()
     for name in greenaio.__all__:
         assert name == '__version__' or f'greenaio.{name}' in text, name
+
+
+# The reference -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, what, expected', [
+    ('File', 'class', ('(path: StrPath, flags: int = os.O_RDONLY', '')),
+    ('File.pread', 'method', ('(n: int, offset: int)', 'bytes')),
+    ('File.from_fd', 'method', ('(fd: int, closefd: bool = False, *, max_batch: int = 32)', 'File')),
+    ('aligned_buffer', 'function', ('(nbytes: int', 'memoryview')),
+    ('os.pread', 'function', ('(fd: int, n: int, offset: int', 'bytes')),
+])
+def test_reference_tells_the_types_of_what_is_compiled(monkeypatch, name, what, expected):
+    if not greenaio.native:
+        missing('needs the extension')
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    signature_of_the_stub = runpy.run_path(str(ROOT / 'docs' / 'conf.py'))['signature_of_the_stub']
+    thing = functools.reduce(getattr, name.split('.'), greenaio)
+    arguments, result = signature_of_the_stub(None, what, f'greenaio.{name}', thing, None, '()', None)
+    assert arguments.startswith(expected[0]) and result == expected[1]
+
+
+def test_extra_for_the_docs_has_all_that_the_reference_imports():
+    """Sphinx imports each module that it tells of."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / 'setup.cfg')
+    extras = {name: set(lines.split()) for name, lines in settings['options.extras_require'].items()}
+    assert extras['metrics'] | extras['wsgi'] <= extras['docs']
