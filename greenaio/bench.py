@@ -548,7 +548,7 @@ def _console_on_stderr() -> dict[str, Any]:
 def _plot(results: list[dict[str, Any]], path: str, title: str) -> None:
     import matplotlib
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
     figure.suptitle(title)
     for way in dict.fromkeys(one['way'] for one in results):
@@ -559,15 +559,22 @@ def _plot(results: list[dict[str, Any]], path: str, title: str) -> None:
         gaps = [(one['depth'], one['hub_gap_ms']['p99']) for one in mine if one['hub_gap_ms']]
         if gaps:
             axes[2].plot(*zip(*gaps), 'o-', label=way)
+    depths = sorted({one['depth'] for one in results})
     for axis, label in zip(axes, ('IOPS', 'CPU µs per request', 'hub gap, p99, ms')):
         axis.set_xscale('log', base=2)
         axis.set_xlabel('depth')
         axis.set_title(label)
-        axis.set_xticks([one['depth'] for one in results], [str(one['depth']) for one in results])
+        axis.set_xticks(depths, map(str, depths))
         axis.grid(alpha=0.3)
-        axis.legend()
-    axes[1].set_yscale('log')
-    axes[2].set_yscale('log')
+        if axis.get_legend_handles_labels()[0]:     # else there is no way with a hub of its own
+            axis.legend()
+    axes[0].set_ylim(bottom=0)
+    for axis in axes[1:]:
+        axis.set_yscale('log')
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axis in axes:
+        axis.yaxis.set_major_formatter('{x:,.9g}')      # numbers as in the table
     figure.savefig(path, dpi=120)
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import missing, pattern
+from conftest import missing, pattern, run_python
 
 from greenaio import bench
 
@@ -185,6 +185,34 @@ def test_plot_is_a_picture(folder, tmp_path):
     done = quick(folder, '--only', 'greenaio', '--plot', tmp_path / 'plot.png')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+
+PLOTTED = '''
+import json, sys, warnings
+warnings.simplefilter('error')
+from matplotlib.figure import Figure
+from greenaio import bench
+
+def look(figure, *args, **kwargs):
+    figure.draw_without_rendering()             # which gives each tick its label
+    print(json.dumps([[[label.get_text() for label in labels] for labels in (
+        axis.get_xticklabels(), axis.get_yticklabels())] + [axis.get_legend() is not None]
+        for axis in figure.axes]))
+
+Figure.savefig = look
+bench._plot([{'way': way, 'depth': depth, 'iops': 20000 * depth, 'cpu_us': 60 / depth, 'hub_gap_ms': None}
+             for depth in (1, 16) for way in ('fio', 'qemu-img')], 'plot.png', 'title')
+'''
+
+
+def test_plot_labels_each_depth_once_and_figures_as_the_table_does():
+    if importlib.util.find_spec('matplotlib') is None:
+        missing('matplotlib is not installed')
+    iops, cpu, gap = json.loads(run_python(PLOTTED).stdout)
+    assert iops[0] == cpu[0] == gap[0] == ['1', '16']
+    assert '300,000' in iops[1] and '50' in cpu[1]
+    assert not any('mathdefault' in label for label in iops[1] + cpu[1])
+    assert iops[2] and cpu[2] and not gap[2]    # other programs have no hub
 
 
 def test_file_that_exists_is_never_written_unless_told_to(folder):
