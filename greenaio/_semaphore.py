@@ -49,7 +49,7 @@ from greenaio._ends import before_end, forget_end
 from greenaio._position import can_wait
 from greenaio._uninterrupted import thread_of
 
-__implements__ = ['SemLock']            # for gevent's `patch_module`
+__implements__ = ['SemLock']            # for `greenaio.monkey`
 
 RECURSIVE_MUTEX, SEMAPHORE = 0, 1       # kinds, as in Modules/_multiprocessing/semaphore.c
 

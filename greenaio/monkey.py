@@ -29,7 +29,7 @@ import gevent.os
 import gevent.thread  # type: ignore[import-not-found]
 import gevent.util
 from gevent._hub_local import get_hub_if_exists
-from gevent.monkey import get_original, patch_module
+from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 
 import greenaio.os
 from greenaio import _blocked, _fallback, _position, fileobject
@@ -151,7 +151,7 @@ def _open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None 
 
 
 class _Os:
-    """What gevent's `patch_module` copies into `os`."""
+    """The names that `patch_os` copies into `os`."""
 
     __implements__ = [name for name in greenaio.os.__all__ if hasattr(posix, name)] + ['lstat', 'umask']
 
@@ -247,12 +247,22 @@ for _name in _Io.__implements__:
     setattr(_Io, _name, _stand_in(_name))
 
 
+def _copy_into(module: Any, source: Any) -> None:
+    """Put the names that *source* implements into *module*; gevent keeps the originals.
+
+    gevent's `patch_module` does so, too. But it also tells subscribers of `gevent.events` of one more module,
+    when they have heard already that all are patched.
+    """
+    for name in source.__implements__:
+        patch_item(module, name, getattr(source, name))
+
+
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, ``lstat`` and ``umask``, by cooperative ones. Twice
     is fine."""
     check_environment()
     _calls.learn_umask()
-    patch_module(os, _Os)           # type: ignore[arg-type]
+    _copy_into(os, _Os)
     for ours, names in _supported():
         names.add(ours)
     _replace_copies()
@@ -272,8 +282,8 @@ def patch_builtins() -> None:
     and the classes of `io` that buffer, of which `gzip` makes objects over a file. Twice is fine."""
     check_environment()
     for module in _modules():
-        patch_module(module, _Builtins)     # type: ignore[arg-type]
-    patch_module(io, _Io)                   # type: ignore[arg-type]
+        _copy_into(module, _Builtins)
+    _copy_into(io, _Io)
     _replace_copies()
 
 
@@ -386,7 +396,7 @@ def patch_multiprocessing() -> None:
         from greenaio import _semaphore
     except ImportError:                 # a platform without semaphores
         return
-    patch_module(_multiprocessing, _semaphore)
+    _copy_into(_multiprocessing, _semaphore)
     _let_connections_use(os.read, os.write)
 
 

@@ -80,6 +80,24 @@ def test_plugin_does_it_when_asked(tmp_path, call, environment, patched):
     ''', env={**make_plugin_visible(tmp_path), **environment})
 
 
+def test_subscribers_of_gevents_patch_hear_what_they_hear_without_us(tmp_path):
+    def events(value):
+        return run_python('''
+            import gevent.events, gevent.monkey
+            def hear(event):
+                print(type(event).__name__, getattr(event, 'module_name', ''))
+            gevent.events.subscribers.append(hear)
+            gevent.monkey.patch_all()
+            import greenaio.monkey
+            print(greenaio.monkey.is_patched())
+        ''', env={**plugin, 'GREENAIO_PATCH': value}).stdout.splitlines()
+
+    plugin = make_plugin_visible(tmp_path)
+    plain, patched = events('0'), events('1')
+    assert (plain.pop(), patched.pop()) == ('False', 'True')
+    assert patched == plain
+
+
 @pytest.mark.parametrize('part, call', [('os', 'patch_all()'), ('open', 'patch_all()'),
                                         ('open', 'patch_all(greenaio=True)')])
 def test_environment_names_the_part_to_be_patched(tmp_path, part, call):
