@@ -574,7 +574,7 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     offsets[1] = 0 if offset_dst is None else offset_dst
     known = _open_file(source)
     cdef Known other = _open_file(target)
-    result = _copy(target, other, 0 if offset_dst is None else offset_dst, lambda: new_call(
+    result = _copy(target, other, offsets[1], lambda: new_call(
         source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
         target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
     if result < 0:
