@@ -22,13 +22,10 @@ from _thread import get_ident
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-sys.path.insert(0, os.path.dirname(__file__))
-
-from conftest import ScriptedContext  # noqa: E402
-
-from greenaio import _hub, config  # noqa: E402
-from greenaio._context import Opcode  # noqa: E402
-from greenaio._engine import Request  # noqa: E402
+from greenaio import _hub, config
+from greenaio._context import Opcode
+from greenaio._engine import Request
+from tests.support.kernel import ScriptedContext
 
 NBYTES = 64
 CHUNK = 500                     # seeds between two signs of progress

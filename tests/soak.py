@@ -17,8 +17,8 @@ import traceback
 import gevent
 
 from greenaio import _hub
-from tests.conftest import real_disk
 from tests.faults import forks, fsx, hubs, kills, long, power_cut
+from tests.support.disks import real_disk
 
 MODULES = {'kills': kills.rounds, 'forks': forks.rounds, 'hubs': hubs.rounds, 'fsx': fsx.rounds,
            'power_cut': power_cut.rounds}

@@ -7,11 +7,12 @@ import threading
 
 import gevent
 import pytest
-from conftest import MIB, pattern, run_program
 
 import greenaio
 import greenaio.os
 from greenaio import File, _fallback, _hub, aligned_buffer, alignment
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run_program
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import sys
 import time
 
 import pytest
-from conftest import missing, pattern, run_python
 
 from greenaio import bench
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import run_python
 
 
 def run(*arguments, env=None, **kwargs):

@@ -11,7 +11,6 @@ import subprocess
 
 import gevent
 import pytest
-from conftest import MIB, missing, pattern, run, run_python
 from gevent.event import Event
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,9 @@ from hypothesis import strategies as st
 import greenaio
 from greenaio import _zones, block
 from greenaio.block import BlockDevice, Zone
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run, run_python
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ from _thread import get_ident
 
 import gevent
 import pytest
-from conftest import MIB, missing, path_of_tests, pattern, run, run_program, run_python
 from gevent import socket as gsocket
 
 import greenaio
 import greenaio.os
 from greenaio import File, _fallback, _hub
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run, run_program, run_python
 
 
 def outcome(function, *args, **kwargs):
@@ -308,7 +310,7 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
         import os, sys, gevent, greenaio.os
         from greenaio import _threads
         folder = sys.argv[1]
-        from test_threads import Plug
+        from tests.test_threads import Plug
         file = greenaio.File(folder + '/x', os.O_WRONLY | os.O_CREAT)
         fd = file.fileno()
         plug = Plug(folder, 1)
@@ -324,7 +326,7 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
             pass
         else:
             raise AssertionError('still open')
-    ''', disk_folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
+    ''', disk_folder, env={'GREENAIO_THREADS': '1'})
 
 
 def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, monkeypatch):

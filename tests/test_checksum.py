@@ -10,7 +10,10 @@ from functools import partial
 
 import gevent
 import pytest
-from conftest import missing, pattern, run_example
+
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import run_example
 
 checksum = partial(run_example, 'checksum', timeout=300)
 

@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_program, run_python
 
 import greenaio
+from tests.support.processes import run_program, run_python
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / 'examples').glob('*.py'))

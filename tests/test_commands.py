@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from conftest import run_in_shell, run_python
 
 from greenaio import _show, bench
+from tests.support.processes import run_in_shell, run_python
 
 GREENAIO = (sys.executable, '-m', 'greenaio')
 QUICK = ('--size', '1M', '--seconds', '0.05', '--depths', '1', '--only', 'greenaio')

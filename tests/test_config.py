@@ -8,10 +8,10 @@ import sys
 import warnings
 
 import pytest
-from conftest import make_plugin_visible, run_python
 
 from greenaio import _config
 from greenaio._config import SETTINGS, Config
+from tests.support.processes import make_plugin_visible, run_python
 
 
 @pytest.fixture

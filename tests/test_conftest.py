@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from conftest import path_of_tests
+from tests.support.processes import ROOT
 
 LEAKING = '''
 import os
@@ -44,9 +44,9 @@ def test_leaking_test_fails_and_not_the_next_one(tmp_path):
     path = tmp_path / 'test_leaking.py'
     path.write_text(LEAKING)
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'conftest', '-p', 'no:cacheprovider', '-c', os.devnull,
-         '--rootdir', tmp_path, '--basetemp', tmp_path / 'inner', path],
-        env={**os.environ, **path_of_tests()}, capture_output=True, text=True, timeout=60)
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'tests.conftest', '-p', 'no:cacheprovider',
+         '-c', os.devnull, '--rootdir', tmp_path, '--basetemp', tmp_path / 'inner', path],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=60)
     told = [line.split(' - ')[0].split('::test_')[1] for line in done.stdout.splitlines()
             if line.startswith(('ERROR ', 'FAILED '))]
     assert told == ['leaks_files', 'leaves_a_greenlet_that_waits'], done.stdout

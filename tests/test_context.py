@@ -8,13 +8,13 @@ import textwrap
 import time
 
 import pytest
-from conftest import contexts, run_python
 from test_file import NEWER_CALLS, SECCOMP
 
 import greenaio
 from greenaio import aligned_buffer
 from greenaio._context import Context, Opcode
 from greenaio._engine import Engine, Request
+from tests.support.processes import contexts, run_python
 
 
 @pytest.fixture

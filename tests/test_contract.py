@@ -14,10 +14,11 @@ import resource
 import select
 
 import pytest
-from conftest import ScriptedContext, pattern
 
 from greenaio import aligned_buffer
 from greenaio._context import Context, Opcode
+from tests.support.disks import pattern
+from tests.support.kernel import ScriptedContext
 
 POLL = 5                        # IOCB_CMD_POLL
 READABLE = select.POLLIN | select.POLLRDNORM

@@ -13,7 +13,8 @@ import sysconfig
 from functools import partial
 
 import pytest
-from conftest import EXAMPLES, run_example
+
+from tests.support.processes import EXAMPLES, run_example
 
 copy_tree = partial(run_example, 'copy_tree', text=True)
 

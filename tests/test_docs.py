@@ -28,11 +28,12 @@ import urllib.request
 from dataclasses import dataclass
 
 import pytest
-from conftest import make_plugin_visible, missing
 
 import greenaio
 import greenaio.os
 from greenaio._config import Config
+from tests.support import missing
+from tests.support.processes import make_plugin_visible
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]

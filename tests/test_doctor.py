@@ -11,11 +11,13 @@ import sys
 import time
 
 import pytest
-from conftest import FreezableDisk, file_system, missing, pattern, run, run_python
 from test_fallback import WITHOUT
 from test_file import IO_SETUP, IO_SUBMIT, NEWER_CALLS, SECCOMP
 
 from greenaio import _calls, doctor
+from tests.support import missing
+from tests.support.disks import FreezableDisk, file_system, pattern
+from tests.support.processes import run, run_python
 
 RUN = '''
 import runpy, sys

@@ -7,10 +7,10 @@ import time
 import weakref
 
 import pytest
-from conftest import ScriptedContext
 
 from greenaio._context import Opcode
 from greenaio._engine import Engine, Request, RequestList, State
+from tests.support.kernel import ScriptedContext
 
 PREAD, FDSYNC = Opcode.PREAD, Opcode.FDSYNC
 

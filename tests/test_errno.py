@@ -14,11 +14,12 @@ import time
 
 import gevent
 import pytest
-from conftest import missing, run, run_python
 
 import greenaio.os
 from greenaio import File, _hub, aligned_buffer
 from greenaio.block import BlockDevice
+from tests.support import missing
+from tests.support.processes import run, run_python
 
 ERRNOS = ['EACCES', 'EAGAIN', 'EBUSY', 'EDQUOT', 'EFBIG', 'EIO', 'ENODATA', 'ENOLINK', 'ENOMEM',
           'ENOSPC', 'EPERM', 'EROFS', 'ESTALE', 'ETIMEDOUT']

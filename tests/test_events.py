@@ -6,9 +6,11 @@ import shutil
 import tempfile
 
 import pytest
-from conftest import FreezableDisk, missing, run_python
 
 from greenaio import _blocked, events
+from tests.support import missing
+from tests.support.disks import FreezableDisk
+from tests.support.processes import run_python
 
 EVENTS = [
     events.SlowSubmit(seconds=0.25, requests=3),

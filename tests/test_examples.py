@@ -11,7 +11,9 @@ import sys
 import time
 
 import pytest
-from conftest import EXAMPLES, missing, run_example, run_in_shell, run_python
+
+from tests.support import missing
+from tests.support.processes import EXAMPLES, run_example, run_in_shell, run_python
 
 TOKEN = {**os.environ, 'OBJECT_SERVER_TOKEN': 'token'}
 

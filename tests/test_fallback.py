@@ -1,7 +1,8 @@
 """Without the extension, as after an install with no compiler: everything works, by threads."""
 
 import pytest
-from conftest import run_python
+
+from tests.support.processes import run_python
 
 WITHOUT = '''
 import sys

@@ -9,12 +9,14 @@ import warnings
 
 import gevent
 import pytest
-from conftest import MIB, held_disk, missing, pattern, run_python  # noqa: F401
 from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 import greenaio.os
 from greenaio import File, _hub, aligned_buffer
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run_python
 
 DIRECT = [0, os.O_DIRECT]
 
@@ -250,7 +252,7 @@ def until_asked(count):
             gevent.sleep(0.001)
 
 
-def test_killed_in_flight_on_a_held_disk_keeps_the_buffer(held_disk):  # noqa: F811
+def test_killed_in_flight_on_a_held_disk_keeps_the_buffer(held_disk):
     """Kill 64 readers, drop everything, allocate the same sizes, release the disk: nothing is hurt."""
     with File(held_disk.file, os.O_RDONLY | os.O_DIRECT) as file:
         held_disk.hold()
@@ -275,7 +277,7 @@ def test_killed_in_flight_on_a_held_disk_keeps_the_buffer(held_disk):  # noqa: F
         assert all(bytes(buffer) == b'\xee' * 4096 for buffer in fresh)
 
 
-def test_held_disk_stops_nobody_else(held_disk):  # noqa: F811
+def test_held_disk_stops_nobody_else(held_disk):
     with File(held_disk.file, os.O_RDONLY | os.O_DIRECT) as file:
         held_disk.hold()
         greenlets = [gevent.spawn(file.pread, 4096, i * 4096) for i in range(200)]
@@ -291,7 +293,7 @@ def test_held_disk_stops_nobody_else(held_disk):  # noqa: F811
         assert greenlets[7].value == pattern(4 * MIB)[7 * 4096:8 * 4096]
 
 
-def test_closed_while_in_flight_harms_no_request(held_disk):  # noqa: F811
+def test_closed_while_in_flight_harms_no_request(held_disk):
     """The fd is closed and its number reused, both for what is in flight and for what is queued."""
     fd = os.open(held_disk.file, os.O_RDONLY | os.O_DIRECT)
     file = File.from_fd(fd, closefd=True)

@@ -10,13 +10,14 @@ from collections import deque
 
 import gevent
 import pytest
-from conftest import MIB, run_program, run_python
 from greenlet import getcurrent
 
 import greenaio
 import greenaio.os
 from greenaio import _fallback, _position, streams
 from greenaio.fileobject import open as open_file
+from tests.support.disks import MIB
+from tests.support.processes import run_program, run_python
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import warnings
 import gevent
 import gevent.fileobject
 import pytest
-from conftest import MIB, missing, pattern, run_program, run_python
 from gevent.fileobject import FileObjectThread
 from gevent.lock import Semaphore
 from gevent.tests import test__fileobject as theirs
@@ -33,6 +32,9 @@ import greenaio
 import greenaio.os
 from greenaio import _fallback, _position
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run_program, run_python
 
 ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
 

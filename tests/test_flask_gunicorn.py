@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import make_plugin_visible, temporary_folder
+
+from tests.support.disks import temporary_folder
+from tests.support.processes import make_plugin_visible
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / 'examples'
 WITH_A_WINDOW = '''

@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from conftest import held_disk, path_of_tests, pattern, run_program, run_python  # noqa: F401
+
+from tests.support.processes import run_program, run_python
 
 COMMON = '''
 import errno, gevent, os, sys
@@ -32,7 +33,7 @@ for turn in range(5):
 ''', fork_file)
 
 
-def test_idle_child_robs_the_parent_of_nothing(held_disk):  # noqa: F811
+def test_idle_child_robs_the_parent_of_nothing(held_disk):
     """In flight while the child runs its inherited loop; released only afterwards."""
     import gevent
 
@@ -68,7 +69,7 @@ def test_idle_child_robs_the_parent_of_nothing(held_disk):  # noqa: F811
 
 def test_inherited_waiter_in_the_child_gets_ecanceled(fork_file):
     run_python(COMMON + '''
-from conftest import ScriptedContext
+from tests.support.kernel import ScriptedContext
 from greenaio._engine import Request
 driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
 memory = bytearray(512)
@@ -85,7 +86,7 @@ driver.engine.context.finish()
 driver.engine.context.finish()
 assert waiter.get(timeout=5) == 512
 assert queued.get(timeout=5) == 512
-''', fork_file, env=path_of_tests())
+''', fork_file)
 
 
 def test_child_does_not_take_for_read_what_the_parent_had_begun(fork_file):
@@ -230,7 +231,7 @@ reader.kill()
 
 
 @pytest.mark.parametrize('cached', ['all', 'a part'])
-def test_reader_killed_in_the_child_leaves_the_parent_its_position(held_disk, cached):  # noqa: F811
+def test_reader_killed_in_the_child_leaves_the_parent_its_position(held_disk, cached):
     """They share it. Who is killed gives back what the page cache had; not so a copy of it."""
     run_program('killed_in_the_child', held_disk.file, cached, *held_disk.commands())
 

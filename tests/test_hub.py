@@ -11,13 +11,14 @@ import weakref
 
 import gevent
 import pytest
-from conftest import ScriptedContext, path_of_tests, run_python
 from gevent.exceptions import BlockingSwitchOutError
 from greenlet import settrace
 
 from greenaio import _hub, config
 from greenaio._context import Opcode
 from greenaio._engine import Request
+from tests.support.kernel import ScriptedContext
+from tests.support.processes import run_python
 
 
 def read(offset=0, memory=None):
@@ -858,7 +859,7 @@ def test_abandoned_requests_still_count_as_in_flight(driver):
 def test_loop_is_held_while_somebody_waits():
     run_python('''
         import gevent, time
-        from conftest import ScriptedContext
+        from tests.support.kernel import ScriptedContext
         from greenaio import _hub
         from greenaio._engine import Request
         driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
@@ -869,13 +870,13 @@ def test_loop_is_held_while_somebody_waits():
         gevent.monkey.get_original('_thread', 'start_new_thread')(later, ())
         # nothing else is there to hold the loop: without our watcher this is LoopExit
         assert driver.perform_request(Request(0, 3, bytearray(10))) == 10
-    ''', env=path_of_tests())
+    ''')
 
 
 def test_loop_ends_when_only_abandoned_requests_are_left():
     run_python('''
         import gevent
-        from conftest import ScriptedContext
+        from tests.support.kernel import ScriptedContext
         from greenaio import _hub
         from greenaio._engine import Request
         driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
@@ -884,7 +885,7 @@ def test_loop_ends_when_only_abandoned_requests_are_left():
         greenlet.kill()
         assert gevent.get_hub().join(timeout=5) is True
         assert len(driver.engine.in_flight) == 1
-    ''', env=path_of_tests())
+    ''')
 
 
 def test_idle_driver_does_not_hold_the_loop():

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import missing, side_by_side
+
+from tests.support import missing
+from tests.support.processes import side_by_side
 
 HERE = pathlib.Path(__file__).parent
 OTHER = 'libev-cext' if os.environ.get('GEVENT_LOOP') == 'libuv' else 'libuv'

@@ -5,9 +5,10 @@ import mmap
 
 import gevent
 import pytest
-from conftest import pattern, run_program
 
 from greenaio import _fallback, _memory, aligned_buffer
+from tests.support.disks import pattern
+from tests.support.processes import run_program
 
 
 def address(buffer):

@@ -10,8 +10,10 @@ import textwrap
 import zipfile
 
 import pytest
-from conftest import MIB, make_plugin_visible, pattern, run_program, run_python, temporary_folder
 from test_file import NEWER_CALLS, SECCOMP
+
+from tests.support.disks import MIB, pattern, temporary_folder
+from tests.support.processes import make_plugin_visible, run_program, run_python
 
 PATCHED = '''
 import gevent.monkey

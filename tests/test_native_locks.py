@@ -4,7 +4,9 @@ import importlib.util
 import struct
 
 import pytest
-from conftest import make_plugin_visible, missing, run_program, run_python
+
+from tests.support import missing
+from tests.support.processes import make_plugin_visible, run_program, run_python
 
 # Each native lock that is left, and why it stops nobody.
 

@@ -20,9 +20,12 @@ import time
 import gevent
 import gevent.socket
 import pytest
-from conftest import MIB, missing, pattern, real_disk, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.support import missing
+from tests.support.disks import MIB, pattern, real_disk
+from tests.support.processes import run
 
 SERVER = pathlib.Path(__file__).parent.parent / 'examples' / 'nbd_server.py'
 SIZE = 32 * MIB

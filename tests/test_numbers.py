@@ -6,7 +6,10 @@ Each `known_fault` is one of today's code. The rebuilt handle has to make these 
 import os
 
 import pytest
-from conftest import FreezableDisk, known_fault, missing, run_program, run_python
+
+from tests.support import known_fault, missing
+from tests.support.disks import FreezableDisk
+from tests.support.processes import run_program, run_python
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ import threading
 import time
 
 import pytest
-from conftest import missing, pattern, real_disk
+
+from tests.support import missing
+from tests.support.disks import pattern, real_disk
 
 requests = pytest.importorskip('requests')
 pytest.importorskip('werkzeug')

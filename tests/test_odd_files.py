@@ -16,12 +16,14 @@ import time
 
 import gevent
 import pytest
-from conftest import missing, pattern, run, run_program, run_python
 from streaming import DATA
 
 import greenaio
 import greenaio.os
 from greenaio import File, _hub, _route, aligned_buffer, streams
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import run, run_program, run_python
 
 
 @pytest.fixture

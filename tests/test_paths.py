@@ -15,12 +15,14 @@ import warnings
 
 import gevent
 import pytest
-from conftest import is_mounted, missing, run, run_program, run_python
 from test_file import SECCOMP
 
 import greenaio
 import greenaio.os
 from greenaio import File, _hub, _threads, config
+from tests.support import missing
+from tests.support.disks import is_mounted
+from tests.support.processes import run, run_program, run_python
 
 OPENAT2, STATMOUNT = 437, 457
 LONE_KEPT = 4

@@ -9,10 +9,12 @@ import subprocess
 import gevent
 import greenlet
 import pytest
-from conftest import CONTROL, FreezableDisk, known_fault, missing, run_program, run_python
 
 import greenaio
 import greenaio.os
+from tests.support import known_fault, missing
+from tests.support.disks import FreezableDisk
+from tests.support.processes import CONTROL, run_program, run_python
 
 SHARED = known_fault('a write at the position is an lseek, a positional write and an lseek; '
                      'another writer moves the position between them')

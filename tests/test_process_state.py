@@ -5,9 +5,11 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import missing, run_program, run_python
 from test_fallback import WITHOUT
 from test_file import SECCOMP
+
+from tests.support import missing
+from tests.support.processes import run_program, run_python
 
 PERSONALITY = 135 if os.uname().machine == 'x86_64' else 92     # a system call that nobody misses
 

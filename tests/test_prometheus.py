@@ -8,10 +8,11 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
-from conftest import real_disk, run_python
 from test_object_server import Server
 
 import greenaio
+from tests.support.disks import real_disk
+from tests.support.processes import run_python
 
 prometheus_client = pytest.importorskip('prometheus_client')
 parser = pytest.importorskip('prometheus_client.parser')

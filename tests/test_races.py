@@ -5,10 +5,12 @@ import pathlib
 
 import gevent
 import pytest
-from conftest import missing, pattern, run_program, run_python
 
 import greenaio.os
 from greenaio import File, aligned_buffer
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import run_program, run_python
 
 
 def test_refused_request_never_reaches_a_file_that_took_over_the_number(folder, data_file):

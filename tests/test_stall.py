@@ -11,7 +11,10 @@ import sys
 import tempfile
 
 import pytest
-from conftest import CONTROL, missing, pattern, run_python
+
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import CONTROL, run_python
 
 FROZEN = 1.0        # seconds
 
@@ -101,7 +104,7 @@ operations += [lambda i=i: path_calls(i) for i in range(60)]
 
 
 def show_that_nobody_notices(case, path, healthy, freeze, thaw):
-    with subprocess.Popen([sys.executable, '-c', CONTROL, str(2 * FROZEN + 1.5)], stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, CONTROL, str(2 * FROZEN + 1.5)], stdout=subprocess.PIPE,
                           text=True) as control:
         done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()',
                           path, healthy, freeze, thaw, FROZEN, timeout=60)

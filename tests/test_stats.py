@@ -13,7 +13,6 @@ import tokenize
 import gevent
 import gevent.util
 import pytest
-from conftest import MIB, ScriptedContext, pattern, run_python
 from gevent.events import subscribers
 from test_fallback import WITHOUT
 
@@ -21,6 +20,9 @@ import greenaio
 from greenaio import File, _hub, aligned_buffer, config, events, monkey
 from greenaio._context import Opcode
 from greenaio._engine import Engine, Request, bounds_of
+from tests.support.disks import MIB, pattern
+from tests.support.kernel import ScriptedContext
+from tests.support.processes import run_python
 
 READS = 'aio', 'read'
 

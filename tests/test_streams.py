@@ -12,11 +12,13 @@ import threading
 
 import gevent
 import pytest
-from conftest import MIB, missing, pattern, run_python
 from test_file import SECCOMP
 
 import greenaio
 from greenaio import _fallback, _hub, streams
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run_python
 
 # The numbers of system calls.
 COPY_FILE_RANGE, PREADV2, PREAD64 = (326, 327, 17) if os.uname().machine == 'x86_64' else (285, 286, 67)

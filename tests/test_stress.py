@@ -9,10 +9,12 @@ import threading
 
 import gevent
 import pytest
-from conftest import MIB, ScriptedContext, file_system, run_python
 
 from greenaio import File, _hub, aligned_buffer
 from greenaio._engine import Request, State
+from tests.support.disks import MIB, file_system
+from tests.support.kernel import ScriptedContext
+from tests.support.processes import run_python
 
 
 @pytest.mark.parametrize('seed', range(10))

@@ -10,11 +10,13 @@ import time
 
 import gevent
 import pytest
-from conftest import MIB, missing, path_of_tests, pattern, run_program, run_python
 from greenlet import settrace
 
 import greenaio.os
 from greenaio import File, _hub, _route, _threads, config
+from tests.support import missing
+from tests.support.disks import MIB, pattern
+from tests.support.processes import run_program, run_python
 
 
 @pytest.fixture
@@ -156,7 +158,7 @@ ONE_THREAD = '''
 import os, sys, gevent, greenaio.os
 from greenaio import _hub, _threads
 folder = sys.argv[1]
-from test_threads import Plug
+from tests.test_threads import Plug
 plug = Plug(folder, 1)
 def pull():
     plug.pull()
@@ -179,7 +181,7 @@ pull()
 gevent.joinall(greenlets, timeout=10, raise_error=True)
 assert order == list(range(20))
 assert (pool.threads, pool.queued) == (1, 0)
-''', folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
+''', folder, env={'GREENAIO_THREADS': '1'})
 
 
 def test_killed_before_a_thread_began_it_never_happens(folder):
@@ -193,7 +195,7 @@ greenlet.kill()
 assert len(_hub.get_driver().engine.lent) == 1                  # the plug's
 pull()
 assert not os.path.exists(path)
-''', folder, env={'GREENAIO_THREADS': '1', **path_of_tests()})
+''', folder, env={'GREENAIO_THREADS': '1'})
 
 
 def test_device_that_hangs_holds_up_no_other(cold_file):

@@ -7,13 +7,15 @@ import threading
 
 import gevent
 import pytest
-from conftest import missing, pattern, run_program, run_python
 from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 import greenaio.os
 from greenaio import _position, alignment
 from greenaio._uninterrupted import inside, is_uninterrupted
+from tests.support import missing
+from tests.support.disks import pattern
+from tests.support.processes import run_program, run_python
 
 # What is wrong without the context ----------------------------------------------------------------
 

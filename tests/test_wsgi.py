@@ -9,12 +9,13 @@ import sys
 
 import gevent
 import pytest
-from conftest import CONTROL, MIB, make_plugin_visible, pattern, run_program
 from gevent import pywsgi, socket
 from werkzeug.test import EnvironBuilder
 
 import greenaio
 from greenaio.wsgi import FileWrapper, WSGIHandler, send_file, with_file_wrapper
+from tests.support.disks import MIB, pattern
+from tests.support.processes import CONTROL, make_plugin_visible, run_program
 
 
 @contextlib.contextmanager
@@ -358,7 +359,7 @@ def test_gunicorn_sends_what_is_buffered_too(data_file, tmp_path):
 @pytest.mark.parametrize('server', ['werkzeug', 'whitenoise', 'flask'])
 def test_throttled_disk_stops_only_the_unpatched(held_disk, tmp_path, server, patched):
     slow, fast = held_disk.commands(iops=2)         # the file is 4 MiB: some five reads
-    with subprocess.Popen([sys.executable, '-c', CONTROL, '4'], stdout=subprocess.PIPE, text=True) as control:
+    with subprocess.Popen([sys.executable, CONTROL, '4'], stdout=subprocess.PIPE, text=True) as control:
         done = run_program('slow_download', held_disk.file, slow, fast, server, patched,
                            env=make_plugin_visible(tmp_path))
         machine = float(control.stdout.read())

@@ -17,8 +17,8 @@ import time
 import gevent
 
 from greenaio import File, _hub, aligned_buffer
-from tests.conftest import MIB, pattern
 from tests.faults import long
+from tests.support.disks import MIB, pattern
 
 PAGE = 4096
 CONTENT = pattern(MIB)

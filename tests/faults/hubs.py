@@ -17,8 +17,9 @@ import threading
 import gevent
 
 from greenaio import File, _hub, _threads, aligned_buffer
-from tests.conftest import MIB, contexts, pattern
 from tests.faults import long
+from tests.support.disks import MIB, pattern
+from tests.support.processes import contexts
 
 PAGE = 4096
 CONTENT = pattern(MIB)

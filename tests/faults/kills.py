@@ -21,8 +21,8 @@ import gevent
 from gevent import GreenletExit
 
 from greenaio import File, _hub, aligned_buffer
-from tests.conftest import MIB, pattern
 from tests.faults import long
+from tests.support.disks import MIB, pattern
 
 VICTIMS = 256                   # of a round
 PAGE = 4096

@@ -18,7 +18,7 @@ import traceback
 
 import gevent
 
-from tests.conftest import real_disk
+from tests.support.disks import real_disk
 
 EVERY = 10                      # seconds between two signs of life
 PATIENCE = 120                  # seconds: no round lasts half as long, on a busy machine

@@ -17,8 +17,9 @@ import sys
 import gevent
 
 from greenaio import File, aligned_buffer
-from tests.conftest import MIB, run
 from tests.faults import long
+from tests.support.disks import MIB
+from tests.support.processes import run
 
 BLOCK, WRITERS, PLACES = 4096, 16, 8    # each writer has its own blocks
 SHUTDOWN = 0x8004587d           # ioctl of ext4 and xfs ...

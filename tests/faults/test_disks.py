@@ -14,10 +14,12 @@ import time
 
 import gevent
 import pytest
-from conftest import MIB, FreezableDisk, aio_nr, missing, pattern, run, run_program, run_python
 from test_block import SHUTDOWN, loop_device, unmount
 
 from greenaio import File, _hub, aligned_buffer
+from tests.support import missing
+from tests.support.disks import MIB, FreezableDisk, pattern
+from tests.support.processes import aio_nr, run, run_program, run_python
 
 GONE = {errno.EIO, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN,
         errno.EINVAL}           # nbdfuse, of what it could not send any more

@@ -14,13 +14,14 @@ import socket
 
 import gevent
 import pytest
-from conftest import pattern, run_program, run_python
 
 import greenaio
 import greenaio.monkey
 import greenaio.os
 from greenaio import File, aligned_buffer
 from greenaio.block import BlockDevice
+from tests.support.disks import pattern
+from tests.support.processes import run_program, run_python
 
 SIZE = 16384
 DATA = pattern(SIZE)

@@ -22,12 +22,13 @@ import weakref
 
 import gevent
 import pytest
-from conftest import MIB, contexts, path_of_tests, pattern, run_python, side_by_side, temporary_folder
 from greenlet import greenlet
 
 import greenaio.os
 from greenaio import File, _fallback, _hub, _threads, aligned_buffer, copyfile, monkey
 from greenaio.block import BlockDevice
+from tests.support.disks import MIB, pattern, temporary_folder
+from tests.support.processes import contexts, run_python, side_by_side
 
 ATTEMPTS = 12
 COUNTED = ('objects', 'greenlets', 'fds', 'threads', 'contexts', 'blocks of Python', 'bytes of C', 'pages')
@@ -448,7 +449,7 @@ def run_all(kind, loop):
     threads looks used."""
     with temporary_folder(kind) as folder:
         return run_python('from faults import test_leaks; import sys; test_leaks.main(sys.argv[1])', folder,
-                          env={**path_of_tests(), 'GEVENT_LOOP': loop, 'MALLOC_ARENA_MAX': '1'}, timeout=500)
+                          env={'GEVENT_LOOP': loop, 'MALLOC_ARENA_MAX': '1'}, timeout=500)
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import missing
+
+from tests.support import missing
 
 ROOT = os.path.join(os.path.dirname(__file__), os.pardir, os.pardir)
 

@@ -1,7 +1,8 @@
 """Some thousand histories of the driver over a simulated kernel; a million are `python -m tests.sim`."""
 
 import pytest
-import sim
+
+from tests import sim
 
 
 @pytest.mark.parametrize('first', range(0, 4000, 1000))

@@ -11,7 +11,10 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import MIB, missing, run_program, side_by_side, temporary_folder
+
+from tests.support import missing
+from tests.support.disks import MIB, temporary_folder
+from tests.support.processes import run_program, side_by_side
 
 HERE = os.path.dirname(__file__)
 CALLS, MEMORY = 1, 2

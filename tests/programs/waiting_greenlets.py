@@ -7,7 +7,7 @@ import gevent
 
 from greenaio import _hub
 from greenaio._engine import Request
-from tests.conftest import ScriptedContext
+from tests.support.kernel import ScriptedContext
 
 
 def resident():
