@@ -30,7 +30,8 @@ ROUNDS = 3
 
 Environment = Mapping[str, str]
 Outcomes = dict[str, str]       # by test: passed, failed or skipped
-# What stands among the tests for their process, which may crash after the last one.
+Pairs = dict[str, tuple[str, str]]      # by test: its outcome with gevent alone, and with greenaio
+# The process stands among its tests under this name, because it may crash after the last one.
 RUN = '(the run)'
 
 
@@ -80,7 +81,7 @@ class Difference:
 # Environments -------------------------------------------------------------------------------------
 
 def build_wheel(folder: pathlib.Path) -> pathlib.Path:
-    """Return a wheel of greenaio as it is here. What is built here is used again if it fits."""
+    """Return a wheel of the greenaio in this clone. Modules that were built in the clone are used again."""
     copy = folder / 'greenaio'
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(
@@ -262,23 +263,26 @@ def compare(place: Place, parts: Sequence[str]) -> Iterator[Row]:
                 patched = place.run(part, loop, mode)
                 rows[mode].counts.update(count(patched))
                 rows[mode].differences += [
-                    Difference(part, test, plain.get(test, 'missing'), patched.get(test, 'missing'),
-                               reason_for(place.suite, test))
-                    for test in steady(place, part, loop, mode, differing(plain, patched))]
+                    Difference(part, test, *pair, reason_for(place.suite, test))
+                    for test, pair in steady(place, part, loop, mode, plain, patched).items()]
         yield from rows.values()
 
 
-def differing(plain: Outcomes, patched: Outcomes) -> set[str]:
-    return {test for test in plain.keys() | patched.keys() if plain.get(test) != patched.get(test)}
+def differing(plain: Outcomes, patched: Outcomes) -> Pairs:
+    tests = sorted(plain.keys() | patched.keys())
+    pairs = {test: (plain.get(test, 'missing'), patched.get(test, 'missing')) for test in tests}
+    return {test: pair for test, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def steady(place: Place, part: str, loop: str, mode: str, tests: set[str]) -> list[str]:
-    """Return those of *tests* that differ in further rounds, too."""
+def steady(place: Place, part: str, loop: str, mode: str, plain: Outcomes, patched: Outcomes) -> Pairs:
+    """Return the tests that differ, and differ in the same way in further rounds."""
+    found = differing(plain, patched)
     for _ in range(ROUNDS - 1):
-        if all(reason_for(place.suite, test) for test in tests):
+        if all(reason_for(place.suite, test) for test in found):
             break
-        tests &= differing(place.run(part, loop, PLAIN), place.run(part, loop, mode))
-    return sorted(tests)
+        again = differing(place.run(part, loop, PLAIN), place.run(part, loop, mode))
+        found = {test: pair for test, pair in found.items() if again.get(test) == pair}
+    return found
 
 
 def reason_for(suite: Suite, test: str) -> str:
