@@ -19,7 +19,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import get_importer, read_code
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 from greenaio import __version__, _config
@@ -284,6 +284,7 @@ def _run(script: str, args: list[str], *, is_module: bool) -> int:
         print(f'python -m greenaio run: {"there is no module" if is_module else "no such file:"} {script}',
               file=sys.stderr)
         return 2
+    sys.excepthook = _show_without_us
     # Not run_module and run_path of runpy: when they end they put the old __main__ back, and the threads and
     # the exit functions of a script outlive it.
     main = sys.modules['__main__'] = ModuleType('__main__')
@@ -295,8 +296,26 @@ def _run(script: str, args: list[str], *, is_module: bool) -> int:
         _run_as_python_does('__main__', alter_argv=False)
     else:
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-        _run_file(script, vars(main))
+        path = os.path.join(os.getcwd(), script)    # not abspath(), which takes link/.. for nothing
+        try:
+            with io.open_code(path) as file:
+                source = file.read()
+        except OSError as error:
+            _tell(f'{PROG} run', f'{script}: {error.strerror}')
+            return 2
+        _run_source(source, path, vars(main))
     return 0
+
+
+def _show_without_us(kind: type[BaseException], error: BaseException,
+                     traceback: TracebackType | None) -> None:
+    """Print the traceback of a script as Python would, which knows no frames of this module below it."""
+    rest, place = traceback, traceback
+    while place:
+        if place.tb_frame.f_code.co_filename == __file__:
+            rest = place.tb_next
+        place = place.tb_next
+    sys.__excepthook__(kind, error.with_traceback(rest), rest)
 
 
 def _run_as_python_does(module: str, *, alter_argv: bool = True) -> None:
@@ -304,11 +323,7 @@ def _run_as_python_does(module: str, *, alter_argv: bool = True) -> None:
     runpy._run_module_as_main(module, alter_argv)       # type: ignore[attr-defined]
 
 
-def _run_file(path: str, namespace: dict[str, Any]) -> None:
-    if not os.path.isabs(path):
-        path = os.path.join(os.getcwd(), path)      # not abspath(), which takes link/.. for nothing
-    with io.open_code(path) as file:
-        source = file.read()
+def _run_source(source: bytes, path: str, namespace: dict[str, Any]) -> None:
     code = read_code(io.BytesIO(source))        # of a .pyc, else None
     if code is None:
         code = compile(source, path, 'exec', dont_inherit=True)     # or it has the annotations of this module

@@ -469,13 +469,13 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     else:
         if arguments.rw not in ('randread', 'read') and not arguments.overwrite:
             raise BadArgument(f'{path} exists; --overwrite allows --rw {arguments.rw} to destroy it')
+        mode = os.stat(path).st_mode        # before the open, which of a FIFO waits for a writer
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise BadArgument(f'{path} is neither a file nor a block device')
         with open(path, 'rb') as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not stat.S_ISBLK(
-                    os.fstat(file.fileno()).st_mode):
-                raise BadArgument(f'{path} is neither a file nor a block device')
             length = file.seek(0, os.SEEK_END)
             size = length if arguments.rw == 'append' else min(size, length)
-            if arguments.rw == 'append' and stat.S_ISBLK(os.fstat(file.fileno()).st_mode):
+            if arguments.rw == 'append' and stat.S_ISBLK(mode):
                 raise BadArgument(f'{path} is a block device: it gets no longer')
         if size < arguments.block_size:
             raise BadArgument(f'{path} is smaller than a block of {arguments.block_size} bytes')

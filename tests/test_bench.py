@@ -251,6 +251,13 @@ def test_bad_arguments_are_one_line_and_status_2(arguments):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'fifo')
+    done = quick(tmp_path / 'fifo')
+    assert done.returncode == 2
+    assert done.stderr == f'greenaio bench: {tmp_path}/fifo is neither a file nor a block device\n'
+
+
 def test_path_that_is_misspelt_makes_no_file(tmp_path):
     path = tmp_path / 'nosuchdir'
     done = quick(path)

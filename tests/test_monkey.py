@@ -357,6 +357,31 @@ def test_run_does_what_python_does(tmp_path, arguments):
     assert run('-m', 'greenaio', 'run', *arguments) == expected
 
 
+@pytest.mark.parametrize('text', ['def fail():\n    1 / 0\nfail()', 'print("not closed"',
+                                  'raise KeyboardInterrupt'])
+@pytest.mark.parametrize('arguments', [['script.py'], ['-m', 'script'], ['folder']], ids=' '.join)
+def test_traceback_of_a_script_is_as_python_shows_it(tmp_path, text, arguments):
+    (tmp_path / 'folder').mkdir()
+    for name in ('script.py', 'folder/__main__.py'):
+        (tmp_path / name).write_text(text)
+
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60,
+                              cwd=tmp_path)
+        return done.returncode, done.stderr
+
+    expected = run(*arguments)
+    assert expected[0] and 'Error' in expected[1] or 'KeyboardInterrupt' in expected[1]
+    assert run('-m', 'greenaio', 'run', *arguments) == expected
+
+
+def test_script_that_cannot_be_read_is_a_line():
+    done = subprocess.run([sys.executable, '-m', 'greenaio', 'run', '/proc/self/mem'], capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'python -m greenaio run: /proc/self/mem: Input/output error\n'
+
+
 def test_in_the_hub_and_without_one_the_original_is_called(data_file):
     run_python('''
         import greenaio.monkey, threading
