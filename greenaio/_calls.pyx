@@ -242,7 +242,8 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
                 if walk.way.is_over and is_held(known):
                     walk.arrive()
                     mine = hold_range(-1, known, 0, alignment.EVERYTHING)
-            request = new_chain(-1, walk, name, call, walk.way)
+            # To empty a file frees its blocks.
+            request = new_chain(-1, walk, name, call, walk.way, not walk.way.truncates)
             request.other_fd = dir_fd       # its number must not come to mean another directory
             request.gives_fd = walk.way.opens
             request.fifo = walk.arrive()

@@ -285,6 +285,8 @@ cdef class Driver:
         cdef int64_t result
         if pool.submit(request, self.inbox):
             self.engine.lend(request)
+            if self.inbox.look(self.engine) and self.engine.ready.count > (request.state == DONE):
+                self._ask_for_pass()    # others are done as well
             return 0
         result = make_here(request)
         self.engine.lend(request)

@@ -16,6 +16,7 @@ cdef class Inbox:
     cdef mailbox *_box
 
     cdef int reap(self, Engine engine) except -1
+    cdef int look(self, Engine engine) except -1
     cdef wait(self)
 
 cdef class Pool:
@@ -36,6 +37,6 @@ cdef bint any_busy() noexcept
 cdef Pool pool_of(device)
 cdef Pool lone_threads()
 cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept
-cdef Request new_chain(int fd, keep, str name, chain calls, void *arg)
+cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_short)
 cdef Request new_call(int fd, keep, long number, long a=*, long b=*, long c=*, long d=*, long e=*, long f=*)
 cdef int as_call(Request request) except -1

@@ -20,10 +20,13 @@ from greenaio._engine import Opcode_name
 
 from cpython.number cimport PyNumber_Index
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, errno as c_errno
+from libc.errno cimport EACCES, EAGAIN, EINTR, ENOSYS, EPERM, errno as c_errno
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from greenaio._context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, signal_eventfd
+from greenaio._context cimport (
+    FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns, signal_eventfd,
+)
 from greenaio._engine cimport CALL, READ, Engine, Request, iovec, new_request
 
 cdef extern from *:
@@ -31,15 +34,20 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <limits.h>
-    #include <pthread.h>
     #include <linux/capability.h>
+    #include <linux/futex.h>
+    #include <pthread.h>
+    #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
+    #include <stdlib.h>
+    #include <string.h>
     #include <sys/fsuid.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
+    #include <sys/wait.h>
     #include <unistd.h>
 
     #define WORKER_STACK (128 * 1024)   /* a system call needs little; the C library wants some for itself */
@@ -206,6 +214,211 @@ cdef extern from *:
     static void count_umask_change(void)
     { __atomic_add_fetch(&umask_changes, 1, __ATOMIC_RELEASE); }
 
+    /* Between the hub and a worker ------------------------------------------------------------------------
+
+       The worker                                       The hub
+       goes to rest: into `pool.resting`, `word` AT_WORK
+       pushes the job that it has done
+       wakes the hub, if that does not look
+                                                        takes the job
+                                                        queues the next, takes the worker out of `resting`
+                                                        CALLED
+       sees CALLED: it need not sleep, and goes on
+
+       So one worker answers a greenlet that makes one short call after another. A worker that sees no call
+       in time puts ASLEEP there and sleeps, until the hub puts CALLED there and wakes it. It comes back
+       from rest only after that, and its `word`, on its stack, lives until then. The futex call needs an
+       address only. */
+
+    enum { AT_WORK, CALLED, ASLEEP };
+
+    static void rest(int *word)
+    {
+        int expected = AT_WORK;
+        if (__atomic_compare_exchange_n(word, &expected, ASLEEP, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+            while (__atomic_load_n(word, __ATOMIC_ACQUIRE) == ASLEEP)
+                syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, ASLEEP, NULL, NULL, 0);
+    }
+
+    static void call_to_work(int *word)
+    {
+        if (__atomic_exchange_n(word, CALLED, __ATOMIC_ACQ_REL) == ASLEEP)
+            syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    }
+
+    static int is_asleep(int *word)
+    { return __atomic_load_n(word, __ATOMIC_RELAXED) == ASLEEP; }
+
+    /* Put *one*, whose link is *next*, on the stack. Return whether the stack was empty. There is no lock,
+       because a worker that had it could lose its processor to the hub. */
+    static int push(void **stack, void *one, void **next)
+    {
+        void *top = __atomic_load_n(stack, __ATOMIC_RELAXED);
+        do
+            *next = top;
+        while (!__atomic_compare_exchange_n(stack, &top, one, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+        return top == NULL;
+    }
+
+    static void *pop_all(void **stack)
+    { return __atomic_exchange_n(stack, NULL, __ATOMIC_ACQ_REL); }
+
+    /* The hub says that it looks no more, and then looks once. The worker pushes, and then asks whether the
+       hub looks. Of these two at least one sees what the other has done. */
+    static void look_no_more(int *looks)
+    {
+        __atomic_store_n(looks, 0, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    static int hub_looks(int *looks)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        return __atomic_load_n(looks, __ATOMIC_RELAXED);
+    }
+
+    /* The processor of a worker ---------------------------------------------------------------------------
+
+       A call on what the kernel has in memory takes 1 to 10 us. To wake a thread on an idle processor takes
+       5 to 50, because that has to be interrupted, and so does the way back. So for a call that is likely
+       to be short the hub binds a worker that rests to its own processor. There the worker usually runs
+       before the hub goes on: the hub finds the result at once, and no greenlet waits. If the call waits
+       for a disk, the worker sleeps, and the hub goes on.
+
+       Each hub makes one call at a time this way. A call that copies much or is likely to wait goes to a
+       worker that may run on all processors, because the hub needs its own.
+
+       The hub itself is never bound, because processes and threads that it starts inherit its processors. A
+       worker starts none.
+
+       A worker that was free to run on all processors of its cpuset gets back all that there may ever be,
+       because the set may have grown. A worker that the user restricted gets back the processors it had. If
+       the user has changed those of the worker or of the whole process since then, they stay as they are.
+
+       A seccomp filter may end the process at sched_setaffinity: systemd's ``SystemCallFilter=~@resources``
+       does. No call tells. So where the process is under filters when this module is imported, a child
+       tries it. Under other filters than those no worker is bound. */
+
+    struct place {
+        pid_t thread;
+        int cpu;                        /* to which it is bound, or -1 */
+        int is_restricted;              /* by the user, before it was bound, to ... */
+        cpu_set_t cpus;                 /* ... these */
+    };
+
+    static int set_cpus(pid_t thread, const cpu_set_t *cpus)
+    { return sched_setaffinity(thread, sizeof *cpus, cpus) < 0 ? -errno : 0; }
+
+    static int get_cpus(pid_t thread, cpu_set_t *cpus)
+    { return sched_getaffinity(thread, sizeof *cpus, cpus) < 0 ? -errno : 0; }
+
+    static int is_only(int cpu, const cpu_set_t *cpus)
+    { return CPU_COUNT(cpus) == 1 && CPU_ISSET(cpu, cpus); }
+
+    /* A thread with another policy, such as SCHED_FIFO, may leave a worker on its processor no time. */
+    static int is_ordinary(void)
+    {
+        int policy = sched_getscheduler(0);
+        return policy == SCHED_OTHER || policy == SCHED_BATCH;
+    }
+
+    /* Note a worker that has the processors *now*, to which it was not bound. If these are all of its
+       cpuset, the user has not restricted it, and it gets all that there may ever be. */
+    static int note_place(struct place *at, const cpu_set_t *now)
+    {
+        cpu_set_t all;
+        int error;
+        at->cpu = -1;
+        at->cpus = *now;
+        memset(&all, 255, sizeof all);
+        if ((error = set_cpus(at->thread, &all)) < 0 || (error = get_cpus(at->thread, &all)) < 0)
+            return error;
+        at->is_restricted = !CPU_EQUAL(now, &all);
+        return at->is_restricted ? set_cpus(at->thread, now) : 0;
+    }
+
+    /* Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it is
+       not to be bound at present. */
+    static int bind_worker(struct place *at, int cpu)
+    {
+        cpu_set_t now, one;
+        int error;
+        if (!is_ordinary())
+            return -EAGAIN;
+        if ((error = get_cpus(at->thread, &now)) < 0)
+            return error;
+        if (at->cpu < 0 || !is_only(at->cpu, &now)) {
+            if ((error = note_place(at, &now)) < 0)
+                return error;
+            if (CPU_COUNT(&now) == 1 || cpu >= CPU_SETSIZE || !CPU_ISSET(cpu, &now))
+                return -EAGAIN;
+        }
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        if ((error = set_cpus(at->thread, &one)) == 0)
+            at->cpu = cpu;
+        return error;
+    }
+
+    static void release_worker(struct place *at)
+    {
+        cpu_set_t now, process;
+        int cpu = at->cpu;
+        at->cpu = -1;
+        if (get_cpus(at->thread, &now) < 0)
+            return;
+        if (!is_only(cpu, &now) || (get_cpus(getpid(), &process) == 0 && is_only(cpu, &process))) {
+            note_place(at, &now);
+            return;
+        }
+        if (at->is_restricted && set_cpus(at->thread, &at->cpus) == 0)
+            return;
+        memset(&now, 255, sizeof now);
+        set_cpus(at->thread, &now);
+    }
+
+    static int filters_tried;           /* seccomp filters under which a child could bind itself; 0: none */
+
+    /* How many seccomp filters this thread is under, or -1 where that is not known. */
+    static int count_filters(void)
+    {
+        char text[4096], *line;
+        int fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
+        ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+        if (fd >= 0)
+            close(fd);
+        if (n < 0)
+            return -1;
+        text[n] = 0;
+        line = strstr(text, "Seccomp_filters:");
+        return line == NULL ? -1 : atoi(line + strlen("Seccomp_filters:"));
+    }
+
+    /* The child shares no memory, its end sends no signal, and it leaves no core. */
+    static void try_filters(void)
+    {
+        int status = -1;
+        long child;
+        if (prctl(PR_GET_SECCOMP, 0, 0, 0, 0) <= 0)
+            return;
+        child = syscall(SYS_clone, 0L, 0L, 0L, 0L, 0L);
+        if (child == 0) {
+            cpu_set_t cpus;
+            prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+            syscall(SYS_exit_group,
+                    sched_getscheduler(0) < 0 || get_cpus(0, &cpus) < 0 || set_cpus(0, &cpus) < 0);
+        }
+        if (child < 0)
+            return;
+        while (waitpid((pid_t)child, &status, __WALL) < 0 && errno == EINTR)
+            ;
+        if (status == 0)
+            filters_tried = count_filters();
+    }
+
+    static int filters_allow(int is_filtered)
+    { return !is_filtered || (filters_tried > 0 && count_filters() == filters_tried); }
+
     /* The signal that a call has sent to the worker, which blocks it; or 0. */
     static int take_signal(long result)
     {
@@ -222,7 +435,7 @@ cdef extern from *:
     const int INT_MAX
     int start_native "start_worker"(void *(*work)(void *) noexcept nogil, void *arg)
     struct caller:
-        pass
+        bint is_filtered
     void note_caller(caller *one) noexcept nogil
     int act_for(caller *one) noexcept nogil
     caller *acting_for
@@ -232,6 +445,25 @@ cdef extern from *:
     void count_umask_change() noexcept
     unsigned int umask_now
     int take_signal(long result) noexcept nogil
+    int AT_WORK
+    void rest(int *word) noexcept nogil
+    void call_to_work(int *word) noexcept nogil
+    bint is_asleep(int *word) noexcept nogil
+    bint push(void **stack, void *one, void **next) noexcept nogil
+    void *pop_all(void **stack) noexcept nogil
+    void look_no_more(int *looks) noexcept nogil
+    bint hub_looks(int *looks) noexcept nogil
+    int atomic_add "__atomic_add_fetch"(int *count, int n, int order) noexcept nogil
+    const int ACQ_REL "__ATOMIC_ACQ_REL"
+    struct place:
+        int thread
+        int cpu
+    int bind_worker(place *at, int cpu) noexcept nogil
+    void release_worker(place *at) noexcept nogil
+    void try_filters() noexcept nogil
+    bint filters_allow(bint is_filtered) noexcept nogil
+    int sched_getcpu() noexcept nogil
+    const long SYS_gettid
     int c_raise "raise"(int number) noexcept nogil
     long syscall(long number, ...) nogil
     const long SYS_openat
@@ -271,11 +503,21 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *cond, void *attributes)
     int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
     int pthread_cond_signal(pthread_cond_t *cond)
-    int pthread_cond_broadcast(pthread_cond_t *cond)
 
 cdef enum:
     WARY = 16                   # calls by threads that have to be quick
     LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
+    LONG = 0                    # a call that may copy much or is likely to wait
+    ON_NAMES = 1                # calls that are likely to be short: they look up names ...
+    ON_BYTES = 2                # ... or write a few bytes ...
+    ON_CLOSE = 3                # ... or close a file
+    KINDS = 4
+    SHORT_BYTES = 8192          # a write of more takes longer to copy than a worker to wake
+    DOUBTED = 16                # calls of a kind that are taken for long after two in a row were
+    WHEREVER = -1               # instead of a processor: a worker wherever it is ...
+    EVERYWHERE = -2             # ... or one that may run on all
+
+cdef uint64_t SHORT_NS = 100000     # a call that takes longer gains little by being on the hub's processor
 
 cdef struct job:
     job *next                   # in the queue of the pool, then in the mailbox
@@ -289,28 +531,38 @@ cdef struct job:
     long result                 # its answer, or minus the errno
     int signal                  # that it sent to who made it, or 0
     caller by                   # for whom it is made
+    int kind                    # LONG or ON_...
     iovec one                   # what args name where there is one buffer
 
 cdef struct mailbox:
     pthread_mutex_t lock
     pthread_cond_t empty        # nobody has a job for it any more
-    job *first                  # done, for the hub to take
-    job *last
+    void *done                  # jobs for the hub to take, the last first
     int out                     # jobs that are in a queue or with a worker
+    int short_out               # of those, the ones likely to be short; the hub's alone
+    int looks                   # the hub is about to look at `done`, so need not be woken
     int eventfd                 # the hub's, which a job wakes; -1 when the hub is gone
     int same_eventfd
     bint orphan                 # the Inbox is gone: the last job frees this
 
+cdef struct worker:             # on the stack of its thread
+    worker *next                # in `resting`
+    int word                    # AT_WORK, CALLED or ASLEEP
+    place at
+
 cdef struct pool:
     pthread_mutex_t lock
-    pthread_cond_t wanted
+    worker *resting             # the last to rest first
     job *first
     job *last
     int queued
     int idle                    # threads that wait for a job
     int threads
     int limit
+    int bound                   # threads that are bound: one for each hub at most
     int kept                    # idle threads: one more ends; 0 once it is retired
+    int doubted[KINDS]          # so many calls more of this kind are taken for long
+    bint was_long[KINDS]        # the last of this kind was: another thread may have had the processor
     int wary                    # so many calls more take threads, for one made in the hub has waited
     pool *older                 # all pools, for any_busy
 
@@ -346,20 +598,15 @@ cdef void _post(job *one) noexcept nogil:
     """Back to the hub that asked. Afterwards the job is the hub's, which may free it at once."""
     cdef mailbox *box = one.back
     cdef bint was_empty, forgotten
+    was_empty = push(&box.done, one, <void **>&one.next)
     pthread_mutex_lock(&box.lock)
-    was_empty = box.first == NULL
-    one.next = NULL
-    if was_empty:
-        box.first = one
-    else:
-        box.last.next = one
-    box.last = one
-    box.out -= 1
-    if was_empty and box.eventfd >= 0:  # under the lock: else the number may be another's by now
+    # Under the lock, or the number may be another's by now.
+    if was_empty and not hub_looks(&box.looks) and box.eventfd >= 0:
         signal_eventfd(box.eventfd, box.same_eventfd)
-    if box.out == 0:
+    forgotten = atomic_add(&box.out, -1, ACQ_REL) == 0
+    if forgotten:
         pthread_cond_signal(&box.empty)
-    forgotten = box.orphan and box.out == 0
+    forgotten = forgotten and box.orphan
     pthread_mutex_unlock(&box.lock)
     if forgotten:
         free(box)
@@ -392,25 +639,64 @@ cdef void _make_for_caller(job *one) noexcept nogil:
     one.signal = take_signal(one.result)
 
 
-cdef void *_work(void *arg) noexcept nogil:
-    cdef pool *home = <pool *>arg
-    cdef job *one
-    pthread_mutex_lock(&home.lock)
-    while True:
-        while home.first == NULL:
-            if home.idle >= home.kept:
-                home.threads -= 1
-                pthread_mutex_unlock(&home.lock)
-                return NULL
-            home.idle += 1
-            pthread_cond_wait(&home.wanted, &home.lock)
-            home.idle -= 1
-        one = home.first
-        _unlink(home, one)
-        pthread_mutex_unlock(&home.lock)
+cdef bint _takes_long(job *one) noexcept nogil:
+    """Make the call. Return whether it took long."""
+    cdef uint64_t began
+    if one.kind == LONG:
         _make_for_caller(one)
-        _post(one)
+        return True
+    began = monotonic_ns()
+    _make_for_caller(one)
+    return monotonic_ns() - began > SHORT_NS
+
+
+cdef void _learn(pool *home, int kind, bint took_long) noexcept nogil:
+    """With the lock: a call of that kind was made."""
+    if took_long and (home.was_long[kind] or home.doubted[kind]):
+        home.doubted[kind] = DOUBTED
+    home.was_long[kind] = took_long
+
+
+cdef void *_work(void *arg) noexcept nogil:
+    """A worker goes to rest before it posts the job that it has done: see "Between the hub and a worker"."""
+    cdef pool *home = <pool *>arg
+    cdef worker me
+    cdef job *one
+    cdef job *done = NULL
+    cdef bint rests = False, is_released, took_long = False
+    cdef int kind = LONG
+    me.at.thread, me.at.cpu = <int>syscall(SYS_gettid), -1
+    while True:
         pthread_mutex_lock(&home.lock)
+        if rests:
+            home.idle -= 1
+        if done != NULL:
+            _learn(home, kind, took_long)
+        one = home.first
+        rests = one == NULL and home.idle < home.kept
+        is_released = me.at.cpu >= 0 and not rests and (
+            one == NULL or one.kind == LONG and not one.by.is_filtered)
+        home.bound -= is_released
+        if one != NULL:
+            _unlink(home, one)
+        elif rests:
+            home.idle += 1
+            me.word, me.next, home.resting = AT_WORK, home.resting, &me
+        else:
+            home.threads -= 1
+        pthread_mutex_unlock(&home.lock)
+        if done != NULL:
+            _post(done)
+            done = NULL
+        if one != NULL:
+            if is_released:
+                release_worker(&me.at)
+            kind, took_long = one.kind, _takes_long(one)
+            done = one
+        elif rests:
+            rest(&me.word)
+        else:
+            return NULL
 
 
 # What a request asks of a worker -----------------------------------------------------------------
@@ -437,15 +723,17 @@ cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, l
     if number == SYS_pread64:
         request.direction = READ
     one.number = number
+    one.kind = ON_CLOSE if number == SYS_close else LONG
     _set(one, a, b, c, d, e, f)
     return request
 
 
-cdef Request new_chain(int fd, keep, str name, chain calls, void *arg):
+cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_short):
     """A request for ``calls(arg)``: several system calls, of which each may depend on the one before. It gets no
-    GIL. *name* is that of the operation in `os`."""
+    GIL. *name* is that of the operation in `os`. It *is_short* if all it needs is likely to be in memory."""
     cdef Request request = new_call(fd, keep, CHAIN, <long>calls, <long>arg)
     request.name = name
+    (<job *>request._job).kind = ON_NAMES if is_short else LONG
     return request
 
 
@@ -473,6 +761,7 @@ cdef int as_call(Request request) except -1:
     cdef long count = request._count
     if opcode == FSYNC or opcode == FDSYNC:
         one.number = SYS_fsync if opcode == FSYNC else SYS_fdatasync
+        one.kind = LONG
         one.args[0] = request.fd
         return 0
     if opcode == PREAD or opcode == PWRITE:
@@ -480,6 +769,7 @@ cdef int as_call(Request request) except -1:
         one.one.iov_len = request.nbytes
         buffers, count = &one.one, 1
     cdef bint reading = opcode == PREAD or opcode == PREADV
+    one.kind = ON_BYTES if not reading and request.nbytes <= SHORT_BYTES else LONG
     cdef bint in_order = request.offset == -1       # at the file's own position
     # A sandbox may deny the newer calls, so each request takes the oldest one that does it.
     if request.flags:
@@ -514,6 +804,12 @@ cdef int64_t make_here(Request request) except? -4096:
         PyErr_CheckSignals()
 
 
+cdef void _take_back(job *one) noexcept:
+    atomic_add(&one.back.out, -1, ACQ_REL)
+    if one.kind != LONG:
+        one.back.short_out -= 1
+
+
 cdef bint withdraw(Request request) noexcept:
     """Take *request* out of its pool's queue; False when a worker has it already."""
     cdef job *one = <job *>request._job
@@ -526,9 +822,7 @@ cdef bint withdraw(Request request) noexcept:
         _unlink(one.home, one)
     pthread_mutex_unlock(&one.home.lock)
     if waiting:
-        pthread_mutex_lock(&one.back.lock)
-        one.back.out -= 1
-        pthread_mutex_unlock(&one.back.lock)
+        _take_back(one)
     return waiting
 
 
@@ -562,6 +856,7 @@ cdef class Inbox:
     """Where workers put what they have done for one hub; *context*'s eventfd wakes it."""
 
     def __cinit__(self, Context context):
+        global _inboxes
         self._box = <mailbox *>calloc(1, sizeof(mailbox))
         if self._box == NULL:
             raise MemoryError
@@ -569,11 +864,14 @@ cdef class Inbox:
         pthread_cond_init(&self._box.empty, NULL)
         self._box.eventfd = context.own_eventfd
         self._box.same_eventfd = context.eventfd
+        _inboxes += 1
 
     def __dealloc__(self):
+        global _inboxes
         cdef bint unused
         if self._box == NULL:
             return
+        _inboxes -= 1
         pthread_mutex_lock(&self._box.lock)
         self._box.orphan = True
         self._box.eventfd = -1
@@ -584,20 +882,24 @@ cdef class Inbox:
 
     cdef int reap(self, Engine engine) except -1:
         """mailbox → ready; resumes nobody. Return how many."""
-        cdef job *one
+        cdef job *one = NULL
+        cdef job *last
         cdef job *following
         cdef int n = 0
-        if self._box.first == NULL:     # no lock: who puts something there now signals afterwards
+        if self._box.done == NULL:      # who puts something there now signals afterwards
             return 0
-        pthread_mutex_lock(&self._box.lock)
-        one = self._box.first
-        self._box.first = self._box.last = NULL
-        pthread_mutex_unlock(&self._box.lock)
+        last = <job *>pop_all(&self._box.done)
+        while last != NULL:             # in the order in which they were done
+            following = last.next
+            last.next = one
+            one, last = last, following
         engine.reaps()
         while one != NULL:
             following = one.next
             if one.signal:
                 c_raise(one.signal)     # as if this thread had made the call
+            if one.kind != LONG:
+                self._box.short_out -= 1
             engine._finish(<Request>one.request, one.result)
             one = following
             n += 1
@@ -610,6 +912,13 @@ cdef class Inbox:
         self._box.eventfd = -1
         pthread_mutex_unlock(&self._box.lock)
 
+    cdef int look(self, Engine engine) except -1:
+        """`reap` after `submit`, if the call went to a worker on this processor: it may have run already."""
+        if not self._box.looks:
+            return 0
+        look_no_more(&self._box.looks)
+        return self.reap(engine)
+
     cdef wait(self):
         """Wait, without the GIL, until no worker has a job of ours."""
         with nogil:
@@ -620,6 +929,8 @@ cdef class Inbox:
 
     def forget(self):
         """In a forked child: the lock may be held for ever, and the workers are the parent's."""
+        global _inboxes
+        _inboxes -= 1
         self._box = NULL
 
 
@@ -639,7 +950,6 @@ cdef class Pool:
             if self._pool == NULL:
                 raise MemoryError
             pthread_mutex_init(&self._pool.lock, NULL)
-            pthread_cond_init(&self._pool.wanted, NULL)
         self._pool.kept = INT_MAX if device is not None else LONE_KEPT
         self._pool.wary = 0
         self._pool.older = _newest
@@ -686,12 +996,20 @@ cdef class Pool:
         cdef pool *home = self._pool
         cdef job *one = <job *>request._job
         cdef bint more, failed = False
+        cdef worker *called
+        cdef int cpu = WHEREVER
+        if self.device is None:
+            one.kind = LONG
         home.limit = config.threads if self.device is not None else INT_MAX
         note_caller(&one.by)
         one.home, one.back, one.previous, one.next = home, inbox._box, NULL, NULL
-        pthread_mutex_lock(&inbox._box.lock)
-        inbox._box.out += 1
-        pthread_mutex_unlock(&inbox._box.lock)
+        atomic_add(&inbox._box.out, 1, ACQ_REL)
+        if one.kind == LONG:
+            cpu = EVERYWHERE
+        else:
+            inbox._box.short_out += 1
+            if inbox._box.short_out == 1:
+                cpu = sched_getcpu()
         pthread_mutex_lock(&home.lock)
         one.previous = home.last
         if home.last != NULL:
@@ -701,11 +1019,13 @@ cdef class Pool:
         home.last = one
         one.waiting = True
         home.queued += 1
-        more = home.queued > home.idle and home.threads < home.limit
+        if cpu >= 0 and home.doubted[one.kind]:
+            home.doubted[one.kind] -= 1
+            cpu = EVERYWHERE
+        called = _choose(home, one, cpu, home.threads < home.limit)
+        more = called == NULL and home.threads < home.limit
         if more:
             home.threads += 1
-        elif home.idle:
-            pthread_cond_signal(&home.wanted)
         pthread_mutex_unlock(&home.lock)
         if more:
             error = start_native(_work, home)
@@ -713,11 +1033,61 @@ cdef class Pool:
                 pthread_mutex_lock(&home.lock)
                 home.threads -= 1
                 failed = home.threads == 0 or self.device is None
+                if not failed:
+                    called = _choose(home, one, cpu, False)
                 pthread_mutex_unlock(&home.lock)
                 if failed and withdraw(request):
                     _tell_of_no_thread(error)
                     return False
+        if called != NULL:
+            inbox._box.looks = cpu >= 0
+            call_to_work(&called.word)
         return True
+
+
+cdef bint _may_bind = True              # False: the kernel refuses it
+cdef int _inboxes = 0                   # how many there are: one for each hub
+
+
+cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
+    """Take a worker out of `resting` for the call of *one*, and bind it to *cpu*, or to none if that is
+    EVERYWHERE. Return NULL if there is none; or if another *may_start*, and none that may run everywhere is
+    asleep: one that is awake may wait for the processor of the hub."""
+    cdef worker **link = &home.resting
+    cdef worker **free = NULL
+    cdef worker **bound = NULL
+    cdef worker *it
+    while link[0] != NULL and not (bound != NULL and bound[0].at.cpu == cpu):
+        if link[0].at.cpu < 0:
+            if free == NULL or cpu == EVERYWHERE and is_asleep(&link[0].word):
+                free = link             # for a long call the one that has rested longest
+        elif bound == NULL or link[0].at.cpu == cpu:
+            bound = link
+        link = &link[0].next
+    cdef bint is_bound = cpu >= 0 and (home.bound >= _inboxes or bound != NULL and bound[0].at.cpu == cpu)
+    link = bound if bound != NULL and is_bound or free == NULL else free
+    if link == NULL or cpu == EVERYWHERE and may_start and (link == bound or not is_asleep(&link[0].word)):
+        return NULL
+    it = link[0]
+    link[0] = it.next
+    if it.at.cpu == cpu:
+        return it
+    home.bound -= it.at.cpu >= 0
+    if cpu >= 0 and home.bound < _inboxes and _may_bind:
+        _bind(home, it, one, cpu)
+    elif cpu == EVERYWHERE and it.at.cpu >= 0 and filters_allow(one.by.is_filtered):
+        release_worker(&it.at)
+    home.bound += it.at.cpu >= 0
+    return it
+
+
+cdef void _bind(pool *home, worker *it, job *one, int cpu) noexcept:
+    global _may_bind
+    cdef int error = bind_worker(&it.at, cpu) if filters_allow(one.by.is_filtered) else -EAGAIN
+    if error == -EPERM or error == -EACCES or error == -ENOSYS:
+        _may_bind = False
+    if error:
+        home.doubted[one.kind] = DOUBTED        # try again later
 
 
 cdef _tell_of_no_thread(int error):
@@ -818,9 +1188,13 @@ cdef void _retire(Pool which) noexcept:
     link[0] = one.older
     one.older = _retired
     _retired = one
+    cdef worker *called
     pthread_mutex_lock(&one.lock)
     one.kept = 0
-    pthread_cond_broadcast(&one.wanted)
+    while one.resting != NULL:
+        called = one.resting
+        one.resting = called.next
+        call_to_work(&called.word)
     pthread_mutex_unlock(&one.lock)
 
 
@@ -859,3 +1233,6 @@ def after_fork_in_child():
     _newest = _retired = NULL
     has_first_permitted = False
     _pools.clear()
+
+
+try_filters()
