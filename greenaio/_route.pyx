@@ -332,6 +332,7 @@ cdef extern from "<fcntl.h>":
     const int O_EXCL
     const int O_DIRECTORY
     const int O_NONBLOCK
+    const int AT_EMPTY_PATH
     const int AT_FDCWD
     const int F_GETFL
     const int F_DUPFD_CLOEXEC
@@ -1005,8 +1006,13 @@ cdef long open_there(void *arg) noexcept nogil:
 cdef long stat_there(void *arg) noexcept nogil:
     """In a thread: walk on, then stat. Or GO_ON, see `open_there`."""
     cdef way *this = <way *>arg
+    cdef int error
     if _has_to_go_on(this):
         return GO_ON
+    if this.end >= 0 and this.links == 0:       # each step was checked as in a look-up of the whole path
+        error = 0 if fstatat(this.end, b'', <c_stat *>this.answer, AT_EMPTY_PATH) == 0 else c_errno
+        _let_go(this)                   # here: to close the last fd of a file without a name frees it
+        return -error
     _let_go(this)
     return 0 if fstatat(this.dir_fd, this.path, <c_stat *>this.answer, this.flags) == 0 else -c_errno
 
@@ -1050,7 +1056,11 @@ cdef class Walk:
             slash[0] = b'/'
             if this.folder >= 0:
                 this.ahead = slash + 1
-        if this.folder < 0 and this.ahead[0] != b'/':
+        if this.folder < 0 and this.ahead[0] == b'/':
+            this.folder = max(-1, path_fd(AT_FDCWD, b'/', 0))   # it is in memory
+            while this.folder >= 0 and this.ahead[0] == b'/':
+                this.ahead += 1
+        elif this.folder < 0:
             # The directory where the program is has no number, and needs none.
             this.folder = c_fcntl(this.dir_fd, F_DUPFD_CLOEXEC, 0) if this.dir_fd >= 0 else this.dir_fd
         _note_place(this, this.folder if this.folder >= 0 else AT_FDCWD)
