@@ -343,20 +343,6 @@ def test_links_of_proc_lead_to_files_not_to_names(folder):
     os.close(folder_fd)
 
 
-def test_path_from_the_root_has_nothing_to_do_with_the_working_directory(server, disk_folder):
-    run_python('''
-        import os, sys, gevent, greenaio.os
-        from greenaio import _threads
-        folder, mount = sys.argv[1:]
-        os.chdir(mount)
-        os.close(greenaio.os.open(f'{folder}/new', os.O_RDWR | os.O_CREAT))
-        assert os.stat(f'{folder}/new').st_dev in [pool.device for pool in _threads.pools()]
-        assert {pool.device for pool in _threads.pools()} <= {os.stat(folder).st_dev, os.stat('/').st_dev}
-        for path in '/', '//', '///etc//.//', f'{folder}//new', f'/{folder}/../':
-            assert greenaio.os.stat(path) == os.stat(path), path
-    ''', disk_folder, server.mount)
-
-
 def test_file_is_created_below_a_link_and_below_a_directory_given_by_number(folder):
     os.mkdir(os.path.join(folder, 'there'))
     os.symlink('there', os.path.join(folder, 'link'))
@@ -511,6 +497,21 @@ USE = 'import tests.programs.usual_paths\n'
 
 def deny(*numbers, code):
     return SECCOMP + ''.join(f'deny({number}, errno.{code})\n' for number in numbers)
+
+
+@pytest.mark.parametrize('denied', [(), (OPENAT2,)], ids=['free', 'nothing is known to be cached'])
+def test_path_from_the_root_has_nothing_to_do_with_the_working_directory(server, disk_folder, denied):
+    run_python(deny(*denied, code='ENOSYS') + '''
+import gevent, greenaio.os
+from greenaio import _threads
+folder, mount = sys.argv[1:]
+os.chdir(mount)
+os.close(greenaio.os.open(f'{folder}/new', os.O_RDWR | os.O_CREAT))
+assert os.stat(f'{folder}/new').st_dev in [pool.device for pool in _threads.pools()]
+assert {pool.device for pool in _threads.pools()} <= {os.stat(folder).st_dev, os.stat('/').st_dev}
+for path in '/', '//', '///etc//.//', f'{folder}//new', f'/{folder}/../':
+    assert greenaio.os.stat(path) == os.stat(path), path
+''', disk_folder, server.mount)
 
 
 @pytest.mark.parametrize('denied, code', [
