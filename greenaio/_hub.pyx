@@ -137,6 +137,15 @@ def get_driver():
     return current_driver()
 
 
+def use_driver(Driver driver not None):
+    """Make *driver* that of this thread, and return the one before. For tests with a kernel of their own."""
+    global thread_driver
+    cdef Driver before = current_driver()
+    (<_Sentinel>_local.sentinel).driver = driver
+    thread_driver = <PyObject *>driver
+    return before
+
+
 def driver_if_exists():
     """Return the `Driver` of the current hub, or None when it never did any I/O."""
     _notice_fork()

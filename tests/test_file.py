@@ -1,5 +1,6 @@
 """File and greenaio.os beside os itself, on a disk and in memory, direct and buffered."""
 
+import ctypes
 import errno
 import gc
 import io
@@ -113,6 +114,93 @@ def test_writes_land_where_they_should(fd):
     want[65536:65536 + 12288] = bytes(two) + bytes(one)
     assert greenaio.os.pread(fd, MIB, 0) == want
 
+
+# A part of what was asked for --------------------------------------------------------------------
+
+@pytest.fixture
+def kernel(disk_folder, driver):
+    """What native AIO of this thread goes to, and a file."""
+    with open(os.path.join(disk_folder, 'data'), 'wb') as file:
+        file.write(pattern(65536))
+        os.fsync(file.fileno())
+    before = _hub.use_driver(driver)
+    yield driver.engine.context, file.name
+    _hub.use_driver(before)
+
+
+def answer(context, name, result, *, writing):
+    """Move *result* bytes of the request that the kernel has, or say minus an errno. Return its offset and
+    size."""
+    with gevent.Timeout(10):
+        while not context.taken:
+            gevent.sleep(0.001)
+    request, = context.taken
+    parts = [(request['address'], request['nbytes'])]
+    if request['opcode'] in (7, 8):     # vectors
+        pairs = (ctypes.c_size_t * (2 * request['nbytes'])).from_address(request['address'])
+        parts = list(zip(pairs[::2], pairs[1::2]))
+    asked = request['offset'], sum(n for _, n in parts)
+    result = asked[1] if result is None else result
+    with open(name, 'r+b', 0) as file:
+        at, left = request['offset'], max(result, 0)
+        for address, n in parts:
+            n = min(n, left)
+            if writing:
+                os.pwrite(file.fileno(), ctypes.string_at(address, n), at)
+            else:
+                ctypes.memmove(address, os.pread(file.fileno(), n, at), n)
+            at, left = at + n, left - n
+        os.fsync(file.fileno())
+    assert request['flags'] & os.RWF_NOWAIT
+    context.finish(request, result)
+    return asked
+
+
+@pytest.mark.parametrize('writing', [False, True], ids=['read', 'write'])
+@pytest.mark.parametrize('count', [1, 3], ids=['one buffer', 'vectors'])
+@pytest.mark.parametrize('answers', [[4096, None], [4096, 8192, None], [4096, -errno.EAGAIN], [0], [4096, 0]],
+                         ids=['rest', 'twice', 'thread', 'nothing', 'then nothing'])
+def test_part_that_nowait_brings_in_the_middle_of_a_file_is_made_whole(kernel, answers, count, writing):
+    """btrfs answers so at the end of an extent. To a reader a short result is the end of the file."""
+    context, name = kernel
+    memory = aligned_buffer(32768)
+    memory[:] = (b'w' if writing else b'?') * 32768
+    sizes = [32768] if count == 1 else [2048, 14336, 16384]
+    parts = [memory[sum(sizes[:i]):sum(sizes[:i + 1])] for i in range(count)]
+    with File(name, os.O_RDWR | os.O_DIRECT) as file:
+        moving = gevent.spawn(file.pwritev if writing else file.preadv, parts, 8192)
+        done = 0
+        for result in answers:
+            asked = answer(context, name, result, writing=writing)
+            assert asked == (8192 + done, 32768 - done)
+            done += max(result or 0, 0)
+        assert moving.get(timeout=10) == 32768
+    want = b'w' * 32768 if writing else pattern(65536)[8192:8192 + 32768]
+    with open(name, 'rb') as file:
+        whole = file.read()
+    assert memory == want and whole == (pattern(65536)[:8192] + want + pattern(65536)[8192 + 32768:])
+
+
+def test_part_that_nowait_brings_at_the_end_of_a_file_is_all(kernel):
+    context, name = kernel
+    with File(name, os.O_RDONLY | os.O_DIRECT) as file:
+        reading = gevent.spawn(file.pread, 32768, 65536 - 8192)
+        answer(context, name, 8192, writing=False)
+        assert reading.get(timeout=10) == pattern(65536)[-8192:]
+
+
+@pytest.mark.parametrize('writing', [False, True], ids=['read', 'write'])
+def test_part_of_a_request_that_was_begun_is_told_from_the_whole(kernel, writing):
+    context, name = kernel
+    memory = aligned_buffer(32768)
+    with File(name, os.O_RDWR | os.O_DIRECT) as file:
+        for result, want in ((4096, -errno.EAGAIN), (None, 32768)):
+            begun = file.begin(not writing, memory, 8192)
+            answer(context, name, result, writing=writing)
+            assert file.end(begun) == want
+
+
+# The answer of os --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('call, args', [
     ('pread', (-1, 10, 0)), ('pread', (9999, 10, 0)), ('pread', (None, -1, 0)),
