@@ -16,7 +16,7 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, errno as c_errno
+from libc.errno cimport EAGAIN, EBADF, EEXIST, ENXIO, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport close as close_fd
 
@@ -27,13 +27,13 @@ from greenaio._ends import was_thrown
 from greenaio._hub import all_drivers, all_engines, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
-from greenaio._engine cimport CALL, Engine, Request, meetings, meetings_under_way
+from greenaio._engine cimport CALL, NEW, Engine, Request, meetings, meetings_under_way
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, AT_ONCE, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk, block_size,
-    c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_there, path_at_hand,
-    stat_there,
+    c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
+    path_at_hand, stat_there, way,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
 
@@ -48,6 +48,21 @@ cdef extern from *:
     /* The beginning of io.FileIO's object, in CPython since 3.0. */
     struct raw_file { PyObject_HEAD int fd; };
 
+    /* Whether a writer is at the other end of the FIFO *fd*, or was since *fd* is open. Takes nothing out. */
+    static inline int has_writer(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        int ends[2], has;
+        if (poll(&one, 1, 0) == 1)
+            return 1;
+        if (pipe2(ends, O_CLOEXEC) < 0)
+            return 0;                   /* look again later */
+        has = tee(fd, ends[1], 1, SPLICE_F_NONBLOCK) != 0;     /* EAGAIN: a writer that has written nothing */
+        close(ends[0]);
+        close(ends[1]);
+        return has;
+    }
+
     /* Whether something is at the other end of a FIFO, or has left something to read. */
     static inline int is_met(int fd)
     {
@@ -55,6 +70,7 @@ cdef extern from *:
         return poll(&one, 1, 0) < 1 || one.revents & POLLIN || !(one.revents & (POLLHUP | POLLERR));
     }
     """
+    bint has_writer(int fd)
     bint is_met(int fd)
     struct raw_file:
         int fd
@@ -83,6 +99,8 @@ cdef extern from *:
     const int O_CREAT
     const int O_EXCL
     const int O_TRUNC
+    const int O_ACCMODE
+    const int O_WRONLY
     struct timespec:
         long tv_sec
         long tv_nsec
@@ -250,6 +268,8 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
             request.file, request.range = known, mine       # for `_is_being_written`
             is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
             result = driver.perform_by_thread(request, pool)
+            if request.state == NEW:
+                result = _open_without_thread(request, walk.way)
         except BaseException:
             if mine is not None:
                 mine.ranges.settled = False     # it may still be emptied
@@ -260,6 +280,38 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
         if is_fifo and result >= 0 and meetings() != met and not _has_peer(<int>result):
             result = LONELY
     return result
+
+
+cdef int64_t _open_without_thread(Request request, way *this) except? -4096:
+    """Open what may wait for ever, where no thread can be started: the hub may not wait there.
+
+    A FIFO is opened with O_NONBLOCK, as often as it takes for the other end to be there. A file that has a lease
+    is LEASED, and tried again. A device that may wait is opened all the same."""
+    cdef int fifo = request.fifo
+    cdef int64_t fd = -ENXIO
+    cdef double delay = LEASE_MIN
+    if fifo < 0:
+        return LEASED if this.is_patient else make_here(request)
+    if this.flags & O_CREAT and this.flags & O_EXCL:
+        return -EEXIST
+    try:
+        while True:
+            if fd == -ENXIO:            # of a writer: no process reads there
+                fd = open_fd_again(fifo, this.flags & ~(O_CREAT | O_NOFOLLOW))
+            if fd < 0 and fd != -ENXIO:
+                return fd
+            if fd >= 0 and (this.flags & O_ACCMODE == O_WRONLY or has_writer(<int>fd)):
+                break
+            sleep(delay)
+            delay = min(1.5 * delay, LEASE_MAX)
+    except BaseException:
+        if fd >= 0:
+            close_fd(<int>fd)
+        raise
+    finally:
+        request.fifo = -1
+        close_fd(fifo)
+    return fd
 
 
 cdef bint _has_peer(int fd) except -1:
@@ -290,7 +342,7 @@ cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096
     cdef double delay = LEASE_MIN
     while fd == LEASED:
         sleep(delay)
-        delay *= 1.5
+        delay = min(1.5 * delay, 2 * LEASE_MAX)
         walk.way.is_patient = delay > LEASE_MAX
         fd = _walk(driver, walk, dir_fd, 'open', open_there)
     return fd

@@ -281,26 +281,30 @@ cdef class Driver:
         """`perform`, by a native thread of *pool*: the same rules, the same result.
 
         A call that no thread has begun with is withdrawn when the greenlet is killed. Where no thread can be
-        started, it is the plain call, and blocks.
+        started, it is the plain call, and blocks. An open that may wait for ever stays NEW instead, and the
+        result is -EAGAIN.
         """
         current = self._caller()
-        self._lend(request, pool)
+        if not self._lend(request, pool):
+            return -EAGAIN
         cdef int64_t result = self._result(request, current)
         if pool.is_wary():
             pool.waited(self.engine.context.now() - request.began)
         return result
 
-    cdef int _lend(self, Request request, Pool pool) except -1:
+    cdef bint _lend(self, Request request, Pool pool) except -1:
         cdef int64_t result
         if pool.submit(request, self.inbox):
             self.engine.lend(request)
             if self.inbox.look(self.engine) and self.engine.ready.count > (request.state == DONE):
                 self._ask_for_pass()    # others are done as well
-            return 0
+            return True
+        if request.gives_fd and pool.device is None:
+            return False
         result = make_here(request)
         self.engine.lend(request)
         self.engine._finish(request, result)
-        return 0
+        return True
 
     cdef int begin(self, Request request, bint more) except -1:
         """The first half of `perform`: submit now, wait for nothing. `end` is the other; who never calls it

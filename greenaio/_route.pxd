@@ -122,6 +122,7 @@ cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) n
 cdef int64_t file_size(int fd) noexcept
 cdef unsigned int block_size(int fd) noexcept
 cdef bint is_certain(int error) noexcept
+cdef int open_fd_again(int fd, int flags) noexcept
 cdef int folder_at_hand() noexcept
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2

@@ -757,6 +757,11 @@ cdef unsigned int block_size(int fd) noexcept:
     return 0 if facts_of(fd, b'', &found) else found.block
 
 
+cdef int open_fd_again(int fd, int flags) noexcept:
+    """The file that the O_PATH fd is of, opened by an open that does not wait; or minus the errno."""
+    return reopen(fd, flags)
+
+
 cdef int folder_at_hand() noexcept:
     """An O_PATH fd of the working directory; or minus the errno, which is EAGAIN where a server would have to be asked
     whether it may be searched."""
