@@ -9,7 +9,7 @@ from setuptools.command.build_ext import build_ext
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
-NAMES = ['_context', '_engine', '_threads', '_memory', '_hub', '_route', '_calls', '_file']
+NAMES = ['_fork', '_context', '_engine', '_threads', '_memory', '_hub', '_route', '_calls', '_file']
 
 
 class BuildAndCopy(build_ext):

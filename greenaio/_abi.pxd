@@ -10,6 +10,9 @@ cdef extern from *:
     #include <fcntl.h>
     #include <stdint.h>
     #include <stdio.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/stat.h>
     #include <linux/aio_abi.h>
     #include <sys/eventfd.h>
     #include <sys/syscall.h>
@@ -63,19 +66,41 @@ cdef extern from *:
         return fd;
     }
 
-    /* An eventfd under two numbers: the first, unless somebody closed that. EAGAIN: it is readable, and how;
-       nothing was signalled. */
-    static inline void abi_signal(int fd, int same)
+    /* What the kernel calls an eventfd or a pipe: two numbers of one have the same name. 0 for an eventfd before
+       Linux 5.2, -1 for all else, -2 without /proc. */
+    static inline long abi_name(int fd)
+    {
+        char text[512], *found;
+        struct stat facts;
+        ssize_t n;
+        if (fstat(fd, &facts) < 0)
+            return -1;
+        if (S_ISFIFO(facts.st_mode))
+            return 1L << 40 | (long)facts.st_ino;
+        snprintf(text, sizeof text, "/proc/self/fdinfo/%d", fd);
+        int info = open(text, O_RDONLY | O_CLOEXEC);
+        if (info < 0)
+            return -2;
+        n = read(info, text, sizeof text - 1);
+        close(info);
+        text[n > 0 ? n : 0] = 0;
+        found = strstr(text, "eventfd-id:");
+        return found ? strtol(found + 11, NULL, 10) : strstr(text, "eventfd-count:") ? 0 : -1;
+    }
+
+    /* An eventfd under two numbers: the first, unless a program closed that. It may have closed the second as
+       well, and have a file of its own there. EAGAIN: it is readable, and how; nothing was signalled. */
+    static inline void abi_signal(int fd, int same, long name)
     {
         uint64_t one = 1;
-        if (write(fd, &one, sizeof one) < 0 && errno == EBADF)
+        if (write(fd, &one, sizeof one) < 0 && errno == EBADF && abi_name(same) == name)
             (void)!write(same, &one, sizeof one);
     }
 
-    static inline void abi_clear(int fd, int same)
+    static inline void abi_clear(int fd, int same, long name)
     {
         uint64_t counts[64];           /* a pipe in the place of an eventfd has one for each signal */
-        if (read(fd, counts, sizeof counts) < 0 && errno == EBADF)
+        if (read(fd, counts, sizeof counts) < 0 && errno == EBADF && abi_name(same) == name)
             (void)!read(same, counts, sizeof counts);
     }
 
@@ -135,8 +160,9 @@ cdef extern from *:
                           long timeout_ns) nogil
     long abi_eventfd() nogil
     long abi_pipe() nogil
-    void abi_signal(int fd, int same) nogil
-    void abi_clear(int fd, int same) nogil
+    long abi_name(int fd) nogil
+    void abi_signal(int fd, int same, long name) nogil
+    void abi_clear(int fd, int same, long name) nogil
     unsigned int abi_load_tail(aio_ring *ring) nogil
     void abi_store_head(aio_ring *ring, unsigned int head) nogil
     void abi_relax() nogil

@@ -728,7 +728,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
         if driver is not None:
             driver.submit_now()
         queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
-        is_used = bool(queued) or _fallback.in_use(fd)
+        is_used = bool(queued) or _fallback.is_used_at_close(fd)
         hub = get_hub_if_exists()
         may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
         if is_used or may_wait or is_forgotten and not sys.is_finalizing():

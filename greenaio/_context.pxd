@@ -5,6 +5,7 @@ from greenaio._abi cimport aio_context_t, aio_ring, io_event, iocb
 cdef enum:
     BATCH_MAX = 32      # requests in one io_submit: QEMU's bound; above it nothing is gained
     PEEK_MAX = 64       # events copied out at once: one drain pass
+    OWN_MIN = 500       # numbers of our own: who closes one twice closes a low number, which is in use again
 
 cpdef enum Opcode:
     PREAD = 0
@@ -15,8 +16,7 @@ cpdef enum Opcode:
     PWRITEV = 8
 
 cdef uint64_t monotonic_ns() noexcept nogil
-cdef bint forked() noexcept nogil
-cdef void signal_eventfd(int fd, int same) noexcept nogil
+cdef void signal_eventfd(int fd, int same, long name) noexcept nogil
 cdef long times_waited() noexcept nogil
 
 cdef class Context:
@@ -47,6 +47,8 @@ cdef class Context:
     cpdef after_fork_in_child(self)
     cpdef destroy(self)
     cdef long _make_eventfd(self) noexcept
+    cdef long name                  # by which the kernel knows the eventfd
+    cdef int _renewed(self, int number, int fresh) noexcept
     cdef void _close_eventfd(self) noexcept
     cdef bint _probe(self)
     cdef int _unmap_from_children(self) except -1

@@ -17,19 +17,13 @@ from posix.unistd cimport close
 
 from greenaio._abi cimport (
     AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_clear, abi_eventfd, abi_io_destroy, abi_io_getevents, abi_io_setup,
-    abi_io_submit, abi_load_tail, abi_pipe, abi_relax, abi_signal, abi_store_head,
+    abi_io_submit, abi_load_tail, abi_name, abi_pipe, abi_relax, abi_signal, abi_store_head,
 )
+from greenaio._fork cimport forked
 
 cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset)
     int madvise(void *address, size_t length, int advice)
-    const int PROT_READ
-    const int PROT_WRITE
-    const int MAP_PRIVATE
-    const int MAP_ANONYMOUS
     const int MADV_DONTFORK
-    const int MADV_WIPEONFORK
-    void *MAP_FAILED
 
 cdef extern from "<unistd.h>" nogil:
     int dup3(int old, int new, int flags)
@@ -49,7 +43,6 @@ cdef extern from "<time.h>" nogil:
 
 cdef enum:
     PAGE = 4096
-    OWN_MIN = 500               # an fd: who closes one twice closes a low number, which is in use again
     PROBE_NS = 1000000000       # an fsync of an empty memory file: microseconds, unless all is lost
 
 
@@ -73,32 +66,6 @@ cdef long times_waited() noexcept nogil:
     return usage.ru_nvcsw
 
 
-# One word that the kernel wipes in every forked child, whoever called fork(). It is the check for
-# the forks of which Python's own hooks hear nothing.
-cdef unsigned int *_parent_word = NULL
-
-
-cdef bint forked() noexcept nogil:
-    """Tell whether this process was forked since `acknowledge_fork` was last called."""
-    return _parent_word != NULL and _parent_word[0] == 0
-
-
-def acknowledge_fork(bint done=True):
-    """Make `forked` say no again: what was inherited has been put right. Or yes, if it has not."""
-    global _parent_word
-    cdef void *page
-    if _parent_word == NULL:
-        page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if page == MAP_FAILED:
-            raise MemoryError
-        if madvise(page, PAGE, MADV_WIPEONFORK) < 0:
-            return              # before Linux 4.14: Python's hooks must do
-        _parent_word = <unsigned int *>page
-    _parent_word[0] = done
-
-
-acknowledge_fork()
-
 cdef object _fdsync = None      # what the probe found; a kernel does not change its mind
 
 
@@ -106,9 +73,9 @@ def _os_error(long code, what):
     return OSError(-code, f'{what}: {os.strerror(-code)}')
 
 
-cdef void signal_eventfd(int fd, int same) noexcept nogil:
-    """Make readable the eventfd that has the numbers *fd* and *same*. From any thread."""
-    abi_signal(fd, same)
+cdef void signal_eventfd(int fd, int same, long name) noexcept nogil:
+    """Make readable the eventfd *name* that has the numbers *fd* and *same*. From any thread."""
+    abi_signal(fd, same, name)
 
 
 cdef class Context:
@@ -137,6 +104,7 @@ cdef class Context:
         self.own_eventfd = fcntl(fd, F_DUPFD_CLOEXEC, OWN_MIN)
         if self.own_eventfd < 0:        # so many are not allowed
             self.own_eventfd = fd
+        self.name = abi_name(fd)
 
     cdef long _make_eventfd(self) noexcept:
         """Return a new eventfd, or minus the errno. Where a sandbox denies it, a pipe stands for it: threads can
@@ -335,13 +303,13 @@ cdef class Context:
 
     cpdef int signal(self) except -1:
         """Make the eventfd readable."""
-        abi_signal(self.own_eventfd, self.eventfd)
+        abi_signal(self.own_eventfd, self.eventfd, self.name)
         return 0
 
     cpdef int clear(self) except -1:
         """Make the eventfd unreadable. Do so *before* peeking: the kernel publishes the tail
         first and signals then, so what is signalled later is peeked later."""
-        abi_clear(self.own_eventfd, self.eventfd)
+        abi_clear(self.own_eventfd, self.eventfd, self.name)
         return 0
 
     cpdef after_fork_in_child(self):
@@ -349,20 +317,30 @@ cdef class Context:
 
         The context's address may be a context of this child's soon, the eventfd is shared with
         the parent, and a watcher of the inherited loop sits on its number: so nothing is
-        destroyed, closed or stopped here.
+        destroyed, closed or stopped here. But a number that a daemon has closed and given to a file of its own
+        is left alone, and `eventfd` is another then.
         """
-        cdef long fresh
+        cdef int fresh
         self._ctx = 0
         self._ring = NULL
         self.staged = 0
         if self.eventfd < 0:
             return
-        fresh = self._make_eventfd()
-        if fresh >= 0:                  # it may be one of these, which somebody has closed: then dup3() does nothing
-            dup3(<int>fresh, self.eventfd, O_CLOEXEC)
-            dup3(<int>fresh, self.own_eventfd, O_CLOEXEC)
-            if fresh != self.eventfd and fresh != self.own_eventfd:
-                close(<int>fresh)
+        fresh = <int>self._make_eventfd()
+        if fresh < 0:
+            return
+        self.eventfd = self._renewed(self.eventfd, fresh)
+        self.own_eventfd = self._renewed(self.own_eventfd, fresh)
+        self.name = abi_name(fresh)
+        if fresh != self.eventfd and fresh != self.own_eventfd:
+            close(fresh)
+
+    cdef int _renewed(self, int number, int fresh) noexcept:
+        """Put the eventfd *fresh* under *number* as well, if that is ours or nobody's. Return its number."""
+        if fcntl(number, F_GETFD) >= 0 and abi_name(number) != self.name:
+            return fresh
+        dup3(fresh, number, O_CLOEXEC)  # which does nothing if they are the same
+        return number
 
     cpdef destroy(self):
         """Free the context: waits, without the GIL, until the kernel has done all in flight."""
@@ -378,9 +356,10 @@ cdef class Context:
         self._close_eventfd()
 
     cdef void _close_eventfd(self) noexcept:
-        if self.own_eventfd != self.eventfd:
-            close(self.own_eventfd)
-        if self.eventfd >= 0:
+        cdef int own = self.own_eventfd if self.own_eventfd != self.eventfd else -1
+        if own >= 0 and abi_name(own) == self.name:
+            close(own)
+        if self.eventfd >= 0 and abi_name(self.eventfd) == self.name:      # else a file of the program
             close(self.eventfd)
         self.eventfd = self.own_eventfd = -1
 

@@ -19,7 +19,6 @@ that is thrown into it, and the layers above ask for the mark.
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from typing import Any
 
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
+
+from greenaio._bell import generation, is_forked
 
 _THROWN = object()
 
@@ -63,12 +64,12 @@ class _ThreadEnd:
     """Lives in a thread-local, so that the end of the thread comes here."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
+        self.generation = generation()
         self.functions: list[Callable[[], object]] = []
 
     def __del__(self) -> None:
         # In a forked child Python ends the other threads before any hook. They hold what they held for ever.
-        if sys is None or sys.is_finalizing() or os.getpid() != self.process:
+        if sys is None or sys.is_finalizing() or is_forked() or generation() != self.generation:
             return
         for function in list(self.functions):
             function()

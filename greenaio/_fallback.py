@@ -19,9 +19,11 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
 
 from gevent import get_hub, getcurrent, spawn
+from gevent._hub_local import get_hub_if_exists
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
+from greenaio._bell import generation, listen
 from greenaio._ends import before_destroy, thrown, was_thrown
 from greenaio._uninterrupted import REFUSED, is_uninterrupted
 
@@ -105,6 +107,9 @@ _jobs: set[_Job] = set()
 _made = 0
 _uses: set[_Use] = set()
 _closing: set[int] = set()
+_inherited: set[int] = set()    # numbers that were in use when this process was forked ...
+_watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
+_lost: dict[int, int] = {}      # ... and in which generation they were closed here
 
 
 def _pool() -> ThreadPool:
@@ -117,7 +122,8 @@ def _pool() -> ThreadPool:
         raise BlockingSwitchOutError(REFUSED)
     pool: ThreadPool | None = hub.__dict__.get('_greenaio_pool')
     # In a forked child gevent mends its own pool at once, others only later: make a new one.
-    if pool is None or pool.pid != os.getpid():
+    if pool is None or hub._greenaio_generation != generation():
+        hub._greenaio_generation = generation()
         pool = hub._greenaio_pool = ThreadPool(THREADS, hub)
         before_destroy(hub, pool.kill)
     return pool
@@ -253,25 +259,30 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
 def wait_for(fd: int, event: int) -> None:
     """Wait in the loop until *fd*, one that epoll accepts, is readable (1) or writable (2)."""
-    hub = get_hub()
+    hub, forks = get_hub(), generation()
     if is_uninterrupted():
         raise BlockingSwitchOutError(REFUSED)
     blocking = os.get_blocking(fd)
     watcher = hub.loop.io(fd, event)
+    _watched[watcher] = hub, fd
     try:
         hub.wait(watcher)
     except BaseException as error:
         thrown(error)
         raise
     finally:
+        del _watched[watcher]
         watcher.close()
-        os.set_blocking(fd, blocking)   # libuv changes that
+        if _lost.get(fd, 0) <= forks:
+            os.set_blocking(fd, blocking)   # libuv changes that
+    check_kept(fd, forks)
 
 
 @contextlib.contextmanager
 def using(fd: int) -> Iterator[_Use]:
     """Keep the number *fd* taken: who closes it meanwhile closes it at the end of this. Raises EBADF for one
     that is closed already."""
+    generation()
     check_open(fd)
     use = _Use(fd)
     _uses.add(use)
@@ -282,9 +293,33 @@ def using(fd: int) -> Iterator[_Use]:
         use.closer = None
 
 
-def in_use(fd: int) -> bool:
-    """Whether somebody is `using` *fd*."""
+def is_used_at_close(fd: int) -> bool:
+    """Whether a greenlet is `using` *fd*, which is about to be closed."""
+    generation()                        # in a forked child nobody is
+    if fd in _inherited:
+        _lost[fd] = generation()
+        _end_inherited_waits(fd)
     return any(use.fd == fd for use in _uses)
+
+
+def _end_inherited_waits(fd: int) -> None:
+    """Let greenlets that have waited for *fd* since before the fork get EBADF: a loop that watches a closed
+    number aborts the process."""
+    here: Any = get_hub_if_exists()
+    for watcher, (hub, number) in list(_watched.items()):
+        if number == fd and hub is here and watcher.callback is not None:
+            waiter = watcher.callback.__self__
+            watcher.stop()
+            hub.loop.run_callback(waiter.throw, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+
+
+def check_kept(fd: int, forks: int) -> None:
+    """Raise EBADF if this process was forked since the `generation` *forks*, and *fd* closed here since.
+
+    For a greenlet that has waited and uses the number again. The original goes on in the parent, and here the
+    number may mean another file."""
+    if _lost.get(fd, 0) > forks:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def check_open(fd: int) -> None:
@@ -297,13 +332,15 @@ class Closer:
     """Closes an fd when the last operation that was queued on it lets go of this: in the hub, as a rule, so
     that one which *is_slow* to close has a thread."""
 
-    __slots__ = ('fd', 'is_slow')
+    __slots__ = ('fd', 'generation', 'is_slow')
 
     def __init__(self, fd: int, is_slow: bool) -> None:
-        self.fd, self.is_slow = fd, is_slow
+        self.fd, self.is_slow, self.generation = fd, is_slow, generation()
         _closing.add(fd)
 
     def __del__(self) -> None:
+        if self.generation != generation():
+            return                      # closed with the fork, and another file may have the number
         _closing.discard(self.fd)
         if self.is_slow:
             try:
@@ -319,6 +356,7 @@ def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_sl
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for no operation: a close that
     *is_slow* has a thread."""
+    is_used_at_close(fd)
     check_open(fd)
     ours: list[_Job | _Use] = [*_jobs, *_uses]
     queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)
@@ -336,9 +374,15 @@ def _after_fork_in_child() -> None:
         if job.result is not None:
             job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
         job.end()
+    # What uses a number here is over, or is a copy of what goes on in the parent: no close waits for that.
+    _inherited.update(use.fd for use in _uses)
+    _uses.clear()
+    while _closing:
+        with contextlib.suppress(OSError):
+            posix.close(_closing.pop())
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)
 
 
 class File:

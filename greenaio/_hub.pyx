@@ -27,14 +27,15 @@ from greenaio._uninterrupted import REFUSED, inside
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN
 
-from greenaio._context cimport BATCH_MAX, Context, forked
+from greenaio._context cimport BATCH_MAX, Context
 from greenaio._engine cimport (
     CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, Tally, new_request,
 )
+from greenaio._fork cimport forked
 from greenaio._threads cimport Inbox, Pool, make_here, withdraw
 
 from greenaio import _threads
-from greenaio._context import acknowledge_fork
+from greenaio._bell import listen, ring
 
 cdef extern from *:
     """
@@ -83,7 +84,6 @@ cdef set _drivers = set()               # of all threads; close() takes one out
 cdef set _ending = set()                # engines of drivers that are closed, until the kernel is done with them
 cdef Tally _past = Tally()              # what those had done that are closed
 _warned = False
-_pid = os.getpid()
 
 
 cdef class _Sentinel:
@@ -187,11 +187,7 @@ cdef class Driver:
         self.inbox = Inbox(self.engine.context)
         self.engine.burst = BURST
         self._attach()
-        loop = hub.loop
-        # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
-        # ours alone here, for nobody else watches our eventfd.
-        io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
-        self._watcher = io(loop, self.engine.context.eventfd, READ, ref=False)
+        self._watcher = self._new_watcher()
         try:
             self._watcher.start(self._on_eventfd)
             before_destroy(hub, self.close)     # first: it watches through the loop
@@ -199,6 +195,13 @@ cdef class Driver:
         except BaseException:           # or the loop would keep it
             self.close()
             raise
+
+    def _new_watcher(self):
+        loop = self.hub.loop
+        # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
+        # ours alone here, for nobody else watches our eventfd.
+        io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
+        return io(loop, self.engine.context.eventfd, READ, ref=False)
 
     cdef int _attach(self) except -1:
         """Get a context of the kernel, with fewer requests if it must be; `native` says whether."""
@@ -723,11 +726,13 @@ cdef class Driver:
         """Cancel what was inherited; the kernel's context is made anew at the next request.
 
         The watcher stays as it is, over a fresh eventfd: closing or stopping it here would abort the loop
-        or rob the parent of its wake-ups. Greenlets of the parent that waited get OSError(ECANCELED).
+        or rob the parent of its wake-ups. Only if its number is a file of the program by now, it has to go.
+        Greenlets of the parent that waited get OSError(ECANCELED).
         """
-        inbox = Inbox(self.engine.context)
+        watched = self.engine.context.eventfd
         self.forks += 1
         self.engine.context.after_fork_in_child()
+        inbox = Inbox(self.engine.context)
         self.inbox.forget()             # what a worker of the parent does goes to the parent
         self.inbox = inbox
         self.engine.cancel(ECANCELED)
@@ -736,6 +741,11 @@ cdef class Driver:
             _drivers.discard(self)
             _past.add(self.engine)
             return
+        if self.engine.context.eventfd != watched and self.hub.loop is not None:
+            before, self._watcher = self._watcher, self._new_watcher()
+            self._watcher.ref = before.ref
+            self._watcher.start(self._on_eventfd)
+            self._stop(before)
         self._reattach = self._asked_for_pass = True
         self.engine.context.signal()
 
@@ -851,27 +861,13 @@ def _notify(name, what):
 
 cdef inline _notice_fork():
     if forked():
-        _after_fork_in_child()
+        ring()
 
 
 def _after_fork_in_child():
-    """Once per child, whoever comes first: Python's hook, or the next use after a fork in C. Without the memory
-    for it, the next use again."""
-    global _pid
-    pid = os.getpid()
-    if pid == _pid and not forked():
-        return
-    _pid = pid
-    acknowledge_fork()
-    try:
-        _threads.after_fork_in_child()
-        _ending.clear()                 # the threads that wait for their disks stayed with the parent
-        for driver in list(_drivers):
-            driver.after_fork_in_child()
-    except MemoryError:
-        _pid = 0
-        acknowledge_fork(False)
-        raise
+    _ending.clear()                     # the threads that wait for their disks stayed with the parent
+    for driver in list(_drivers):
+        driver.after_fork_in_child()
 
 
 def _proc(name):
@@ -882,4 +878,4 @@ def _proc(name):
         return 'unknown'
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)

@@ -29,8 +29,9 @@ from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 from greenaio import alignment
+from greenaio._bell import generation, listen
 from greenaio._ends import thrown
-from greenaio._fallback import flat, using, wait_for
+from greenaio._fallback import check_kept, flat, using, wait_for
 from greenaio._uninterrupted import inside, thread_of
 
 try:
@@ -79,6 +80,7 @@ class Turn:
     def wait(self) -> bool:
         """Wait until this greenlet has the turn; return False if it had it already. Raises OSError (EBADF)
         when it comes too late, because somebody closes what this is the turn of; or (EOWNERDEAD)."""
+        generation()                    # the owner may have stayed with the parent
         me = getcurrent()
         if self.owner is me:
             return False
@@ -248,21 +250,25 @@ def _hub_runs() -> None:
     _is_fresh_child = False
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)
 
 turns: dict[int, Turn] = {}             # by fd; a number that was used once will be used again
 
 
 @contextlib.contextmanager
-def taking(turn: Turn) -> Iterator[None]:
-    """One greenlet at a time; who has the turn may take it again."""
+def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
+    """One greenlet at a time; who has the turn may take it again. Raises EBADF if a forked child has closed
+    *fd* while a copy of this greenlet waited there."""
     me = getcurrent()
-    mine = True
+    mine, forks = True, None
     if turn.owner is None:
         turn.owner = me
     else:
+        forks = generation()
         mine = turn.wait()
     try:
+        if forks is not None:
+            check_kept(fd, forks)
         yield
     finally:
         if mine and turn.owner is me:
@@ -271,7 +277,7 @@ def taking(turn: Turn) -> Iterator[None]:
 
 def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
     """One greenlet at a time, for each fd."""
-    return taking(turns.get(fd) or turns.setdefault(fd, Turn()))
+    return taking(turns.get(fd) or turns.setdefault(fd, Turn()), fd)
 
 
 def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any) -> Any:

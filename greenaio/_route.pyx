@@ -26,8 +26,9 @@ from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
 from greenaio import _threads
+from greenaio._bell import listen
 
-from greenaio._context cimport monotonic_ns
+from greenaio._context cimport OWN_MIN, monotonic_ns
 from greenaio._threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
 
 cdef extern from *:
@@ -280,11 +281,11 @@ cdef extern from *:
         return out;
     }
 
-    /* Whether the list of mounts that *fd* is open on has changed since this was last asked. */
+    /* Whether the list of mounts that *fd* is open on has changed since this was last asked, or *fd* was closed. */
     static inline int mounts_changed(int fd)
     {
         struct pollfd one = { fd, POLLPRI, 0 };
-        return fd < 0 || (poll(&one, 1, 0) == 1 && one.revents & (POLLPRI | POLLERR));
+        return fd < 0 || (poll(&one, 1, 0) == 1 && one.revents & (POLLPRI | POLLERR | POLLNVAL));
     }
     """
     struct facts:
@@ -483,6 +484,7 @@ cdef class Device:
 
 cdef dict _devices = {}
 cdef int _mounts = -1                   # /proc/self/mountinfo
+cdef object _mounts_inode = None        # its device and inode: the number may be closed, and given out again
 cdef bint _table_is_current = False     # no mount has changed since it was read, or began to be
 
 
@@ -530,6 +532,8 @@ cdef int _notice_mounts() except -1:
     global _table_is_current
     if mounts_changed(_mounts):
         _table_is_current = False
+        if _mounts >= 0 and _inode_of(_mounts) != _mounts_inode:
+            _watch_mounts()
         for known in [known for known in _devices if os.major(known) == 0]:
             del _devices[known]
     return 0
@@ -537,19 +541,31 @@ cdef int _notice_mounts() except -1:
 
 def _watch_mounts():
     """At import, and in each forked child: who shares an open file shares what it was told of."""
-    global _mounts, _table_is_current
-    if _mounts >= 0:
+    global _mounts, _mounts_inode, _table_is_current
+    cdef int low
+    if _mounts >= 0 and _inode_of(_mounts) == _mounts_inode:    # else a daemon has closed it, and uses its number
         close_fd(_mounts)
     _table_is_current = False
     end_mount_table()                   # the thread that was at it stayed with the parent
+    low = openat(AT_FDCWD, b'/proc/self/mountinfo', O_RDONLY | O_CLOEXEC)
+    _mounts = c_fcntl(low, F_DUPFD_CLOEXEC, OWN_MIN)
+    if _mounts < 0:                     # so many are not allowed; or there is no list, and nothing is remembered
+        _mounts = low
+    elif low >= 0:
+        close_fd(low)
+    _mounts_inode = _inode_of(_mounts)
+
+
+def _inode_of(fd):
     try:
-        _mounts = posix.open('/proc/self/mountinfo', os.O_RDONLY)
+        facts = posix.fstat(fd)
     except OSError:
-        _mounts = -1                    # then nothing is remembered
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 _watch_mounts()
-os.register_at_fork(after_in_child=_watch_mounts)
+listen(_watch_mounts)
 
 
 def mounted_at(path):

@@ -45,6 +45,7 @@ from gevent.hub import Waiter
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
+from greenaio._bell import generation, listen
 from greenaio._ends import before_end, forget_end
 from greenaio._position import can_wait
 from greenaio._uninterrupted import thread_of
@@ -150,6 +151,7 @@ class SemLock:
                 self._refuse_if_stuck(me)
             acquired: bool = self._native.acquire(True, timeout)
             return acquired
+        generation()                    # the thread that serves us may have stayed with the parent
         waiter = _Waiter(self, timeout)
         self._queue.append(waiter)
         try:
@@ -282,4 +284,4 @@ def _after_fork_in_child() -> None:
     _waiters.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)

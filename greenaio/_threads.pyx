@@ -15,6 +15,7 @@ import logging
 import os
 import posix            # for what may be patched in os
 
+from greenaio._bell import listen
 from greenaio._config import config
 from greenaio._engine import Opcode_name
 
@@ -543,6 +544,7 @@ cdef struct mailbox:
     int looks                   # the hub is about to look at `done`, so need not be woken
     int eventfd                 # the hub's, which a job wakes; -1 when the hub is gone
     int same_eventfd
+    long name                   # of the eventfd
     bint orphan                 # the Inbox is gone: the last job frees this
 
 cdef struct worker:             # on the stack of its thread
@@ -602,7 +604,7 @@ cdef void _post(job *one) noexcept nogil:
     pthread_mutex_lock(&box.lock)
     # Under the lock, or the number may be another's by now.
     if was_empty and not hub_looks(&box.looks) and box.eventfd >= 0:
-        signal_eventfd(box.eventfd, box.same_eventfd)
+        signal_eventfd(box.eventfd, box.same_eventfd, box.name)
     forgotten = atomic_add(&box.out, -1, ACQ_REL) == 0
     if forgotten:
         pthread_cond_signal(&box.empty)
@@ -865,6 +867,7 @@ cdef class Inbox:
         self._box.eventfd = context.own_eventfd
         self._box.same_eventfd = context.eventfd
         _inboxes += 1
+        self._box.name = context.name
 
     def __dealloc__(self):
         global _inboxes
@@ -1227,7 +1230,7 @@ def pools():
     return list(_pools.values())
 
 
-def after_fork_in_child():
+def _after_fork_in_child():
     """Start anew: the threads stayed with the parent, and may have held any lock."""
     global _newest, _retired, has_first_permitted
     _newest = _retired = NULL
@@ -1236,3 +1239,4 @@ def after_fork_in_child():
 
 
 try_filters()
+listen(_after_fork_in_child)

@@ -6,11 +6,12 @@ The dictionary is empty in most programs, and hot paths look at it first.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from greenlet import getcurrent, greenlet
+
+from greenaio._bell import listen
 
 REFUSED = ('inside greenaio.uninterrupted() no greenlet waits: use os and open there, '
            'instead of greenaio.os and File')
@@ -61,4 +62,4 @@ def _after_fork_in_child() -> None:
             del inside[one]
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)

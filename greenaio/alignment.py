@@ -30,7 +30,6 @@ wait. Each range waits for earlier ones only, so no two wait for each other. The
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +40,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio import _fallback
+from greenaio._bell import generation, listen
 from greenaio._ends import before_end, thrown
 
 Inode = tuple[int, int]         # device, inode
@@ -87,6 +87,7 @@ _lock = _make_lock()
 
 def refuse_if_held(inode: Inode, start: int = 0, end: int = EVERYTHING) -> None:
     """Raise BlockingSwitchOutError if a write holds any byte from *start* to *end*."""
+    generation()
     with _lock:
         is_held = any(other.start < end and start < other.end for other in _held.get(inode, ()))
     if is_held:
@@ -154,6 +155,7 @@ class _Range:
         self.first: _Range | None = None    # of those that hang on this one
         self.next: _Range | None = None
         self.previous: _Range | None = None
+        generation()                    # forked by C, a child must not wait for the lock of its parent
         with _lock:
             self.ranges = _held.get(inode) or _Ranges()
             count = self.ranges.count + 1
@@ -215,6 +217,7 @@ class _Range:
     def let_go(self) -> None:
         """Give it back, granted or not; twice is fine. From any thread."""
         granted: _Range | None = None
+        generation()
         with _lock:
             if self.over:
                 return
@@ -292,7 +295,7 @@ def _after_fork_in_child() -> None:
                 mine.let_go()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+listen(_after_fork_in_child)
 
 
 class Shielded:
@@ -301,7 +304,7 @@ class Shielded:
     if this raises, the caller has to."""
 
     def __init__(self, fd: int, work: Callable[[], int], held: _Range | None = None) -> None:
-        self._work = work
+        self._work, self._fd, self._forks = work, fd, generation()
         self._result = -1
         self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
         self._stays = _staying(fd)
@@ -321,6 +324,7 @@ class Shielded:
     def _capture(self) -> None:
         with self._stays:
             try:
+                _fallback.check_kept(self._fd, self._forks)
                 self._result, self._error = self._work(), None
             except BaseException as error:  # not printed, but raised by `get`
                 self._error = error

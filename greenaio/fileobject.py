@@ -36,6 +36,7 @@ from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
 from greenaio import _fallback, _position, alignment, streams
+from greenaio._bell import generation
 from greenaio._ends import was_thrown
 from greenaio._position import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
@@ -240,20 +241,20 @@ class FileIO(io.FileIO):
         n = -1 - n
         if n == 0:
             return self._wait(False, _position.readv, [buffer])
-        process = os.getpid()
+        forks = generation()
         try:
             more = self._wait(False, _position.readv, [_fallback.flat(buffer)[n:]])
         except BaseException as error:
-            if os.getpid() == process and not was_thrown(error):
+            if generation() == forks and not was_thrown(error):
                 return n                # a short read, as the system call's
-            self._go_back(n, process)
+            self._go_back(n, forks)
             raise
         return n + (more or 0)
 
-    def _go_back(self, n: int, process: int) -> None:
+    def _go_back(self, n: int, forks: int) -> None:
         """Put the position back: a killed greenlet has read nothing, not even the *n* bytes that had come. A
-        forked copy of the greenlet shares the position with *process*."""
-        if os.getpid() == process:
+        forked copy of the greenlet, for which *forks* has changed, shares the position with its original."""
+        if generation() == forks:
             with contextlib.suppress(OSError):      # a pipe has no position
                 os.lseek(self._fd, -n, os.SEEK_CUR)
 
@@ -307,7 +308,7 @@ class FileIO(io.FileIO):
         return None if n is None else data.take(n)
 
     def readall(self) -> bytes | None:      # type: ignore[override]
-        size, process = 0, os.getpid()
+        size, forks = 0, generation()
         self._drain()
         try:
             size = _calls.facts(self.file.fileno())[1] - self.tell()
@@ -325,7 +326,7 @@ class FileIO(io.FileIO):
                 n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
             except BaseException as error:
                 if done and was_thrown(error):
-                    self._go_back(done, process)
+                    self._go_back(done, forks)
                 raise
             if not n:
                 return None if n is None and not done else data.take(done)

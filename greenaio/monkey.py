@@ -122,7 +122,7 @@ _closing = getattr(gevent.os, '_closing_fd_to_event', None)
 @functools.wraps(posix.close)
 def _close(fd: int) -> None:
     if _closing is not None and (hub := get_hub_if_exists()) is not None and type(fd) is int and (
-            fd in _closing or not _fallback.in_use(fd) and hub.loop.closing_fd(fd)):
+            fd in _closing or not _fallback.is_used_at_close(fd) and hub.loop.closing_fd(fd)):
         # Greenlets wait for it in the loop, which wakes them. gevent closes it after that.
         try:
             gevent.os.close(fd)

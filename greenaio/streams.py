@@ -19,6 +19,7 @@ from typing import Any
 
 import gevent
 
+from greenaio._bell import generation
 from greenaio._ends import was_thrown
 from greenaio._fallback import flat, using
 from greenaio.alignment import Shielded
@@ -57,13 +58,13 @@ class Block:
     """A request that is under way, and its memory. Of several that are made at once, all but the last may say
     that there is *more*: they go to the kernel together."""
 
-    __slots__ = ('_begun', '_file', '_process', '_rest', 'data', 'memory', 'offset', 'reading')
+    __slots__ = ('_begun', '_file', '_generation', '_rest', 'data', 'memory', 'offset', 'reading')
 
     def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int,
                  more: bool = False, *, held_back: bool = False) -> None:
         self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
         self._file = file
-        self._process = os.getpid()
+        self._generation = generation()
         self._begun: Any = None
         self._rest: Shielded | None = None
         try:
@@ -98,7 +99,7 @@ class Block:
             raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)
-        if self._process != os.getpid():    # forked: it is the parent's, and this memory is wiped
+        if self._generation != generation():    # forked: it is the parent's, and this memory is wiped
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._file.name)
         return done if done == len(self.data) else self._write_rest(max(done, 0))
 
@@ -144,15 +145,15 @@ class ReadAhead:
         self._position = 0              # where a read in order would begin
         self._end = 0                   # what is asked for ends here
         self._size = BLOCK_MIN
-        self._process = os.getpid()
+        self._generation = generation()
 
     def readinto(self, buffer: Any, position: int) -> int:
         """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
         view = flat(buffer)
-        if position != self._position or self._process != os.getpid():
+        if position != self._position or self._generation != generation():
             self.stop()                 # in a forked child this memory is wiped
             self._in_order = 0
-            self._process = os.getpid()
+            self._generation = generation()
         self._in_order += 1
         try:
             n = self._from_blocks(view, position)
@@ -231,13 +232,13 @@ class WriteBehind:
         self._memory: Any = None        # being filled, for `_begin`
         self._begin = self._filled = 0
         self._holds_back = False        # the oldest block failed, or is waited for: nothing is sent after it
-        self._process = os.getpid()
+        self._generation = generation()
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to `drain`; as in a forked child, where it is the parent's to write."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
+        if self._generation != generation():
+            self._generation = generation()
             self._blocks.clear()
             self._memory, self._filled, self._holds_back = None, 0, False
         return not self._blocks and not self._filled

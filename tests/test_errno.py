@@ -150,7 +150,8 @@ def test_errno_without_the_extension(faulty):
     try:
         run_python('''
             import sys
-            for name in ('_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file', '_memory'):
+            for name in ('_fork', '_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file',
+                         '_memory'):
                 sys.modules[f'greenaio.{name}'] = None
             import errno, os, greenaio
             assert not greenaio.native

@@ -6,7 +6,7 @@ from tests.support.processes import run_python
 
 WITHOUT = '''
 import sys
-for name in ('_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file', '_memory'):
+for name in ('_fork', '_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file', '_memory'):
     sys.modules[f'greenaio.{name}'] = None         # importing it raises ImportError
 import errno, gevent, greenaio, greenaio.os, os
 assert not greenaio.native

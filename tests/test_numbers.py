@@ -58,7 +58,6 @@ print(len(others) - len(set(others)))       # a number that was given out twice 
     assert done.stdout.split() == ['0']
 
 
-@known_fault('a forked child closes the number under which its parent had the mount table open')
 def test_number_that_is_no_longer_greenaios_own_is_left_alone():
     """A daemon closes all numbers, and opens its files on them."""
     run_python('''
@@ -77,9 +76,13 @@ assert os.waitpid(pid, 0)[1] == 0, 'a file of the program was closed in the chil
 ''')
 
 
+def test_numbers_that_a_daemon_has_closed_are_left_to_its_own_files():
+    """A hub that goes on, ends, or forks after that takes none of them for its eventfd."""
+    run_program('daemon_files')
+
+
 # Forks -------------------------------------------------------------------------------------------
 
-@known_fault('a close waits in the child for an operation that stayed with the parent')
 @pytest.mark.parametrize('user', ['greenlet', 'thread'])
 def test_child_closes_a_number_that_the_parent_was_using(user):
     run_program('number_in_use', user)
@@ -91,7 +94,6 @@ from tests.programs.forked_by_c import *
 '''
 
 
-@known_fault('a fork in C is not noticed by the turns')
 def test_file_that_a_thread_used_can_be_used_or_refuses_in_a_child_forked_by_c():
     run_python(FORKED_BY_C + '''
 reading, writing = os.pipe()
@@ -117,14 +119,12 @@ assert status == 0, status
 ''')
 
 
-@known_fault('a fork in C is not noticed by the sector ranges')
 def test_sectors_that_a_thread_was_writing_can_be_written_in_a_child_forked_by_c(frozen_ext4):
     """The child writes the sector on which a thread of the parent waits for the disk."""
     done = run_program('sectors_in_use', frozen_ext4.path, *frozen_ext4.commands())
     assert done.stdout.split() == ['0']
 
 
-@known_fault('a fork in C is not noticed by the jobs of a number')
 def test_number_that_a_job_was_using_can_be_closed_in_a_child_forked_by_c():
     run_python(FORKED_BY_C + '''
 reading, writing = os.pipe()

@@ -1,0 +1,1 @@
+cdef bint forked() noexcept nogil

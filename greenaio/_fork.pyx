@@ -1,0 +1,48 @@
+# cython: language_level=3
+"""The word that tells a process of its fork, whoever called ``fork()``.
+
+The word lies on a page that the kernel wipes in each child (MADV_WIPEONFORK). So the forks show, too, of which
+Python's hooks hear nothing: those in C. `greenaio._bell` says what is done then.
+"""
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset)
+    int madvise(void *address, size_t length, int advice)
+    const int PROT_READ
+    const int PROT_WRITE
+    const int MAP_PRIVATE
+    const int MAP_ANONYMOUS
+    const int MADV_WIPEONFORK
+    void *MAP_FAILED
+
+cdef enum:
+    PAGE = 4096
+
+cdef unsigned int *_word = NULL
+
+
+cdef bint forked() noexcept nogil:
+    """Whether this process was forked since `acknowledge` was last called."""
+    return _word != NULL and _word[0] == 0
+
+
+def is_forked():
+    """`forked`, for Python."""
+    return forked()
+
+
+def acknowledge(bint done=True):
+    """Make `forked` say no again: what was inherited has been put right. Or yes, if it has not."""
+    global _word
+    cdef void *page
+    if _word == NULL:
+        page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if page == MAP_FAILED:
+            raise MemoryError
+        if madvise(page, PAGE, MADV_WIPEONFORK) < 0:
+            return              # before Linux 4.14: Python's hooks must do
+        _word = <unsigned int *>page
+    _word[0] = done
+
+
+acknowledge()
