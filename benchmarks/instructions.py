@@ -21,6 +21,7 @@ import gevent
 
 import greenaio.os
 from greenaio import File, aligned_buffer
+from greenaio.__main__ import without_traceback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BASELINE = os.path.join(HERE, 'instructions.json')
@@ -171,4 +172,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(without_traceback('python -m benchmarks.instructions', main))

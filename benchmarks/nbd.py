@@ -66,27 +66,26 @@ def figures(server, client, depth, writes):
 @contextlib.contextmanager
 def nbd(options):
     """A network block device server."""
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, contextlib.ExitStack() as running:
         image = os.path.join(folder, 'disk.img')
         with open(image, 'wb') as file:
             for _ in range(SIZE >> 20):
                 file.write(os.urandom(1 << 20))
             os.fsync(file.fileno())
         ours, theirs = (os.path.join(folder, name) for name in ('ours', 'theirs'))
-        servers = [
-            Server('greenaio', ours, sys.executable, ROOT / 'examples' / 'nbd_server.py', '--unix', ours,
-                   image),
+        servers = []
+        for name, socket, *command in (
+            ('greenaio', ours, sys.executable, ROOT / 'examples' / 'nbd_server.py', '--unix', ours, image),
             # The lock of ours is for images that two servers would write to at the same time.
-            Server('qemu-nbd', theirs, 'qemu-nbd', '--aio=native', '--cache=none', '-t', '-k', theirs,
-                   '--image-opts', f'driver=raw,file.driver=file,file.locking=off,file.filename={image}')]
-        try:
-            yield [Contest(
-                f'{client.__name__.replace("_", "-")} {"write" if writes else "read"}, depth {depth}',
-                {server.name: partial(figures, server, client, depth, writes) for server in servers}, depth,
-                (Bar(0.95 if depth == 1 else 1.3, 'iops', 'greenaio', 'qemu-nbd'),
-                 Bar(1.0, 'cpu_us', 'greenaio', 'qemu-nbd', most=True)))
-                for client in (qemu_img, fio) for writes in (False, True) for depth in REQUESTS]
-        finally:
-            for server in servers:
-                server.process.terminate()
-                server.process.wait()
+            ('qemu-nbd', theirs, 'qemu-nbd', '--aio=native', '--cache=none', '-t', '-k', theirs,
+             '--image-opts', f'driver=raw,file.driver=file,file.locking=off,file.filename={image}'),
+        ):
+            servers.append(Server(name, socket, *command))
+            running.callback(servers[-1].process.wait)
+            running.callback(servers[-1].process.terminate)
+        yield [Contest(
+            f'{client.__name__.replace("_", "-")} {"write" if writes else "read"}, depth {depth}',
+            {server.name: partial(figures, server, client, depth, writes) for server in servers}, depth,
+            (Bar(0.95 if depth == 1 else 1.3, 'iops', 'greenaio', 'qemu-nbd'),
+             Bar(1.0, 'cpu_us', 'greenaio', 'qemu-nbd', most=True)))
+            for client in (qemu_img, fio) for writes in (False, True) for depth in REQUESTS]

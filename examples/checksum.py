@@ -111,7 +111,10 @@ class Progress:
     def step(self, path: str) -> None:
         self.done += 1
         if self.shown:
-            sys.stderr.write(f'\r\033[K{self.done} files  {os.path.basename(path)[:60]}')
+            text = f'{self.done} files  {os.path.basename(path)}'
+            text = ''.join(c if c.isprintable() else '?' for c in text)     # a name may move the cursor
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            sys.stderr.write(f'\r\033[K{text[:width - 1]}')
 
     def end(self) -> None:
         if self.shown:

@@ -456,12 +456,10 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
             raise BadArgument(f'{folder} has {free >> 20:,} MiB free, too few for --size {size >> 20:,} MiB')
         fd, path = tempfile.mkstemp(prefix='greenaio-bench-', dir=folder)
         try:
-            with open(fd, 'wb', buffering=0):
-                _fill(fd, size)
-            yield path, size
-        except OSError as error:
-            error.filename = error.filename or path
-            raise
+            with _naming(path):
+                with open(fd, 'wb', buffering=0):
+                    _fill(fd, size)
+                yield path, size
         finally:
             os.unlink(path)
     elif not os.path.exists(path):
@@ -479,7 +477,18 @@ def _bench_file(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
                 raise BadArgument(f'{path} is a block device: it gets no longer')
         if size < arguments.block_size:
             raise BadArgument(f'{path} is smaller than a block of {arguments.block_size} bytes')
-        yield path, size
+        with _naming(path):
+            yield path, size
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Have errors that name no file name *path*."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def _fill(fd: int, size: int) -> None:
@@ -700,11 +709,15 @@ def _main(arguments: argparse.Namespace) -> int:
         kind = f'buffered, {load.cache} cache' if load.buffered else 'O_DIRECT'
         title = (f'{load.rw}, {load.block_size} bytes, {kind}, '
                  f'{_file_system(path)}, {arguments.rounds} × {load.seconds:g} s')
+    try:
         if arguments.json:
-            _write_json(arguments, load, title, results)
+            with _naming(arguments.json):
+                _write_json(arguments, load, title, results)
         if arguments.plot:
-            _plot(results, arguments.plot, title)
-    table(COLUMNS, [_row(one) for one in results], title=title, right=COLUMNS[1:])
+            with _naming(arguments.plot):
+                _plot(results, arguments.plot, title)
+    finally:                            # last, as the output may be full; but a full disk must not cost it
+        table(COLUMNS, [_row(one) for one in results], title=title, right=COLUMNS[1:])
     return 0
 
 

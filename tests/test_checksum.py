@@ -1,11 +1,16 @@
 """examples/checksum.py, run as a user would, judged by somebody else's program."""
 
+import fcntl
 import hashlib
 import os
 import pathlib
+import pty
 import shutil
+import struct
 import subprocess
+import sys
 import sysconfig
+import termios
 from functools import partial
 
 import gevent
@@ -13,7 +18,7 @@ import pytest
 
 from tests.support import missing
 from tests.support.disks import pattern
-from tests.support.processes import run_example
+from tests.support.processes import EXAMPLES, run_example
 
 checksum = partial(run_example, 'checksum', timeout=300)
 
@@ -144,3 +149,19 @@ def test_tree_deeper_than_the_stack(disk_folder):
         assert done.stdout.split()[0] == hashlib.sha256(b'content').hexdigest()
     finally:                            # what the fixture would do with it recurses
         subprocess.run(['rm', '-r', f'{disk_folder}/top'], check=True)
+
+
+def test_progress_fits_the_terminal_whatever_a_file_is_called(folder):
+    """A name may move the cursor."""
+    pathlib.Path(folder, 'a\nb\x1b[31m' + 'x' * 100).touch()
+    parent, child = pty.openpty()
+    try:
+        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 40, 0, 0))
+        done = subprocess.run([sys.executable, EXAMPLES / 'checksum.py', folder], stdout=subprocess.DEVNULL,
+                              stderr=child, timeout=60)
+        shown = os.read(parent, 65536).decode().split('\r\x1b[K')
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert done.returncode == 0 and len(shown) == 3
+    assert all(text.isprintable() and len(text) < 40 for text in shown)

@@ -120,6 +120,13 @@ def test_no_terminal_is_too_narrow_for_a_table(monkeypatch, capsys, width, has_r
     assert all(word in shown for word in words)
 
 
+def test_figures_are_shown_where_their_file_is_full(disk_folder):
+    done = run(disk_folder, *COMMANDS['bench'], '--json', '/dev/full')
+    assert done.returncode == 1 and 'greenaio' in done.stdout
+    assert done.stderr == 'python -m greenaio bench: /dev/full: No space left on device\n'
+    assert os.listdir(disk_folder) == []
+
+
 # Signals -----------------------------------------------------------------------------------------
 
 def end(process, number, has_begun):
