@@ -44,8 +44,8 @@ _AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams', 
 
 
 def __getattr__(name: str) -> Any:
-    """What is not imported before it is asked for: it takes a third of the time, which programs that use only
-    `File` or `greenaio.os` spare."""
+    """Import a name when it is asked for: the late names take a third of the time of the import, which
+    programs that use only `File` or `greenaio.os` spare."""
     if name not in _AT_FIRST_USE:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = globals()[name] = getattr(import_module(_AT_FIRST_USE[name]), name)

@@ -27,7 +27,7 @@ from greenaio import __version__, _config
 PROG = 'python -m greenaio'
 OUTPUT = 'standard output'
 
-# What each is for. A command's arguments, and all that it imports, come when it is the one that is asked for.
+# The purpose of each. A command's arguments and imports come when that command is asked for.
 COMMANDS = {
     'bench': 'measure a disk through greenaio and beside it',
     'config': 'print the settings, and where each came from',
@@ -81,7 +81,7 @@ def main() -> int:
     words = sys.argv[1:]
     asked = next((word for word in words if not word.startswith('-')), '')
     if asked == 'run':
-        return _main(asked, words)      # its files and its output are those of the script
+        return _main(asked, words)      # its files and its output are the script's
     return without_traceback(f'{PROG} {asked}'.rstrip(), partial(_main, asked, words))
 
 
@@ -272,7 +272,7 @@ def _split_at_script(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(script: str, args: list[str], *, is_module: bool) -> int:
-    """What ``python script.py args…`` or ``python -m module args…`` does, patched."""
+    """Do as ``python script.py args…`` or ``python -m module args…`` does, patched."""
     import gevent.monkey
 
     from greenaio import monkey

@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import logging
 import os
-import posix  # not os: these are called as they are, whatever was patched
+import posix  # not os, which may be patched
 import stat
 import sys
 from collections.abc import Callable
 from typing import Any
 
-LOOKS = 5               # at the thread, for it may be on its way from one read to the next
+LOOKS = 5               # at the thread, because it may be on its way from one read to the next
 PAUSE = 0.001           # seconds between them
 ANSWER = 0.05           # seconds: what takes longer to say what it is, hangs
 PATH_MAX = 4096         # bytes
@@ -69,7 +69,7 @@ def stop_explaining() -> None:
 
 
 def _explain(event: Any) -> None:
-    """The subscriber. What it raises would end the monitor thread."""
+    """The subscriber. An exception in it would end the monitor thread."""
     from gevent.events import IEventLoopBlocked, IPeriodicMonitorThreadStartedEvent
 
     try:
@@ -98,7 +98,7 @@ def _hub_of(event: Any) -> Any:
 
 
 def _line(hub: Any) -> str | None:
-    """What is to be said of *hub*, if it is blocked on a file."""
+    """Return a line about *hub*, if it is blocked on a file."""
     if hub is None:
         return None
     for _ in range(LOOKS):
@@ -178,7 +178,7 @@ def _string_at(address: int) -> str | None:
 
 
 def _line_of_frame(thread_ident: int) -> str | None:
-    """The same by what Python calls just now, where the kernel does not say."""
+    """The same by the call that Python makes just now, if the kernel does not say."""
     import ast
 
     frame = sys._current_frames().get(thread_ident)
@@ -201,7 +201,7 @@ def _line_of_frame(thread_ident: int) -> str | None:
 
 
 def _calls_under_way(frame: Any) -> list[Any]:
-    """The calls in what *frame* is at: from Python 3.11 on the one, before that all of its line."""
+    """The calls at which *frame* is: from Python 3.11 on the one, before that all of its line."""
     import ast
     import linecache
 
@@ -227,7 +227,7 @@ def _calls_under_way(frame: Any) -> list[Any]:
 
 
 def _value(node: Any, frame: Any) -> Any:
-    """What a name, or an attribute of one, stands for; nothing is run for that. None for all else."""
+    """Return the value of a name, or of an attribute of one, without running code; None for all else."""
     import ast
 
     if isinstance(node, ast.Constant):
@@ -259,7 +259,7 @@ def _line_of_path(path: str, folder: int) -> str | None:
 
 
 def _is_on_disk(path: str, ask: Callable[..., os.stat_result], *args: Any, **kwargs: Any) -> bool:
-    """Whether that is a regular file, a folder or a block device. What can't even say so in time is one."""
+    """Whether that is a regular file, a folder or a block device. One that does not answer in time is."""
     if path.startswith(('/proc/', '/sys/')):
         return False                    # regular files by name; greenaio would do the same
     found = _in_time(ask, *args, **kwargs)
@@ -269,8 +269,8 @@ def _is_on_disk(path: str, ask: Callable[..., os.stat_result], *args: Any, **kwa
 
 
 def _in_time(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What *ask* returns, or the OSError that it raises; None when it takes too long. A native thread of its
-    own asks, one at a time: else the monitor would hang with the hub."""
+    """Return the result of *ask*, or the OSError that it raises; None if it takes too long. A native thread
+    asks, one at a time: else the monitor would hang with the hub."""
     global _is_asking
     from gevent.monkey import get_original
 

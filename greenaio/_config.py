@@ -44,12 +44,12 @@ SETTINGS = (
     Setting('poll_max_us', 0, 'µs', range(1_000_001), """\
     Before a hub waits for a disk it may watch for the completion for up to this time, which spares the
     wake-up and is worth a third more requests per second at depth 1, on a fast disk. It burns a processor
-    meanwhile, and may delay every other greenlet by that time. The time really spent adapts: it doubles
+    during that time, and may delay every other greenlet by it. The time really spent adapts: it doubles
     from 4 µs while waiting a little longer would have paid, and halves when the disk proves slower.
     0: off."""),
     Setting('threads', 16, 'threads', range(1, 1025), """\
-    Native ones per device, at most, for what native AIO can't do. They are started when needed, shared by
-    all hubs, and kept."""),
+    Native ones per device, at most, for operations that native AIO can't do. They are started when
+    needed, shared by all hubs, and kept."""),
     Setting('stuck_after', 30, 's', range(86401), """\
     A request older than that is notified, see greenaio.events. 0: never."""),
 )
@@ -111,7 +111,7 @@ class Config:
 
     def source(self, name: str) -> str:
         """Tell where the value of the setting *name* came from: 'default', 'program', or the name of an
-        environment variable. Raises KeyError for what is no setting."""
+        environment variable. Raises KeyError if *name* is no setting."""
         return self._sources[name]
 
 

@@ -1,8 +1,8 @@
-"""What a request is, in words, for those who ask what waits. Nothing here waits itself."""
+"""Describe a request in words, without waiting."""
 
 from __future__ import annotations
 
-import posix  # for what may be patched in os
+import posix  # not os, which may be patched
 from typing import Any
 
 

@@ -1,4 +1,4 @@
-"""What greenaio has done and what waits, for who runs it: `stats` and `dump`."""
+"""Tell an operator how much greenaio has done, and which requests wait: `stats` and `dump`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What `stats` returns. The first are as they are at this moment, over all hubs; the others count from
+    """The result of `stats`. The first are as they are at this moment, over all hubs; the others count from
     the start of the process, or of its parent before the fork."""
 
     hubs: int                   #: that have done I/O and are not destroyed
@@ -64,7 +64,7 @@ class Stats:
     batches: int                #: ``io_submit`` calls that took any
     in_line: int                #: operations that were over at once: page cache hits, files in memory
     by_thread: int              #: system calls made by native threads
-    abandoned: int              #: requests whose greenlet was killed or timed out meanwhile
+    abandoned: int              #: requests whose greenlet was killed or timed out
     slow_submits: int           #: ``io_submit`` calls that held their hub for more than 20 ms
     demoted: int                #: files sent to threads for a minute because of that
     #: by (way, direction): ``'aio'`` or ``'thread'``; ``'read'``, ``'write'``, ``'sync'`` or ``'other'``
@@ -118,10 +118,10 @@ def _latency(counts: list[int], total: int, longest: int) -> Latency:
 
 
 def dump(stacks: bool = True) -> str:
-    """Return a text of who waits for a disk: for each request, oldest first, its operation, file, offset and
-    length in bytes, where it is, and for how many seconds; then its greenlet, and where that waits in the
-    program unless *stacks* is false. A request whose greenlet is gone is 'abandoned'. Nothing waiting is an
-    empty text. From any thread."""
+    """Return a text of the greenlets that wait for a disk: for each request, oldest first, its
+    operation, file, offset and length in bytes, where it is, and for how many seconds; then its
+    greenlet, and where that waits in the program unless *stacks* is false. A request whose greenlet is
+    gone is 'abandoned'. Nothing waiting is an empty text. From any thread."""
     now = monotonic_ns()
     told: list[tuple[str, traceback.StackSummary | None]] = []
     for began, waiter, is_abandoned, what in sorted(_waiting(now), key=itemgetter(0)):
@@ -139,7 +139,7 @@ def dump(stacks: bool = True) -> str:
 
 def _indented(stack: traceback.StackSummary | None) -> str:
     """*stack* as a text. Its source is read only here: in a patched program that waits for a disk, and
-    whoever `dump` is about goes on meanwhile."""
+    the greenlets that `dump` describes go on during that time."""
     if stack is None:
         return ''
     stack.reverse()                     # it was walked from the inside

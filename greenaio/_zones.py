@@ -32,7 +32,7 @@ PAGE = 4096                         # bytes: holes come in these
 
 
 class Zone(NamedTuple):
-    """What `BlockDevice.zone_append` fills: *capacity* bytes from *offset* on. The next goes to
+    """A zone, which `BlockDevice.zone_append` fills: *capacity* bytes from *offset* on. The next goes to
     *write_pointer*, an offset in the device."""
 
     offset: int
@@ -51,7 +51,7 @@ class _Zone:
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
-        """An append that takes no turn, but who has the turn may wait until the zone is `idle`."""
+        """An append that takes no turn, but the owner of the turn may wait until the zone is `idle`."""
         with self.turn:
             self.appends += 1
             self.idle.clear()
@@ -95,7 +95,7 @@ class Zones:
             raise OSError(errno.EINVAL, 'No zone begins there', self._file.name) from None
 
     def check_room(self, offset: int, nbytes: int) -> None:
-        """Refuse what `appending` would, unless somebody may be about to make room."""
+        """Refuse what `appending` would, unless another greenlet may be about to make room."""
         zone = self._at(offset)
         if not zone.turn.locked():
             self._check_room(zone, nbytes)
@@ -106,7 +106,7 @@ class Zones:
 
     @contextlib.contextmanager
     def appending(self, offset: int, nbytes: int) -> Iterator[int]:
-        """Where *nbytes* go that are written meanwhile."""
+        """Where the *nbytes* go that are written inside."""
         zone = self._at(offset)
         with zone.turn if self._is_kernels else zone.beside_others():
             self._check_room(zone, nbytes)

@@ -1,4 +1,4 @@
-"""What a disk gives, through greenaio and beside it, in one run.
+"""Measure a disk through greenaio and by other ways, in one run.
 
 Every way runs in turn, round by round, against the same file; medians of the rounds are shown. Ways inside
 this process are driven by as many greenlets as the depth says, each with one buffer that it uses again;
@@ -68,7 +68,7 @@ class Failure(Exception):
 
 @dataclass
 class Load:
-    """What is asked of every way."""
+    """The load that every way gets."""
 
     path: str
     size: int
@@ -110,7 +110,7 @@ class Load:
 
     def prepare(self) -> None:
         """Before each run: the file as long as it was, the page cache as asked for. Of O_DIRECT files it has
-        nothing, or who writes over what is there would be told that it waits, and take threads."""
+        nothing, or a write over dirty pages would be told that it waits, and take threads."""
         with open(self.path, 'r+b' if self.writing else 'rb') as file:
             if self.appending:
                 file.truncate(self.size)
@@ -187,7 +187,7 @@ def _percentiles(latencies_ns: Sequence[int]) -> dict[str, float]:
 
 def _greenlets(load: Load, depth: int,
                operation: Callable[[list[memoryview], int], Any]) -> dict[str, Any]:
-    """*depth* greenlets calling *operation* until the time is up, and one that ticks meanwhile."""
+    """*depth* greenlets calling *operation* until the time is up, and one that ticks."""
     counts: list[int] = []
     gaps: list[float] = []
     latencies = array.array('q')
@@ -500,7 +500,7 @@ def _fill(fd: int, size: int) -> None:
     os.fsync(fd)
 
 
-# What is shown -----------------------------------------------------------------------------------
+# Output -----------------------------------------------------------------------------------
 
 COLUMNS = ('way', 'depth', 'IOPS', 'MB/s', 'CPU µs', 'p50 µs', 'p99 µs', 'p99.9 µs', 'gap p99 ms',
            'gap max ms')
@@ -541,7 +541,7 @@ def _plain_progress(total: int) -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if sys.stderr.isatty():
-            print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)     # the line, anew
+            print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)     # the line again
 
     try:
         yield lambda text: show(f'{next(steps)} of {total}: {text}')
@@ -613,7 +613,7 @@ def _machine() -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes, from what fio and dd understand: 4096, 4k, 256M, 1G."""
+    """Bytes, written as for fio and dd: 4096, 4k, 256M, 1G."""
     found = re.fullmatch(r'(\d{1,18})([kmgt]?)(?:i?b)?', text.strip().lower())
     size = int(found[1]) << (10 * ' kmgt'.index(found[2] or ' ')) if found else 0
     if not 0 < size < 1 << 63:

@@ -1,8 +1,8 @@
 """`BlockDevice`: a disk, or an image of one, with the contract of QEMU's block layer.
 
 Requests are whole or an error: a read past the end is filled up with zeros, a write that can't be completed
-is ENOSPC. What returned from a write is on the disk when a later `flush` returns. There are no waiting lists
-here but for that: reads and writes go to a `File`, which knows the ways.
+is ENOSPC. The bytes of a write that has returned are on the disk when a later `flush` returns. Only flushes
+wait in a list here: reads and writes go to a `File`, which knows the ways.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BlockDevice:
 
     *direct* (O_DIRECT) passes by the page cache: reads and writes at multiples of `alignment`, in memory
     that is aligned too, move no byte twice; others work and cost more. *create_size*, in bytes, makes a new
-    image. *iops* and *bps* limit operations and bytes a second; *max_batch* is that of `File`. *zone_size*,
+    image. *iops* and *bps* limit operations and bytes a second; *max_batch* is as for `File`. *zone_size*,
     in bytes, divides an ordinary file into zones; a zoned device has its own.
 
     Sizes and offsets are in bytes. Raises OSError, with EINVAL for a negative one; ValueError once closed. If
@@ -95,7 +95,7 @@ class BlockDevice:
             self._zones = Zones(self._file, self._size, zone_size)
         except BaseException:
             self._file.close()
-            if create_size is not None:     # O_EXCL: nobody else made it
+            if create_size is not None:     # O_EXCL: no other process made it
                 _unlink(path)
             raise
         self._writes = _Writes(self._file)
@@ -108,7 +108,7 @@ class BlockDevice:
 
     @property
     def alignment(self) -> int:
-        """What memory, offsets and lengths should be multiples of, in bytes; 1 if it does not matter."""
+        """Memory, offsets and lengths should be multiples of so many bytes; 1 if it does not matter."""
         return self._file.alignment
 
     @property
@@ -133,7 +133,7 @@ class BlockDevice:
     # Reading ----------------------------------------------------------------------------------
 
     def pread(self, n: int, offset: int) -> bytes:
-        """Return *n* bytes from *offset* on; zeros for what is past the end."""
+        """Return *n* bytes from *offset* on; zeros past the end."""
         self._check_range(n, offset)
         if self._throttle is not None:
             bytes(n)                    # a MemoryError is to come before its turn
@@ -149,7 +149,7 @@ class BlockDevice:
     def preadv(self, buffers: Sequence[Any], offset: int) -> int:
         """Fill a sequence of writable *buffers* from *offset* on, with zeros past the end; return their size.
 
-        They are pinned until the kernel is done with them, whatever becomes of the greenlet."""
+        They are pinned until the kernel is done with them, even if the greenlet is killed."""
         wanted = sum(memoryview(buffer).nbytes for buffer in buffers)
         self._check_range(wanted, offset)       # to preadv(2) an offset of -1 is the file's position
         if self._throttle is not None:
@@ -196,8 +196,8 @@ class BlockDevice:
             rest = _behind(rest, done)
 
     def block_status(self, n: int, offset: int) -> list[tuple[int, bool]]:
-        """What *n* bytes from *offset* on are made of: lengths, and whether there is data. A hole reads as
-        zeros. Returns one entry at least, and may stop before the end of what was asked."""
+        """Return lengths, and whether there is data, for *n* bytes from *offset* on. A hole reads as zeros.
+        The list has one entry at least, and may stop before the end of the *n* bytes."""
         self._check(n, offset)
         found: list[tuple[int, bool]] = _fallback.call(_extents, self._file.fileno(), offset, offset + n)
         return found
@@ -249,8 +249,8 @@ class BlockDevice:
         return wanted
 
     def _write_durably(self, buffers: Sequence[Any], n: int, offset: int) -> None:
-        """In a greenlet of its own: who is killed would not hear what the sync in it has to say."""
-        views = [_fallback.flat(buffer) for buffer in buffers]      # so long nobody changes their sizes
+        """In a greenlet of its own: a killed one would not hear of an error of the sync."""
+        views = [_fallback.flat(buffer) for buffer in buffers]      # so long their sizes can't change
 
         def write() -> int:
             with self._writes.syncing():
@@ -332,7 +332,7 @@ class BlockDevice:
     def flush(self) -> None:
         """Return when all is on the disk whose write had returned before.
 
-        Callers share: one fdatasync serves all who came before it began, and nobody waits where nothing was
+        Callers share: one fdatasync serves all callers before it, and no caller waits if nothing was
         written since the last. Once it has failed, what was to be flushed may be lost, so it fails for ever
         with that OSError. So it does once a write with *fua* has failed, other than for its arguments.
         """
@@ -348,7 +348,7 @@ class BlockDevice:
         self._size = n
 
     def _check_range(self, n: int, offset: int) -> None:
-        """Of what may be past the end. What is refused does not wait for its turn, and costs nothing."""
+        """Check a range that may lie past the end. A refused request waits for no turn, and costs nothing."""
         self._file.fileno()
         if min(operator.index(n), operator.index(offset)) < 0 or offset + n > OFFSET_MAX:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._file.name)
@@ -388,12 +388,12 @@ class BlockDevice:
                 self._write_all((data,), n, where)
             return where
 
-        # In a greenlet of its own: the range is the request's, whatever becomes of who asked.
+        # In a greenlet of its own: the range is the request's, even if the caller is killed.
         return alignment.shielded(self._file.fileno(), append)
 
     def zone_reset(self, offset: int) -> None:
-        """Empty the zone that begins at *offset*: what is appended meanwhile waits, and it for what was begun
-        before. If the greenlet is killed, that still happens."""
+        """Empty the zone that begins at *offset*: it waits for the appends begun before, and later appends
+        wait for it. If the greenlet is killed, that still happens."""
         self._check(0, offset, writing=True)
 
         def reset() -> int:
@@ -409,7 +409,7 @@ class BlockDevice:
 
 
 class _Writes:
-    """What was written, and whether it is durable. ``with`` it, everything is done that changes the file."""
+    """Whether the writes so far are durable. Every change of the file is made inside ``with``."""
 
     def __init__(self, file: File) -> None:
         self._file = file
@@ -430,7 +430,7 @@ class _Writes:
             self.are_unsure()
 
     def are_unsure(self) -> None:
-        """Some failed, or nobody knows what became of them: each flush from now on has something to do."""
+        """Some failed, or their results are unknown: each flush from now on has something to do."""
         self._unsure = True
 
     @contextlib.contextmanager
@@ -445,7 +445,7 @@ class _Writes:
             self._syncing.discard(me)
 
     def failed(self, error: Exception) -> None:
-        """Of a sync. What was written before may be lost, and no other will say so."""
+        """A sync failed. The bytes written before may be lost, and no other sync will say so."""
         if not isinstance(error, OSError) or error.errno != errno.ECANCELED:    # that is a fork's
             self._failure = self._failure or _copy(error)
 
@@ -481,7 +481,7 @@ def _unlink(path: StrPath) -> None:
 
 
 def _copy(error: Exception) -> Exception:
-    """For one of many who raise it: each has a traceback of its own."""
+    """For one of many greenlets that raise it: each has a traceback of its own."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename)
     return type(error)(*error.args)
@@ -492,7 +492,7 @@ class _Throttle:
 
     def __init__(self, iops: float | None, bps: float | None) -> None:
         self._rates = iops or 0.0, bps or 0.0
-        self._free = [0.0, 0.0]         # when a bucket will have let through all who came
+        self._free = [0.0, 0.0]         # when a bucket will have let all callers through
 
     def wait(self, nbytes: int, operations: int = 1) -> None:
         """Wait for the turn of so many *operations*, on *nbytes* together."""
@@ -512,7 +512,7 @@ class _Throttle:
 
 
 def _behind(buffers: Sequence[Any], done: int) -> list[memoryview]:
-    """What of *buffers* comes after the first *done* bytes."""
+    """Return the parts of *buffers* after the first *done* bytes."""
     rest = []
     for buffer in buffers:
         view = _fallback.flat(buffer)
@@ -537,7 +537,7 @@ def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
             data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
             hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
         except OSError as error:
-            if error.errno != errno.ENXIO:          # nobody knows
+            if error.errno != errno.ENXIO:          # unknown
                 return [*found, (end - offset, True)]
             data = hole = end                       # nothing comes any more
         found += [(n, is_data) for n, is_data in ((data - offset, False), (hole - data, True)) if n]

@@ -1,7 +1,7 @@
-"""What an operator may want to be told of, as events of gevent: append a function to its `subscribers`.
+"""Tell an operator of slow requests and files, by events of gevent: append a function to its `subscribers`.
 
-Those are in `gevent.events`. They are called by the loop, in the hub, and no greenlet runs meanwhile: who is
-told must not wait. One that raises is logged, under ``greenaio.events``, and harms nobody.
+Those are in `gevent.events`. They are called by the loop, in the hub, and no greenlet runs during the call: a
+subscriber must not wait. One that raises is logged, under ``greenaio.events``, and does no harm.
 """
 
 from __future__ import annotations

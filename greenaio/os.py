@@ -2,7 +2,7 @@
 
 Same signatures, results and errors, for every fd. One that was opened with ``os.O_DIRECT`` takes native AIO,
 as does fsync; what the page cache has is read at once; anything that may wait takes a native thread of its
-device. What kind of file an fd is, is asked at each call: `greenaio.File` remembers it, and is the fast way.
+device. Each call asks what kind of file the fd is: `greenaio.File` remembers it, and is the fast way.
 Called in the hub itself these raise BlockingSwitchOutError; only `close` works there.
 
 If the greenlet is killed or timed out while it waits, a write may still happen, and a read may still write
@@ -35,9 +35,9 @@ class _HasFileno(Protocol):
 
 
 def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-    """Open *path* and return an fd, not inheritable. Arguments and errors are those of os.open.
+    """Open *path* and return an fd, not inheritable. Arguments and errors are as for os.open.
 
-    If the greenlet is killed meanwhile, the fd is closed when it comes.
+    If the greenlet is killed before it returns, the fd is closed when it comes.
     """
     return _calls.open(path, flags, mode, dir_fd=dir_fd)
 
@@ -81,7 +81,7 @@ def fsync(fd: int | _HasFileno) -> None:
 
 
 def fdatasync(fd: int | _HasFileno) -> None:
-    """As `fsync`, without the metadata that nobody needs to read the data. Raises OSError."""
+    """As `fsync`, without the metadata that reading the data does not need. Raises OSError."""
     _file.fdatasync(_fileno(fd))
 
 
@@ -113,7 +113,7 @@ def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None,
          follow_symlinks: bool = True) -> _os.stat_result:
-    """The os.stat_result of a path or an fd. Arguments and errors are those of os.stat."""
+    """The os.stat_result of a path or an fd. Arguments and errors are as for os.stat."""
     return _calls.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
 
 
@@ -123,7 +123,7 @@ def fstat(fd: int) -> _os.stat_result:
 
 
 def close(fd: int) -> None:
-    """Close *fd*. What is queued on it is submitted first, and goes on to its end.
+    """Close *fd*. Requests queued on it are submitted first, and go on to their end.
 
     Waits for the close itself where the file was open for writing or has no name left, but not in the hub.
     Raises OSError.

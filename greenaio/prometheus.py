@@ -1,7 +1,7 @@
-"""What `greenaio.stats` tells, for Prometheus.
+"""Export `greenaio.stats` to Prometheus.
 
-``greenaio.prometheus.Collector()`` once at the start, and greenaio's metrics are among those that
-prometheus_client exposes. They are of this process: of several workers each has its own.
+``greenaio.prometheus.Collector()`` once at the start, and prometheus_client exposes greenaio's
+metrics, too. They are of this process: of several workers each has its own.
 ``pip install 'greenaio[metrics]'`` brings prometheus_client.
 """
 
@@ -44,7 +44,7 @@ DURATION = 'greenaio_request_duration_seconds'
 class Collector(_Collector):
     """Collects greenaio's gauges, counters and latency histograms, in seconds, at each scrape.
 
-    It enters itself into *registry*, that of prometheus_client unless said otherwise; None enters it nowhere.
+    It enters itself into *registry*, by default prometheus_client's own; None enters it nowhere.
     Raises ValueError if there is one already.
     """
 

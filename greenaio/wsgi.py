@@ -1,4 +1,4 @@
-"""Files for WSGI clients, read ahead of what the client takes, without stopping the server.
+"""Files for WSGI clients, read ahead of the client, without stopping the server.
 
 `send_file` answers a request for a path: ranges, ETag, conditional requests, by werkzeug (``pip install
 'greenaio[wsgi]'``). `FileWrapper` is a ``wsgi.file_wrapper`` (PEP 3333), which gevent's pywsgi has none of:
@@ -41,7 +41,7 @@ class FileWrapper:
     """The rest of *filelike*, in blocks: an iterable for a WSGI server, which calls `close`.
 
     A file on a disk is read from its present position on, with the kernel's own reading ahead or, for
-    O_DIRECT, that of `streams`; anything else is read as it can be.
+    O_DIRECT, with ours; anything else is read as it can be.
     """
 
     def __init__(self, filelike: Any, block_size: int = 8192) -> None:
@@ -61,7 +61,7 @@ class FileWrapper:
 
     def _stored(self, filelike: Any) -> File | None:
         below = getattr(filelike, 'raw', filelike) if isinstance(filelike, io.BufferedIOBase) else filelike
-        if not can_wait() or not isinstance(below, io.FileIO):      # gzip's fileno is of what is compressed
+        if not can_wait() or not isinstance(below, io.FileIO):      # gzip's fileno is of the compressed file
             return None
         if not filelike.closed and filelike.writable():
             filelike.flush()
@@ -116,11 +116,11 @@ class FileWrapper:
             self._position = position
 
     def tell(self) -> int:
-        """The offset, in bytes, of what comes next."""
+        """The offset, in bytes, of the next block."""
         return self._position if self._file is not None else int(self._filelike.tell())
 
     def close(self) -> None:
-        """Close the file, if it can be closed. What is read ahead is forgotten."""
+        """Close the file, if it can be closed. Blocks read ahead are forgotten."""
         if self._ahead is not None:
             self._ahead.stop()
         if hasattr(self._filelike, 'close'):
@@ -128,7 +128,7 @@ class FileWrapper:
 
 
 def with_file_wrapper(app: Application) -> Application:
-    """Return *app* with `FileWrapper` as its ``wsgi.file_wrapper``, whatever the server has."""
+    """Return *app* with `FileWrapper` as its ``wsgi.file_wrapper``, instead of the server's."""
     def wrapped(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         environ['wsgi.file_wrapper'] = FileWrapper
         return app(environ, start_response)
@@ -150,7 +150,7 @@ def send_file(environ: dict[str, Any], path_or_file: StrPath | FileIO, **options
 
     It honours a range, If-Range, If-Match, If-None-Match and If-Modified-Since. *path_or_file* is a path, or
     what ``greenaio.open(path, 'rb', 0)`` returned, which is sent from its position on and closed with the
-    response. *options* are those of ``werkzeug.utils.send_file``: mimetype, as_attachment, download_name,
+    response. *options* are as for ``werkzeug.utils.send_file``: mimetype, as_attachment, download_name,
     conditional, etag, last_modified, max_age. Raises OSError if the file can't be opened; while it is sent
     (EIO) if it became shorter. A path that a client named has to be checked before.
     """
@@ -207,15 +207,15 @@ def _as_asked(environ: dict[str, Any], response: Any, wrapper: FileWrapper, leng
 
 
 def _length(file: FileIO, st: os.stat_result, wrapper: FileWrapper) -> int | None:
-    """Bytes from its position on; None where nobody knows: in a pipe, and in /proc, where all sizes are 0."""
+    """Bytes from its position on; None if it is unknown: in a pipe, and in /proc, where all sizes are 0."""
     if not stat.S_ISREG(st.st_mode) or st.st_size == 0 and file.file.pread(1, 0):
         return None
     return max(st.st_size - wrapper.tell(), 0)
 
 
 def _with_one_range(environ: dict[str, Any], length: int) -> dict[str, Any]:
-    """*environ* as RFC 9110 has it and werkzeug has not: a range is for GET and in bytes, else nobody looks
-    at it; nor need anybody at several; and the last 9 of 5 bytes are all."""
+    """*environ* as RFC 9110 has it and werkzeug has not: a range is for GET and in bytes, else it is
+    ignored, and so may several be; and the last 9 of 5 bytes are all."""
     from werkzeug.http import parse_range_header
 
     asked = environ.get('HTTP_RANGE', '')
