@@ -31,8 +31,9 @@ from greenaio._engine cimport CALL, NEW, Engine, Request, meetings, meetings_und
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, AT_ONCE, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk, block_size,
-    c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
+    ANSWER, APPEND, AT_ONCE, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again,
+    open_there,
     path_at_hand, stat_there, way,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
@@ -466,12 +467,13 @@ def give_number(object raw, int fd):
 
 
 def lseek(int fd, int64_t offset, int whence):
-    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock: a file
-    that the kernel makes up is locked until its read returns, also that of a killed greenlet."""
+    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock:
+    a file that the kernel makes up is locked until its read returns, also that of a killed greenlet. A block
+    device is locked, for all processes, as long as a read or write through its page cache waits for the disk."""
     cdef Known known = _open_file(fd)
     cdef int64_t result
     if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local
-            or known.kind & (ANSWER | AT_ONCE) == ANSWER):
+            or known.kind & (ANSWER | AT_ONCE) == ANSWER or known.kind & LOCKED):
         result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
         if result < 0:
             raise failed(result, None)

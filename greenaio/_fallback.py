@@ -419,7 +419,7 @@ class File:
         return _stat.S_IFMT(posix.fstat(self.fileno()).st_mode)
 
     @property
-    def _may_answer_late(self) -> bool:
+    def _seek_may_wait(self) -> bool:
         return False            # nothing looked
 
     @property

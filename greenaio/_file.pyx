@@ -30,9 +30,9 @@ from greenaio._engine cimport Engine, Request, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, PLAIN, REGULAR, STORED, THREAD, UNSURE,
-    Device, Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out,
-    know, waited_in_hub,
+    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, PLAIN, REGULAR, STORED, THREAD,
+    UNSURE, Device, Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready,
+    is_swapped_out, know, knows_block_devices, waited_in_hub,
 )
 from greenaio._threads cimport WAITED_NS, any_busy, as_call, lone_threads, new_call
 
@@ -211,7 +211,7 @@ cdef class File:
         cdef int64_t got = 0, more
         cdef uint64_t began = coarse_ns()
         driver.check_caller()
-        if known.kind & (STORED | DIRECT) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
+        if known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
             return -1
         if any_busy() and known.device.pool().all_busy():
             return -1
@@ -350,9 +350,10 @@ cdef class File:
         return stat.S_IFMT(self._known.mode)
 
     @property
-    def _may_answer_late(self):
-        """Whether the kernel makes its bytes up, and that may take long."""
-        return self._known.kind & (ANSWER | AT_ONCE) == ANSWER
+    def _seek_may_wait(self):
+        """Whether a read may have the lock that a seek takes: the kernel makes its bytes up, or it is a block
+        device."""
+        return self._known.kind & (ANSWER | AT_ONCE) == ANSWER or self._known.kind & LOCKED != 0
 
     @property
     def device(self):
@@ -569,10 +570,10 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         keep = data = PyBytes_FromStringAndSize(NULL, n)
         at = PyBytes_AS_STRING(data)
     driver.check_caller()
-    if known is None and any_busy():
+    if known is None and (any_busy() or knows_block_devices()):
         known = know(fd, name)
     if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()) and not (
-            known is not None and known.kind & ANSWER):
+            known is not None and known.kind & (ANSWER | LOCKED)):
         began = coarse_ns()
         while True:                     # a miss starts read-ahead, which waits on a full queue
             more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
@@ -823,7 +824,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
     driver.check_caller()
     if request.flags & RWF_NOWAIT or in_line(known, wanted, request.fd, request.offset) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
-    if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER) and not (
+    if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER | LOCKED) and not (
             any_busy() and known.device.pool().all_busy()):
         began = coarse_ns()
         while True:

@@ -340,26 +340,28 @@ def is_pollable(fd: int) -> bool:
     return True
 
 
-def _at_position(fd: int, event: int, call: Callable[[int], int]) -> int:
+def _at_position(fd: int, mode: int, event: int, call: Callable[[int], int]) -> int:
     """Make a request at the kernel's position a positional one, and move that position on. A file
     without a position, such as some of FUSE and tracefs, gets the call without one, and needs no turn."""
+    # The seek of a block device waits for its other readers.
+    lseek = _calls.lseek if stat.S_ISBLK(mode) else os.lseek
     with using(fd):
         with turn_of(fd):
-            at = _position_of(fd)
+            at = _position_of(fd, lseek)
             if at != NO_POSITION:
                 if event == WRITE and not _writes_at_position(fd):
                     return call(NO_POSITION)
                 moved = call(at)
                 if moved and event == WRITE and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
                     at = _calls.facts(fd)[1] - moved    # the kernel wrote at the end
-                os.lseek(fd, at + moved, os.SEEK_SET)
+                lseek(fd, at + moved, os.SEEK_SET)
                 return moved
         return call(NO_POSITION)
 
 
-def _position_of(fd: int) -> int:
+def _position_of(fd: int, lseek: Callable[[int, int, int], int]) -> int:
     try:
-        return os.lseek(fd, 0, os.SEEK_CUR)
+        return lseek(fd, 0, os.SEEK_CUR)
     except OSError as error:
         if error.errno == errno.ESPIPE:
             return NO_POSITION
@@ -386,7 +388,7 @@ def read(fd: int, n: int) -> bytes:
         return len(data)
 
     if is_stored(mode):
-        _at_position(fd, READ, reading)
+        _at_position(fd, mode, READ, reading)
         return data
     with using(fd):
         while n > 0:
@@ -427,7 +429,7 @@ def _read_without_position(fd: int, n: int) -> bytes:
 def readv(fd: int, buffers: Sequence[Any]) -> int:
     mode = _calls.facts(fd)[0]
     if is_stored(mode):
-        return _at_position(fd, READ, lambda at: _file.preadv(fd, buffers, at))
+        return _at_position(fd, mode, READ, lambda at: _file.preadv(fd, buffers, at))
     with using(fd):
         while _nbytes(buffers) > 0:
             if not _wait(fd, mode, READ):
@@ -447,7 +449,7 @@ def write(fd: int, data: Any) -> int:
         return _file.pwrite(fd, data, at) if at != NO_POSITION else _file.pwritev(fd, [data], at)
 
     if is_stored(mode):
-        return _at_position(fd, WRITE, writing)
+        return _at_position(fd, mode, WRITE, writing)
     with using(fd):
         return _write_all(fd, mode, flat(data))
 
@@ -459,7 +461,7 @@ def writev(fd: int, buffers: Sequence[Any]) -> int:
         return _file.pwritev(fd, buffers, at)
 
     if is_stored(mode):
-        return _at_position(fd, WRITE, writing)
+        return _at_position(fd, mode, WRITE, writing)
     with using(fd):
         if _is_blocking_pipe(fd, mode) or _is_blocking_terminal(fd, mode):
             return _write_all(fd, mode, memoryview(b''.join(buffers)))

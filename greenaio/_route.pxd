@@ -103,6 +103,7 @@ cdef enum:          # what kind of file
     ANSWER = 64     # of a file system that `answers`: one call for each read or write, for each has its own answer
     AT_ONCE = 128   # such a file that waits for nothing
     EVENTS = 256    # such a file that may wait for an event, which poll tells
+    LOCKED = 512    # a block device: a call through its page cache locks it, and a seek waits for that
 
 cdef class Known:
     cdef int kind                       # STORED | DIRECT | ...
@@ -117,6 +118,7 @@ cdef class Known:
     cdef bint is_demoted(self) except -1
 
 cdef Known know(int fd, name)
+cdef bint knows_block_devices() noexcept
 cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) except -1
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept
 cdef int64_t file_size(int fd) noexcept

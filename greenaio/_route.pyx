@@ -681,14 +681,25 @@ def demotions():
     return _demotions
 
 
+cdef bint _knows_block_devices = False
+
+
+cdef bint knows_block_devices() noexcept:
+    """Whether an fd was a block device: then a read by number asks what it reads first."""
+    return _knows_block_devices
+
+
 cdef Known know(int fd, object name):
     """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
+    global _knows_block_devices
     cdef Known known = Known.__new__(Known)
     cdef facts found
     cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF     # AT_FDCWD is negative, and a folder
     if error:
         raise failed(error, name)
     known.kind = _kind(found.mode, c_fcntl(fd, F_GETFL))
+    if known.kind & LOCKED:
+        _knows_block_devices = True
     known.mode = found.mode
     known.inode = found.inode
     known.device = device_of(found.device, found.mount)
@@ -706,7 +717,7 @@ cdef int _kind(unsigned int mode, int flags) noexcept:
         return UNSURE
     if not (S_ISREG(mode) or S_ISBLK(mode)) or flags & O_PATH:
         return 0
-    return (STORED | (REGULAR if S_ISREG(mode) else 0) | (DIRECT if flags & O_DIRECT else 0)
+    return (STORED | (REGULAR if S_ISREG(mode) else LOCKED) | (DIRECT if flags & O_DIRECT else 0)
             | (APPEND if flags & O_APPEND else 0) | (WRITABLE if flags & O_ACCMODE != O_RDONLY else 0))
 
 

@@ -40,6 +40,7 @@ from greenaio._bell import generation
 from greenaio._ends import was_thrown
 from greenaio._position import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
+from greenaio.alignment import Shielded
 from greenaio.streams import ReadAhead, WriteBehind
 
 try:
@@ -104,7 +105,7 @@ class FileIO(io.FileIO):
     _fd = -1
     _owner: Any = None                  # whose fd it is, if it is not just a number
     _closes = False
-    _answers_late = False               # the kernel makes its bytes up, and may take long for that
+    _seek_may_wait = False              # see `File`
     _appends = False                    # each write goes to the end, which is ours to find ...
     _end: _End | None = None            # ... here
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
@@ -170,20 +171,25 @@ class FileIO(io.FileIO):
         file = File.from_fd(fd)
         if file.kind == stat.S_IFDIR:
             raise IsADirectoryError(21, os.strerror(21), name)
-        if file.is_local or not can_wait():
+        if file.is_local and not ('a' in mode and file._seek_may_wait) or not can_wait():
             super().__init__(fd, mode, False)   # it is not io.FileIO that closes it
         else:
-            self._take_from_server(fd, mode)
+            self._take_from_server(fd, mode, file.kind)
         self._file, self._fd, self.name = file, fd, name
-        self._answers_late = file._may_answer_late
+        if file._seek_may_wait:
+            self._seek_may_wait = True
+            if type(self) is FileIO:
+                self.__class__ = _SlowFileIO
 
-    def _take_from_server(self, fd: int, mode: str) -> None:
-        """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer.
+    def _take_from_server(self, fd: int, mode: str, kind: int) -> None:
+        """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer, and a
+        block device may be locked.
 
         So it asks /dev/null, and gets the number afterwards."""
         initialize = super().__init__
         is_done = False
-        if 'a' not in mode or self._has_position(fd):   # io.FileIO would remember that /dev/null has one
+        # Without a position, io.FileIO would remember that /dev/null has one.
+        if 'a' not in mode or kind == stat.S_IFBLK or self._has_position(fd):
             null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 initialize(null, mode, False)
@@ -256,15 +262,22 @@ class FileIO(io.FileIO):
         forked copy of the greenlet, for which *forks* has changed, shares the position with its original."""
         if generation() == forks:
             with contextlib.suppress(OSError):      # a pipe has no position
-                os.lseek(self._fd, -n, os.SEEK_CUR)
+                if self._seek_may_wait:     # a killed greenlet does not
+                    Shielded(self._fd, lambda: _calls.lseek(self._fd, -n, os.SEEK_CUR))
+                else:
+                    os.lseek(self._fd, -n, os.SEEK_CUR)
+
+    def _move(self, fd: int, offset: int, whence: int) -> int:
+        """lseek, in a turn."""
+        return (_calls.lseek if self._seek_may_wait else os.lseek)(fd, offset, whence)
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
         with _fallback.using(fd), _position.turn_of(fd):
             self._drain()
-            at = os.lseek(fd, 0, os.SEEK_CUR)
+            at = self._move(fd, 0, os.SEEK_CUR)
             n = self._ahead.readinto(buffer, at)
-            os.lseek(fd, at + n, os.SEEK_SET)
+            self._move(fd, at + n, os.SEEK_SET)
         return n
 
     def _to_the_end(self, fd: int) -> int:
@@ -357,11 +370,11 @@ class FileIO(io.FileIO):
                 if self._appends:
                     self._to_the_end(fd)
                 return _position.write(fd, data)
-            at = os.lseek(fd, 0, os.SEEK_CUR)
+            at = self._move(fd, 0, os.SEEK_CUR)
             if self._appends and (self._behind.is_idle or at != self._behind.end):
                 at = self._to_the_end(fd)
             n = self._behind.write(data, at)
-            os.lseek(fd, at + n, os.SEEK_SET)
+            self._move(fd, at + n, os.SEEK_SET)
         return n
 
     def _refuse_if_held(self) -> None:
@@ -410,7 +423,7 @@ class FileIO(io.FileIO):
             return self._seek(offset, whence)
 
     def _seek(self, offset: int, whence: int) -> int:
-        if not can_wait() or whence < os.SEEK_END and not self._answers_late:
+        if not can_wait() or whence < os.SEEK_END and not self._seek_may_wait:
             return super().seek(offset, whence)
         return _calls.lseek(self.file.fileno(), offset, whence)
 
@@ -638,6 +651,13 @@ def _raw_of(layer: Any) -> FileIO | None:
 def _is_layer(file: Any) -> bool:
     """Whether *file* is cooperative down to the raw file."""
     return isinstance(file, _Shared) and _raw_of(file) is not None
+
+
+class _SlowFileIO(FileIO):
+    """One whose seek may wait. `io` asks it for its position by `tell`."""
+
+    def tell(self) -> int:
+        return self.seek(0, os.SEEK_CUR)
 
 
 class _Shared:

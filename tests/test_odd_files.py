@@ -22,7 +22,7 @@ import greenaio
 import greenaio.os
 from greenaio import File, _hub, _route, aligned_buffer, streams
 from tests.support import missing
-from tests.support.disks import pattern
+from tests.support.disks import FreezableDisk, pattern
 from tests.support.processes import run, run_program, run_python
 
 
@@ -666,3 +666,53 @@ def test_descriptor_that_has_an_event_is_waited_for_in_the_loop(tmp_path, make):
     finally:
         os.close(fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+
+
+# Block devices -----------------------------------------------------------------------------------
+
+FROZEN = '''
+import gevent, greenaio, greenaio.os, os, select, subprocess, sys
+loop, freeze, thaw = sys.argv[1:]
+fd, raw, buffered = os.open(loop, os.O_RDWR), greenaio.open(loop, 'r+b', 0), greenaio.open(loop, 'rb')
+direct = greenaio.open(loop, 'rb', 0, direct=True)
+assert len(raw.read(4096)) == 4096 and len(buffered.read(10)) == 10
+assert len(greenaio.os.pread(fd, 4096, 0)) == 4096
+with subprocess.Popen(['sh', '-c', f'{freeze}; echo; sleep 6; echo; {thaw}'], stdout=-1) as frozen:
+    frozen.stdout.readline()
+    cold = gevent.spawn(greenaio.os.pread, fd, 4096, 8 << 20)
+    gevent.sleep(0.2)
+    calls = [raw.tell, lambda: raw.seek(10), lambda: greenaio.os.read(fd, 10), lambda: raw.read(10),
+             lambda: greenaio.os.pread(fd, 4096, 0), lambda: greenaio.open(loop, 'rb').close(), direct.tell,
+             lambda: greenaio.open(loop, 'ab').close(), lambda: greenaio.os.write(fd, b'x'), buffered.tell]
+    waiting = [gevent.spawn(call) for call in calls]
+    gevent.sleep(0.5)
+    waiting[0].kill()
+    waiting[2].kill()
+    gevent.sleep(0.5)
+    assert not cold.ready()
+    assert not select.select([frozen.stdout], [], [], 0)[0], 'the hub waited for the disk'
+    frozen.stdout.read()
+gevent.joinall([cold, *waiting], timeout=20, raise_error=True)
+assert len(cold.value) == len(waiting[4].value) == 4096 and waiting[-1].value == 10
+assert raw.seek(100) == raw.tell() == 100 and len(raw.read(10)) == 10 and raw.tell() == 110
+os._exit(0)
+'''
+
+
+def test_seek_on_a_block_device_whose_disk_is_frozen_does_not_hold_the_hub(tmp_path):
+    """The kernel locks a block device as long as a read through its page cache waits; lseek, too."""
+    if os.geteuid() != 0:
+        missing('needs root')
+    for tool in ('nbdkit', 'nbdfuse', 'losetup'):
+        if shutil.which(tool) is None:
+            missing(f'needs {tool}')
+    disk = FreezableDisk(str(tmp_path))
+    try:
+        loop = run('losetup', '-f', '--show', disk.path).strip()
+        try:
+            run_python(FROZEN, loop, *disk.commands())
+        finally:
+            subprocess.run(disk.commands()[1], shell=True, check=True)
+            run('losetup', '-d', loop)
+    finally:
+        disk.close()
