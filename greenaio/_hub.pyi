@@ -8,6 +8,7 @@ from greenaio._threads import Inbox
 from greenaio._uninterrupted import REFUSED as REFUSED
 from greenaio._uninterrupted import inside as inside
 
+BEGIN_MAX: int
 RETRY_MIN: float
 RETRY_MAX: float
 

@@ -70,6 +70,7 @@ cdef enum:
     DEPTH_MIN = 16              # below that a context is not worth having
     ATTACH_AGAIN_NS = 1000000000        # between attempts to get one, which cost a few system calls
 
+BEGIN_MAX = 1                   # seconds that the end of a hub waits for the thread that frees its context to begin
 RETRY_MIN = 0.001               # seconds: EAGAIN with nothing in flight that could end it; doubles ...
 RETRY_MAX = 0.05                # ... to this: then a thread is asked
 
@@ -77,6 +78,7 @@ cdef object READ = 1            # what both loops call it
 
 log = logging.getLogger('greenaio')
 _start_new_thread = get_original('_thread', 'start_new_thread')
+_new_lock = get_original('_thread', 'allocate_lock')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
 cdef dict _inside = inside              # greenlets that must not be parked
@@ -819,19 +821,28 @@ cdef class Driver:
         if not self.engine.context.is_open and self.engine.lent.count == 0:
             _ending.discard(self.engine)
             return
+        begun = _new_lock()
+        begun.acquire()
         try:
-            _start_new_thread(_end_context, (self.engine, self.inbox))
+            _start_new_thread(_end_context, (self.engine, self.inbox, begun))
         except (RuntimeError, MemoryError):     # no thread, or the interpreter ends: the process's end does it
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
             _ending.discard(self.engine)
+            return
+        # An interpreter that ends frees the state of each thread, also of one that is being started, which then
+        # crashes (python/cpython#110052). A thread that has begun finds out and ends. While the interpreter ends
+        # none begins.
+        if not sys.is_finalizing():
+            begun.acquire(True, BEGIN_MAX)
 
 
 _leaked = []                            # engines whose memory the kernel may still write
 
 
-def _end_context(Engine engine, Inbox inbox):
+def _end_context(Engine engine, Inbox inbox, begun):
     """Runs in a native thread: wait for the disk, then let go of the memory it was writing."""
+    begun.release()
     engine.context.destroy()
     _let_go(engine.in_flight)
     inbox.wait()

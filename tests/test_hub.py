@@ -72,6 +72,30 @@ def test_destroyed_hub_leaves_no_fd_and_no_context():
     ''')
 
 
+def test_destroyed_hub_waits_until_the_thread_that_frees_its_context_has_begun(monkeypatch):
+    """Python 3.11 crashes if it ends while it starts a thread."""
+    begun, seen = [], []
+    start_new_thread = _hub._start_new_thread
+
+    def start(function, args):
+        def begin():
+            time.sleep(0.1)
+            begun.append(function)
+            function(*args)
+        return start_new_thread(begin, ())
+
+    def work():
+        _hub.get_driver()
+        gevent.get_hub().destroy(True)
+        seen.extend(begun)
+
+    monkeypatch.setattr(_hub, '_start_new_thread', start)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen
+
+
 def test_thread_that_just_ends_leaves_no_context():
     run_python('''
         import os, time, gevent, threading, gc
