@@ -36,7 +36,7 @@ def server(disk_folder, tmp_path):
     with serving(tmp_path, WITH_A_WINDOW, '-w', '2', '--preload', FILES=str(files)) as url:
         end = time.monotonic() + 20
         while time.monotonic() < end:
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(f'{url}/ping', timeout=5).text == 'pong':
                     break
             time.sleep(0.1)
