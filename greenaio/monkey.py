@@ -10,6 +10,7 @@ nothing. Code in C that reads files by itself is untouched: sqlite3, mmap, dbm, 
 from __future__ import annotations
 
 import abc
+import contextlib
 import copyreg
 import errno
 import functools
@@ -98,6 +99,17 @@ _GUARDED = {'copy_file_range': 1, 'ftruncate': 0, 'posix_fallocate': 0, 'pwrite'
             'readv': 0, 'sendfile': 0, 'write': 0, 'writev': 0}
 
 
+@contextlib.contextmanager
+def _naming(value: Any) -> Iterator[None]:
+    """Let an error that names its file name it by *value*, which the caller passed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            error.filename = value
+        raise
+
+
 def _cooperative(name: str) -> Callable[..., Any]:
     original, ours = getattr(posix, name), getattr(greenaio.os, name)
     guarded = _GUARDED.get(name, sys.maxsize)
@@ -105,7 +117,10 @@ def _cooperative(name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         if args and type(args[0]) not in _USUAL:
-            args = _as_usual(name, args[0]), *args[1:]
+            usual = _as_usual(name, args[0])
+            if usual is not args[0]:
+                with _naming(args[0]):
+                    return call(usual, *args[1:], **kwargs)
         if can_wait():
             return ours(*args, **kwargs)
         if guarded < len(args) and is_uninterrupted() and type(args[guarded]) is int:
@@ -135,7 +150,9 @@ def _close(fd: int) -> None:
 @functools.wraps(posix.lstat)
 def _lstat(path: Any, *, dir_fd: int | None = None) -> os.stat_result:
     stat: Callable[..., os.stat_result] = _Os.stat  # type: ignore[attr-defined]
-    return stat(os.fspath(_as_usual('lstat', path)), dir_fd=dir_fd, follow_symlinks=False)
+    usual = path if type(path) in _USUAL else _as_usual('lstat', path)
+    with contextlib.nullcontext() if usual is path else _naming(path):
+        return stat(os.fspath(usual), dir_fd=dir_fd, follow_symlinks=False)
 
 
 @functools.wraps(posix.umask)

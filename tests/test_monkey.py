@@ -520,7 +520,7 @@ def use():
                 try:
                     outcome = type(getattr(os, name)(value, *more))
                 except Exception as error:
-                    outcome = type(error), bytes(getattr(error, 'filename', None) or b'')
+                    outcome = type(error), getattr(error, 'filename', None)
             print(name, value, outcome, *[(one.message, one.filename) for one in seen], file=sys.stderr)
 '''
 
