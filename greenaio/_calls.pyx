@@ -159,12 +159,14 @@ cdef Known _open_file(int fd):
 
 # Paths -------------------------------------------------------------------------------------------
 
-cdef bytes _encoded(path):
+cdef bytes _encoded(path, str name=None):
+    """*name* is that of the call in `os`, which its error names from Python 3.13 on; None for `io`."""
     cdef bytes encoded
     found = os.fsencode(path)
     encoded = found if type(found) is bytes else bytes(memoryview(found))   # of a subclass
     if b'\0' in encoded:
-        raise ValueError('embedded null byte')
+        raise ValueError('embedded null byte' if name is None or sys.version_info < (3, 13)
+                         else f'{name}: embedded null character in path')
     return encoded
 
 
@@ -213,7 +215,7 @@ def working_directory():
 
 cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None) except -1:
     """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`."""
-    cdef bytes encoded = _encoded(path)
+    cdef bytes encoded = _encoded(path, 'open' if io_mode is None else None)
     cdef Driver driver = current_driver()
     cdef _Place place
     cdef Walk walk
@@ -383,7 +385,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
                 error.filename = path
             raise
     path = os.fspath(path)
-    encoded = _encoded(path)
+    encoded = _encoded(path, 'stat')
     cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
     current_driver().check_caller()
     cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
