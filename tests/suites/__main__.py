@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 
-from tests.suites import gevents, projects
+from tests.suites import cpython, gevents, projects
 from tests.suites.frame import Place, Row, Suite, build_wheel, compare
 
-SUITES = {**gevents.SUITES, **projects.SUITES}
+SUITES = {**cpython.SUITES, **gevents.SUITES, **projects.SUITES}
 
 
 HEADER = f'{"suite":12}{"loop":12}{"mode":12}{"tests":>8}{"failed":>8}{"skipped":>8}{"differ":>8}'
