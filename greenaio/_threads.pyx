@@ -144,6 +144,10 @@ cdef extern from *:
         return found;
     }
 
+    /* Whether this thread is under a seccomp filter. */
+    static int is_filtered(void)
+    { return prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0; }
+
     static void note_caller(struct caller *one)
     {
         uint64_t permitted = 0;
@@ -155,7 +159,7 @@ cdef extern from *:
             first_permitted = permitted;
             has_first_permitted = 1;
         }
-        one->is_filtered = prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0;
+        one->is_filtered = is_filtered();
         if (one->is_filtered)
             one->has_ids = (one->effective != permitted || permitted != first_permitted) && read_ids(one);
         else {
@@ -400,7 +404,7 @@ cdef extern from *:
     {
         int status = -1;
         long child;
-        if (prctl(PR_GET_SECCOMP, 0, 0, 0, 0) <= 0)
+        if (!is_filtered())
             return;
         child = syscall(SYS_clone, 0L, 0L, 0L, 0L, 0L);
         if (child == 0) {
@@ -417,8 +421,9 @@ cdef extern from *:
             filters_tried = count_filters();
     }
 
-    static int filters_allow(int is_filtered)
-    { return !is_filtered || (filters_tried > 0 && count_filters() == filters_tried); }
+    /* Whether this thread may ask for, and change, the processors of a thread. */
+    static int filters_allow(void)
+    { return !is_filtered() || (filters_tried > 0 && count_filters() == filters_tried); }
 
     /* The signal that a call has sent to the worker, which blocks it; or 0. */
     static int take_signal(long result)
@@ -462,7 +467,7 @@ cdef extern from *:
     int bind_worker(place *at, int cpu) noexcept nogil
     void release_worker(place *at) noexcept nogil
     void try_filters() noexcept nogil
-    bint filters_allow(bint is_filtered) noexcept nogil
+    bint filters_allow() noexcept nogil
     int sched_getcpu() noexcept nogil
     const long SYS_gettid
     int c_raise "raise"(int number) noexcept nogil
@@ -659,13 +664,20 @@ cdef void _learn(pool *home, int kind, bint took_long) noexcept nogil:
     home.was_long[kind] = took_long
 
 
+cdef void _release(pool *home, worker *me) noexcept nogil:
+    release_worker(&me.at)
+    pthread_mutex_lock(&home.lock)
+    home.bound -= 1
+    pthread_mutex_unlock(&home.lock)
+
+
 cdef void *_work(void *arg) noexcept nogil:
     """A worker goes to rest before it posts the job that it has done: see "Between the hub and a worker"."""
     cdef pool *home = <pool *>arg
     cdef worker me
     cdef job *one
     cdef job *done = NULL
-    cdef bint rests = False, is_released, took_long = False
+    cdef bint rests = False, took_long = False
     cdef int kind = LONG
     me.at.thread, me.at.cpu = <int>syscall(SYS_gettid), -1
     while True:
@@ -676,9 +688,6 @@ cdef void *_work(void *arg) noexcept nogil:
             _learn(home, kind, took_long)
         one = home.first
         rests = one == NULL and home.idle < home.kept
-        is_released = me.at.cpu >= 0 and not rests and (
-            one == NULL or one.kind == LONG and not one.by.is_filtered)
-        home.bound -= is_released
         if one != NULL:
             _unlink(home, one)
         elif rests:
@@ -686,13 +695,14 @@ cdef void *_work(void *arg) noexcept nogil:
             me.word, me.next, home.resting = AT_WORK, home.resting, &me
         else:
             home.threads -= 1
+            home.bound -= me.at.cpu >= 0
         pthread_mutex_unlock(&home.lock)
         if done != NULL:
             _post(done)
             done = NULL
         if one != NULL:
-            if is_released:
-                release_worker(&me.at)
+            if me.at.cpu >= 0 and one.kind == LONG and filters_allow():
+                _release(home, &me)
             kind, took_long = one.kind, _takes_long(one)
             done = one
         elif rests:
@@ -1078,7 +1088,7 @@ cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
     home.bound -= it.at.cpu >= 0
     if cpu >= 0 and home.bound < _inboxes and _may_bind:
         _bind(home, it, one, cpu)
-    elif cpu == EVERYWHERE and it.at.cpu >= 0 and filters_allow(one.by.is_filtered):
+    elif cpu == EVERYWHERE and it.at.cpu >= 0 and filters_allow():
         release_worker(&it.at)
     home.bound += it.at.cpu >= 0
     return it
@@ -1086,7 +1096,7 @@ cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
 
 cdef void _bind(pool *home, worker *it, job *one, int cpu) noexcept:
     global _may_bind
-    cdef int error = bind_worker(&it.at, cpu) if filters_allow(one.by.is_filtered) else -EAGAIN
+    cdef int error = bind_worker(&it.at, cpu) if filters_allow() else -EAGAIN
     if error == -EPERM or error == -EACCES or error == -ENOSYS:
         _may_bind = False
     if error:

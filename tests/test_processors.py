@@ -218,6 +218,21 @@ def test_filter_that_allows_binding_is_found_out(tmp_path):
     run_python(HARMLESS + START + 'assert burst(bound)\n', tmp_path)
 
 
+@pytest.mark.parametrize('before, later', [('', ''), (HARMLESS, ''), ('', DEADLY)],
+                         ids=['no filter', 'one that allows it', 'one that the hub alone is under'])
+def test_bound_thread_has_all_processors_for_a_long_call_that_waited_for_it(disk_folder, before, later):
+    if len(os.sched_getaffinity(0)) < 2:
+        missing('needs two processors')
+    run_python(before + START + '''
+files = File(path, os.O_RDWR | os.O_CREAT | os.O_DSYNC), File(path + '2', os.O_RDWR | os.O_CREAT)
+assert burst(bound)
+''' + later + '''
+gevent.joinall([gevent.spawn(files[0].pwrite, b'waits for the disk', 0),
+                gevent.spawn(files[1].pwrite, bytes(1 << 20), 0)], raise_error=True)
+assert workers() == [EVERY], workers()
+''', disk_folder, env=ONE)
+
+
 @pytest.mark.parametrize('before, later', [
     (DEADLY, ''), ('', DEADLY), (HARMLESS, DEADLY), ('', 'assert burst(bound)\n' + DEADLY)],
     ids=['before the import', 'later', 'beside one that allows it', 'while one is bound'])
