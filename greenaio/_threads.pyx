@@ -469,6 +469,7 @@ cdef extern from *:
     void try_filters() noexcept nogil
     bint filters_allow() noexcept nogil
     int sched_getcpu() noexcept nogil
+    bint is_ordinary() noexcept nogil
     const long SYS_gettid
     int c_raise "raise"(int number) noexcept nogil
     long syscall(long number, ...) nogil
@@ -1023,6 +1024,8 @@ cdef class Pool:
             inbox._box.short_out += 1
             if inbox._box.short_out == 1:
                 cpu = sched_getcpu()
+                if home.bound and not one.by.is_filtered and not is_ordinary():
+                    cpu = EVERYWHERE    # since it bound one
         pthread_mutex_lock(&home.lock)
         one.previous = home.last
         if home.last != NULL:

@@ -183,17 +183,17 @@ give('cgroup.procs', str(os.getpid()))
         os.rmdir(group)
 
 
-def test_hub_in_real_time_shares_its_processor_with_no_thread(tmp_path):
+@pytest.mark.parametrize('before', ['create()', 'assert burst(bound)'], ids=['from the start', 'later'])
+def test_hub_in_real_time_shares_its_processor_with_no_thread(tmp_path, before):
     if os.geteuid() != 0:
         missing('needs root')
-    run('''
-create()
+    run(before + '''
 os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 burst()
 assert not bound()
 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 assert burst(bound)
-''', tmp_path)
+''', tmp_path, ONE)
 
 
 KILL = SECCOMP.replace('0x00050000 | code', '0x80000000') + '\n'
