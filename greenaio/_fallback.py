@@ -107,9 +107,9 @@ _jobs: set[_Job] = set()
 _made = 0
 _uses: set[_Use] = set()
 _closing: set[int] = set()
-_inherited: set[int] = set()    # numbers that were in use when this process was forked ...
-_watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
+_inherited: dict[int, str | None] = {}          # numbers in use when this process was forked: their files ...
 _lost: dict[int, int] = {}      # ... and in which generation they were closed here
+_watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
 
 
 def _pool() -> ThreadPool:
@@ -273,7 +273,7 @@ def wait_for(fd: int, event: int) -> None:
     finally:
         del _watched[watcher]
         watcher.close()
-        if _lost.get(fd, 0) <= forks:
+        if _is_kept(fd, forks):
             os.set_blocking(fd, blocking)   # libuv changes that
     check_kept(fd, forks)
 
@@ -314,12 +314,27 @@ def _end_inherited_waits(fd: int) -> None:
 
 
 def check_kept(fd: int, forks: int) -> None:
-    """Raise EBADF if this process was forked since the `generation` *forks*, and *fd* closed here since.
+    """Raise EBADF if this process was forked since the `generation` *forks*, and *fd* closed here since, or
+    given to another file.
 
     For a greenlet that has waited and uses the number again. The original goes on in the parent, and here the
     number may mean another file."""
-    if _lost.get(fd, 0) > forks:
+    if not _is_kept(fd, forks):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def _is_kept(fd: int, forks: int) -> bool:
+    if forks == generation():
+        return True
+    return _lost.get(fd, 0) <= forks and (fd not in _inherited or _file_of(fd) == _inherited[fd])
+
+
+def _file_of(fd: int) -> str | None:
+    """The name that the kernel has for the file *fd*. Not its inode: a server may be asked for that."""
+    try:
+        return posix.readlink(f'/proc/self/fd/{fd}').removesuffix(' (deleted)')
+    except OSError:
+        return None
 
 
 def check_open(fd: int) -> None:
@@ -375,7 +390,8 @@ def _after_fork_in_child() -> None:
             job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
         job.end()
     # What uses a number here is over, or is a copy of what goes on in the parent: no close waits for that.
-    _inherited.update(use.fd for use in _uses)
+    for fd in {*(use.fd for use in _uses), *(fd for _, fd in _watched.values())}:
+        _inherited[fd] = _file_of(fd)
     _uses.clear()
     while _closing:
         with contextlib.suppress(OSError):
@@ -569,13 +585,14 @@ def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = Non
 
 
 def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
-    while True:
-        try:
-            return cast(int, call(posix.sendfile, out_fd, in_fd, offset, count))
-        except BlockingIOError as error:
-            if was_thrown(error):
-                raise
-        wait_for(out_fd, 2)
+    with using(in_fd), using(out_fd):   # also while it waits for the socket
+        while True:
+            try:
+                return cast(int, call(posix.sendfile, out_fd, in_fd, offset, count))
+            except BlockingIOError as error:
+                if was_thrown(error):
+                    raise
+            wait_for(out_fd, 2)
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:

@@ -266,14 +266,16 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
     and after the writes there that took no turn, because no range was held when they began.
 
     *is_being_written* tells whether there are such writes in the range, *is_unsettled* whether there are any.
+    Raises EBADF in a forked child that has closed *fd* meanwhile.
     """
-    mine = _Range(inode, start, end)
+    mine, forks = _Range(inode, start, end), generation()
     try:
         with _staying(fd):
             if not mine.granted:
                 mine.wait()
             while not mine.ranges.settled and is_being_written():
                 gevent.sleep(SETTLING)
+            _fallback.check_kept(fd, forks)
         if not mine.ranges.settled and not is_unsettled():
             mine.ranges.settled = True
     except BaseException as error:

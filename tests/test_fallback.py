@@ -65,6 +65,38 @@ except OSError as error:
 ''', data_file)
 
 
+@pytest.mark.parametrize('forks', [False, True])
+def test_socket_is_closed_under_sendfile_without_the_extension_too(data_file, forks):
+    """A loop that watches a closed number aborts the process."""
+    run_python(WITHOUT + '''
+import socket
+def use():
+    try:
+        return greenaio.os.sendfile(one.fileno(), source, 0, 99)
+    except OSError as error:
+        return error.errno
+source = os.open(sys.argv[1], os.O_RDONLY)
+one, other = socket.socketpair()
+one.setblocking(False)
+try:
+    while one.send(bytes(1 << 16)):
+        pass
+except BlockingIOError:
+    pass
+user = gevent.spawn(use)
+gevent.sleep(0.1)
+pid = os.fork() if sys.argv[2] == 'True' else -1
+if pid == 0:
+    gevent.reinit()
+if pid <= 0:
+    greenaio.os.close(one.fileno())
+    is_open = os.path.lexists(f'/proc/self/fd/{one.fileno()}')      # then who waits goes on to use it
+    gevent.sleep(0.1)
+    os._exit((user.value, is_open) != ((errno.EBADF, False) if pid == 0 else (None, True)))
+assert os.waitpid(pid, 0)[1] == 0
+''', data_file, forks)
+
+
 def test_o_direct_reads_bytes_by_threads(data_file):
     run_python(WITHOUT + '''
 with greenaio.File(sys.argv[1], os.O_RDONLY | os.O_DIRECT) as file:

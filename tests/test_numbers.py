@@ -88,6 +88,40 @@ def test_child_closes_a_number_that_the_parent_was_using(user):
     run_program('number_in_use', user)
 
 
+def test_child_has_another_file_behind_a_number_whose_sectors_the_parent_writes(disk_folder):
+    run_program('number_of_sectors_in_use', disk_folder)
+
+
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+@pytest.mark.parametrize('give', ['os.dup2(ours, reading)',
+                                  'os.closerange(reading, reading + 1); os.dup2(ours, reading)'])
+def test_child_gives_a_number_that_the_parent_was_using_to_a_file_of_its_own(give, loop):
+    run_python('''
+import errno, gevent, greenaio.os, os
+reading, writing = os.pipe()
+
+def use():
+    try:
+        return greenaio.os.read(reading, 99)
+    except OSError as error:
+        return error.errno
+
+user = gevent.spawn(use)
+gevent.sleep(0.05)
+pid = os.fork()
+if pid == 0:
+    ours, into = os.pipe()
+    ''' + give + '''
+    gevent.reinit()
+    os.write(into, b'of the child')
+    user.join(10)
+    os._exit(user.value != errno.EBADF or os.read(ours, 99) != b'of the child')
+assert os.waitpid(pid, 0)[1] == 0, 'the copy read what was not for it'
+os.write(writing, b'x')
+assert user.get() == b'x'
+''', env={'GEVENT_LOOP': loop})
+
+
 FORKED_BY_C = '''
 import gevent, greenaio, greenaio.os, os, sys, threading, time
 from tests.programs.forked_by_c import *
