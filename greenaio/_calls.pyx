@@ -152,7 +152,7 @@ cdef Pool _pool_between(Known source, Known target):
 
 
 cdef Known _open_file(int fd):
-    """What is known of *fd*; raises EBADF also for one that is closed but for what is queued on it."""
+    """The facts known of *fd*. Raises EBADF also for a closed one whose number queued operations keep taken."""
     _fallback.check_open(fd)
     return know(fd, None)
 
@@ -160,7 +160,7 @@ cdef Known _open_file(int fd):
 # Paths -------------------------------------------------------------------------------------------
 
 cdef bytes _encoded(path, str name=None):
-    """*name* is that of the call in `os`, which its error names from Python 3.13 on; None for `io`."""
+    """Errors name the call *name* of `os` from Python 3.13 on; None for `io`."""
     cdef bytes encoded
     found = os.fsencode(path)
     encoded = found if type(found) is bytes else bytes(memoryview(found))   # of a subclass
@@ -247,7 +247,7 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
 
 
 cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) except? -4096:
-    """What *call* says at the end of *walk*, each part of which waits with the threads of its own device."""
+    """The result of *call* at the end of *walk*. Each part of the way waits with the threads of its own device."""
     cdef Request request
     cdef Pool pool
     cdef Known known
