@@ -266,7 +266,7 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
     and after the writes there that took no turn, because no range was held when they began.
 
     *is_being_written* tells whether there are such writes in the range, *is_unsettled* whether there are any.
-    Raises EBADF in a forked child that has closed *fd* meanwhile.
+    Raises EBADF in a forked child that has closed *fd* during the wait.
     """
     mine, forks = _Range(inode, start, end), generation()
     try:
