@@ -1048,9 +1048,8 @@ cdef class Pool:
             if error:
                 pthread_mutex_lock(&home.lock)
                 home.threads -= 1
-                failed = home.threads == 0 or self.device is None
-                if not failed:
-                    called = _choose(home, one, cpu, False)
+                called = _choose(home, one, cpu, False)     # one that has hardly come to rest
+                failed = called == NULL and (home.threads == 0 or self.device is None)
                 pthread_mutex_unlock(&home.lock)
                 if failed and withdraw(request):
                     _tell_of_no_thread(error)

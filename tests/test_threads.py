@@ -321,6 +321,28 @@ def test_where_no_thread_can_be_started_it_is_the_plain_call_and_a_warning(folde
         os.rmdir(group)
 
 
+def test_where_no_thread_can_be_started_a_call_takes_one_that_has_hardly_come_to_rest(tmp_path):
+    group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
+    if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
+        missing('needs root and the pids controller of cgroup v1')
+    os.mkdir(group)
+    try:
+        run_python('''
+            import os, sys, greenaio.os
+            folder, group = sys.argv[1:]
+            os.mkfifo(folder + '/fifo')
+            peer = os.open(folder + '/fifo', os.O_RDWR)
+            os.close(greenaio.os.open(folder + '/fifo', os.O_RDONLY))
+            open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
+            open(group + '/pids.max', 'w').write(str(len(os.listdir('/proc/self/task'))))
+            for i in range(2000):           # else there is a warning
+                os.close(greenaio.os.open(folder + '/fifo', os.O_RDONLY))
+            open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
+        ''', tmp_path, group)
+    finally:
+        os.rmdir(group)
+
+
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
 def test_where_no_thread_can_be_started_an_open_waits_for_another_process_beside_the_hub(disk_folder, loop):
     """The other process has a lease on a file, and opens the other end of a FIFO when it is told to."""
