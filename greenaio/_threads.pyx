@@ -365,21 +365,19 @@ cdef extern from *:
         return error;
     }
 
+    /* A hub whose thread has other ids than the worker may not: then this is bound still, and does it itself. */
     static void release_worker(struct place *at)
     {
         cpu_set_t now, process;
-        int cpu = at->cpu;
-        at->cpu = -1;
         if (get_cpus(at->thread, &now) < 0)
             return;
-        if (!is_only(cpu, &now) || (get_cpus(getpid(), &process) == 0 && is_only(cpu, &process))) {
+        if (!is_only(at->cpu, &now) || (get_cpus(getpid(), &process) == 0 && is_only(at->cpu, &process))) {
             note_place(at, &now);
             return;
         }
-        if (at->is_restricted && set_cpus(at->thread, &at->cpus) == 0)
-            return;
         memset(&now, 255, sizeof now);
-        set_cpus(at->thread, &now);
+        if ((at->is_restricted && set_cpus(at->thread, &at->cpus) == 0) || set_cpus(at->thread, &now) == 0)
+            at->cpu = -1;
     }
 
     static int filters_tried;           /* seccomp filters under which a child could bind itself; 0: none */
@@ -668,7 +666,7 @@ cdef void _learn(pool *home, int kind, bint took_long) noexcept nogil:
 cdef void _release(pool *home, worker *me) noexcept nogil:
     release_worker(&me.at)
     pthread_mutex_lock(&home.lock)
-    home.bound -= 1
+    home.bound -= me.at.cpu < 0
     pthread_mutex_unlock(&home.lock)
 
 

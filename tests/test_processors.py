@@ -196,8 +196,23 @@ assert burst(bound)
 ''', tmp_path, ONE)
 
 
+def test_bound_thread_has_all_processors_for_a_long_call_of_a_hub_that_may_not_give_it_these(tmp_path):
+    """The thread of the hub alone has other ids: the C library gives them to all."""
+    if os.geteuid() != 0:
+        missing('needs root')
+    run(f'''
+import ctypes
+file = File(path, os.O_RDWR | os.O_CREAT)
+assert burst(bound)
+assert ctypes.CDLL(None).syscall({SETRESUID}, -1, 65534, -1) == 0
+file.pwrite(bytes(1 << 20), 0)
+assert workers() == [EVERY], workers()
+''', tmp_path, ONE)
+
+
 KILL = SECCOMP.replace('0x00050000 | code', '0x80000000') + '\n'
 SETAFFINITY = 203 if os.uname().machine == 'x86_64' else 122
+SETRESUID = 117 if os.uname().machine == 'x86_64' else 147
 PERSONALITY = 135 if os.uname().machine == 'x86_64' else 92
 DEADLY = KILL + f'deny({SETAFFINITY}, 0)\n'
 HARMLESS = SECCOMP + f'deny({PERSONALITY}, errno.EPERM)\n'
