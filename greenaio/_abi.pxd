@@ -88,6 +88,14 @@ cdef extern from *:
         return found ? strtol(found + 11, NULL, 10) : strstr(text, "eventfd-count:") ? 0 : -1;
     }
 
+    /* The same where no number is free to ask with: this tells less. */
+    static inline int abi_is_eventfd(int fd)
+    {
+        char path[32], name[32];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        return readlink(path, name, sizeof name) == 20 && memcmp(name, "anon_inode:[eventfd]", 20) == 0;
+    }
+
     /* An eventfd under two numbers: the first, unless a program closed that. It may have closed the second as
        well, and have a file of its own there. EAGAIN: it is readable, and how; nothing was signalled. */
     static inline void abi_signal(int fd, int same, long name)
@@ -161,6 +169,7 @@ cdef extern from *:
     long abi_eventfd() nogil
     long abi_pipe() nogil
     long abi_name(int fd) nogil
+    bint abi_is_eventfd(int fd) nogil
     void abi_signal(int fd, int same, long name) nogil
     void abi_clear(int fd, int same, long name) nogil
     unsigned int abi_load_tail(aio_ring *ring) nogil

@@ -48,6 +48,7 @@ cdef class Context:
     cpdef destroy(self)
     cdef long _make_eventfd(self) noexcept
     cdef long name                  # by which the kernel knows the eventfd
+    cdef bint _may_take(self, int number) noexcept
     cdef int _renewed(self, int number, int fresh) noexcept
     cdef void _close_eventfd(self) noexcept
     cdef bint _probe(self)

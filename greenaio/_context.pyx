@@ -17,7 +17,7 @@ from posix.unistd cimport close
 
 from greenaio._abi cimport (
     AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_clear, abi_eventfd, abi_io_destroy, abi_io_getevents, abi_io_setup,
-    abi_io_submit, abi_load_tail, abi_name, abi_pipe, abi_relax, abi_signal, abi_store_head,
+    abi_io_submit, abi_is_eventfd, abi_load_tail, abi_name, abi_pipe, abi_relax, abi_signal, abi_store_head,
 )
 from greenaio._fork cimport forked
 
@@ -321,24 +321,35 @@ cdef class Context:
         is left alone, and `eventfd` is another then.
         """
         cdef int fresh
+        cdef bint keeps, keeps_own
         self._ctx = 0
         self._ring = NULL
         self.staged = 0
         if self.eventfd < 0:
             return
+        keeps, keeps_own = self._may_take(self.eventfd), self._may_take(self.own_eventfd)
         fresh = <int>self._make_eventfd()
+        if fresh == -EMFILE and abi_is_eventfd(self.own_eventfd):
+            close(self.own_eventfd)     # else the child would take wake-ups from its parent
+            keeps, keeps_own = self._may_take(self.eventfd), False
+            fresh = <int>self._make_eventfd()
         if fresh < 0:
             return
-        self.eventfd = self._renewed(self.eventfd, fresh)
-        self.own_eventfd = self._renewed(self.own_eventfd, fresh)
         self.name = abi_name(fresh)
+        if self.name == -2 and keeps and fresh != self.eventfd:
+            close(self.eventfd)         # a number has to be free to ask for the name
+            self.name = abi_name(fresh)
+        self.eventfd = self._renewed(self.eventfd, fresh) if keeps else fresh
+        self.own_eventfd = self._renewed(self.own_eventfd, fresh) if keeps_own else fresh
         if fresh != self.eventfd and fresh != self.own_eventfd:
             close(fresh)
 
+    cdef bint _may_take(self, int number) noexcept:
+        """Whether *number* is our eventfd's, or no file's."""
+        return fcntl(number, F_GETFD) < 0 or abi_name(number) == self.name
+
     cdef int _renewed(self, int number, int fresh) noexcept:
-        """Put the eventfd *fresh* under *number* as well, if that is ours or nobody's. Return its number."""
-        if fcntl(number, F_GETFD) >= 0 and abi_name(number) != self.name:
-            return fresh
+        """Put the eventfd *fresh* under *number* as well. Return its number."""
         dup3(fresh, number, O_CLOEXEC)  # which does nothing if they are the same
         return number
 
