@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 import weakref
-from _thread import get_ident
+from _thread import allocate_lock, get_ident
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -386,12 +386,20 @@ class History:
             self.excuses.add(-errno.ECANCELED)
             self.hub.destroy()
 
+    def start_thread(self, function, args):
+        """Note a thread of the kernel's end. It tells at once that it has begun, and goes on in `leave_nothing`."""
+        engine, inbox, begun = args
+        begun.release()
+        again = allocate_lock()
+        again.acquire()
+        self.native_threads.append((function, (engine, inbox, again)))
+
     # From the beginning to the end ---------------------------------------------------------
 
     def run(self):
         config.poll_max_us = self.rng.choice([0, 0, 0, 20])
         starter = _hub._start_new_thread
-        _hub._start_new_thread = lambda *what: self.native_threads.append(what)
+        _hub._start_new_thread = self.start_thread
         try:
             self.start_some()
             for _ in range(self.rng.choice([3, 10, 40])):
