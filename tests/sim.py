@@ -387,7 +387,7 @@ class History:
             self.hub.destroy()
 
     def start_thread(self, function, args):
-        """Note a thread of the kernel's end. It tells at once that it has begun, and goes on in `leave_nothing`."""
+        """Note a native thread. It tells at once that it has begun, and goes on in `leave_nothing`."""
         engine, inbox, begun = args
         begun.release()
         again = allocate_lock()
