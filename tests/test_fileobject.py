@@ -34,7 +34,7 @@ from greenaio import _fallback, _position
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 from tests.support import missing
 from tests.support.disks import MIB, pattern
-from tests.support.processes import run_program, run_python
+from tests.support.processes import ROOT, run_program, run_python
 
 ENVIRONMENT = {'GEVENT_FILE': 'greenaio.fileobject.FileObject'}
 
@@ -58,9 +58,9 @@ import gevent, sys, unittest
 from greenaio import _hub
 gevent.get_hub()
 _hub.get_driver()
-import test_fileobject
+from tests import test_fileobject
 unittest.main(module=test_fileobject, argv=['test', 'TestFileObject'])
-'''], cwd=os.path.dirname(__file__), env={**os.environ, 'GEVENT_LOOP': loop}, capture_output=True, text=True,
+'''], cwd=ROOT, env={**os.environ, 'GEVENT_LOOP': loop}, capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 0, done.stderr
     ran, = re.findall(r'Ran (\d+) tests', done.stderr)

@@ -85,7 +85,8 @@ long syscall(long number, ...)
     if (!real)
         real = dlsym(RTLD_NEXT, "syscall");
     /* EAGAIN of a read is io's word for "nothing there yet": no error, and not for files. */
-    if (number != SYS_io_destroy && number != SYS_close
+    /* A futex wakes and waits for memory: it does not fail, as that of the C library's own locks does not. */
+    if (number != SYS_io_destroy && number != SYS_close && number != SYS_futex
         && (now == NULL || now->code != EAGAIN || number == SYS_io_setup || number == SYS_io_submit)
         && refuse(CALLER))
         return -1;

@@ -448,8 +448,9 @@ def run_all(kind, loop):
     """In one arena of malloc: in several, the memory that is free between the hubs that gevent keeps of ended
     threads looks used."""
     with temporary_folder(kind) as folder:
-        return run_python('import sys; from tests.faults import test_leaks as it; it.main(sys.argv[1])', folder,
-                          env={'GEVENT_LOOP': loop, 'MALLOC_ARENA_MAX': '1'}, timeout=500)
+        code = 'import sys; from tests.faults import test_leaks; test_leaks.main(sys.argv[1])'
+        return run_python(code, folder, env={'GEVENT_LOOP': loop, 'MALLOC_ARENA_MAX': '1'},
+                          timeout=500)
 
 
 @pytest.fixture(scope='module')
