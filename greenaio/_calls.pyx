@@ -348,7 +348,18 @@ cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096
         delay = min(1.5 * delay, 2 * LEASE_MAX)
         walk.way.is_patient = delay > LEASE_MAX
         fd = _walk(driver, walk, dir_fd, 'open', open_there)
+        if fd == LEASED and walk.way.is_patient and not _is_lease_breaking():
+            return -EAGAIN              # no thread was to be had that would have told so
     return fd
+
+
+cdef bint _is_lease_breaking() except -1:
+    """Whether any process is asked to give up a lease, as far as the kernel tells."""
+    try:
+        with FileIO('/proc/locks') as locks:
+            return any(b' LEASE ' in line and b' BREAKING ' in line for line in locks.readall().splitlines())
+    except OSError:                     # without /proc
+        return True
 
 
 def open(path, flags, mode=0o777, *, dir_fd=None, io_mode=None):
