@@ -214,7 +214,7 @@ def test_library_behaves_as_before(tmp_path, folder):
 
 DENY = SECCOMP + """
 folder, code, numbers = sys.argv[1], getattr(errno, sys.argv[2]), eval(sys.argv[3])
-NEEDED = {'eventfd2'} if os.environ.get('GEVENT_LOOP') == 'libuv' else set()    # its loop does not start without
+NEEDED = {'eventfd2'} if os.environ.get('GEVENT_LOOP') == 'libuv' else set()    # by the loop itself
 def deny_all(names):
     for name in names:
         deny(numbers[name], code)
