@@ -310,113 +310,104 @@ def test_forked_child_has_threads_of_its_own_and_the_parent_loses_nothing(folder
     ''', folder)
 
 
-def test_where_no_thread_can_be_started_it_is_the_plain_call_and_a_warning(folder):
-    group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
+@pytest.fixture
+def group():
+    """A control group that may limit the number of threads."""
+    path = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
     if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
         missing('needs root and the pids controller of cgroup v1')
-    os.mkdir(group)
-    try:
-        run_program('no_thread_to_be_had', folder, group)
-    finally:
-        os.rmdir(group)
+    os.mkdir(path)
+    yield path
+    os.rmdir(path)
 
 
-def test_where_no_thread_can_be_started_a_call_takes_one_that_has_hardly_come_to_rest(tmp_path):
-    group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
-    if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
-        missing('needs root and the pids controller of cgroup v1')
-    os.mkdir(group)
-    try:
-        run_python('''
-            import os, sys, greenaio.os
-            folder, group = sys.argv[1:]
-            os.mkfifo(folder + '/fifo')
-            peer = os.open(folder + '/fifo', os.O_RDWR)
+def test_where_no_thread_can_be_started_it_is_the_plain_call_and_a_warning(folder, group):
+    run_program('no_thread_to_be_had', folder, group)
+
+
+def test_where_no_thread_can_be_started_a_call_takes_one_that_has_hardly_come_to_rest(tmp_path, group):
+    run_python('''
+        import os, sys, greenaio.os
+        folder, group = sys.argv[1:]
+        os.mkfifo(folder + '/fifo')
+        peer = os.open(folder + '/fifo', os.O_RDWR)
+        os.close(greenaio.os.open(folder + '/fifo', os.O_RDONLY))
+        open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
+        open(group + '/pids.max', 'w').write(str(len(os.listdir('/proc/self/task'))))
+        for i in range(2000):           # else there is a warning
             os.close(greenaio.os.open(folder + '/fifo', os.O_RDONLY))
-            open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
-            open(group + '/pids.max', 'w').write(str(len(os.listdir('/proc/self/task'))))
-            for i in range(2000):           # else there is a warning
-                os.close(greenaio.os.open(folder + '/fifo', os.O_RDONLY))
-            open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
-        ''', tmp_path, group)
-    finally:
-        os.rmdir(group)
+        open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
+    ''', tmp_path, group)
 
 
 @pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
-def test_where_no_thread_can_be_started_an_open_waits_for_another_process_beside_the_hub(disk_folder, loop):
+def test_where_no_thread_can_be_started_an_open_waits_for_another_process_beside_the_hub(
+        disk_folder, loop, group):
     """The other process has a lease on a file, and opens the other end of a FIFO when it is told to."""
-    group = f'/sys/fs/cgroup/pids/greenaio-{os.getpid()}'
-    if os.geteuid() != 0 or not os.path.exists('/sys/fs/cgroup/pids/cgroup.procs'):
-        missing('needs root and the pids controller of cgroup v1')
-    os.mkdir(group)
-    try:
-        run_python('''
-            import fcntl, logging, os, signal, sys, time, gevent, greenaio.os
-            logging.getLogger('greenaio').addHandler(logging.NullHandler())
-            folder, group = sys.argv[1:]
-            fifo, told, done = folder + '/fifo', os.pipe(), os.pipe()
-            os.mkfifo(fifo)
-            pid = os.fork()
-            if pid == 0:
-                os.close(told[1])
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
-                fd = os.open(folder + '/leased', os.O_RDWR | os.O_CREAT)
-                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-                os.write(done[1], b'.')
-                while flags := os.read(told[0], 1):
-                    time.sleep(0.3)
-                    fd = os.open(fifo, int(flags))
-                    if int(flags) == os.O_WRONLY:
-                        os.write(fd, b'x')
-                    else:
-                        assert os.read(fd, 1) == b'y'
-                    os.close(fd)
-                    os.write(done[1], b'.')
-                os._exit(0)
-            os.read(done[0], 1)
-            greenaio.os.stat(folder)                # the hub's driver is there
-            fds = len(os.listdir('/proc/self/fd'))
-            open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
-            open(group + '/pids.max', 'w').write(str(len(os.listdir('/proc/self/task'))))
-            with gevent.Timeout(1.5, False):        # the hub does not wait: the timer ends it
-                greenaio.os.open(folder + '/leased', os.O_RDONLY)
-                raise AssertionError
-            for flags in os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC:
-                with gevent.Timeout(0.2, False):
-                    greenaio.os.open(fifo, flags)
-                    raise AssertionError
-                killed = gevent.spawn(greenaio.os.open, fifo, flags)
-                gevent.sleep(0.05)
-                killed.kill()
-                assert len(os.listdir('/proc/self/fd')) == fds
-                opening = gevent.spawn(greenaio.os.open, fifo, flags)
-                gevent.sleep(0.05)
-                os.write(told[1], b'1' if flags == os.O_RDONLY else b'0')
-                fd = opening.get(timeout=10)
-                assert fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_NONBLOCK) == flags & os.O_ACCMODE
-                if flags == os.O_RDONLY:
-                    assert os.read(fd, 10) == b'x' and os.read(fd, 10) == b''
-                else:
-                    os.write(fd, b'y')
-                os.close(fd)
-                os.read(done[0], 1)
-            ends = [gevent.spawn(greenaio.os.open, fifo, flags) for flags in (os.O_RDONLY, os.O_WRONLY)]
-            for fd in [end.get(timeout=10) for end in ends]:
-                os.close(fd)
-            try:
-                greenaio.os.open(fifo, os.O_RDONLY | os.O_CREAT | os.O_EXCL)
-            except FileExistsError as error:
-                assert error.filename == fifo
-            else:
-                raise AssertionError
-            open(group + '/pids.max', 'w').write('max')
-            open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
+    run_python('''
+        import fcntl, logging, os, signal, sys, time, gevent, greenaio.os
+        logging.getLogger('greenaio').addHandler(logging.NullHandler())
+        folder, group = sys.argv[1:]
+        fifo, told, done = folder + '/fifo', os.pipe(), os.pipe()
+        os.mkfifo(fifo)
+        pid = os.fork()
+        if pid == 0:
             os.close(told[1])
-            os.waitpid(pid, 0)
-        ''', disk_folder, group, env={'GEVENT_LOOP': loop})
-    finally:
-        os.rmdir(group)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+            fd = os.open(folder + '/leased', os.O_RDWR | os.O_CREAT)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            os.write(done[1], b'.')
+            while flags := os.read(told[0], 1):
+                time.sleep(0.3)
+                fd = os.open(fifo, int(flags))
+                if int(flags) == os.O_WRONLY:
+                    os.write(fd, b'x')
+                else:
+                    assert os.read(fd, 1) == b'y'
+                os.close(fd)
+                os.write(done[1], b'.')
+            os._exit(0)
+        os.read(done[0], 1)
+        greenaio.os.stat(folder)                # the hub's driver is there
+        fds = len(os.listdir('/proc/self/fd'))
+        open(group + '/cgroup.procs', 'w').write(str(os.getpid()))
+        open(group + '/pids.max', 'w').write(str(len(os.listdir('/proc/self/task'))))
+        with gevent.Timeout(1.5, False):        # the hub does not wait: the timer ends it
+            greenaio.os.open(folder + '/leased', os.O_RDONLY)
+            raise AssertionError
+        for flags in os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC:
+            with gevent.Timeout(0.2, False):
+                greenaio.os.open(fifo, flags)
+                raise AssertionError
+            killed = gevent.spawn(greenaio.os.open, fifo, flags)
+            gevent.sleep(0.05)
+            killed.kill()
+            assert len(os.listdir('/proc/self/fd')) == fds
+            opening = gevent.spawn(greenaio.os.open, fifo, flags)
+            gevent.sleep(0.05)
+            os.write(told[1], b'1' if flags == os.O_RDONLY else b'0')
+            fd = opening.get(timeout=10)
+            assert fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_NONBLOCK) == flags & os.O_ACCMODE
+            if flags == os.O_RDONLY:
+                assert os.read(fd, 10) == b'x' and os.read(fd, 10) == b''
+            else:
+                os.write(fd, b'y')
+            os.close(fd)
+            os.read(done[0], 1)
+        ends = [gevent.spawn(greenaio.os.open, fifo, flags) for flags in (os.O_RDONLY, os.O_WRONLY)]
+        for fd in [end.get(timeout=10) for end in ends]:
+            os.close(fd)
+        try:
+            greenaio.os.open(fifo, os.O_RDONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError as error:
+            assert error.filename == fifo
+        else:
+            raise AssertionError
+        open(group + '/pids.max', 'w').write('max')
+        open('/sys/fs/cgroup/pids/cgroup.procs', 'w').write(str(os.getpid()))
+        os.close(told[1])
+        os.waitpid(pid, 0)
+    ''', disk_folder, group, env={'GEVENT_LOOP': loop})
 
 
 def test_write_beyond_the_end_and_append_keep_their_order(disk_folder, engine):

@@ -13,6 +13,7 @@ import os
 import sys
 
 import gevent
+from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 
@@ -32,3 +33,14 @@ def at_once(*work):
     jobs = [gevent.spawn(one, k) for k, one in enumerate(work)]
     gevent.joinall(jobs, timeout=30, raise_error=True)
     return [job.get(block=False) for job in jobs]
+
+
+def assert_refused(calls):
+    """Each of *calls*, made inside `uninterrupted`, is refused: a parked greenlet uses the file."""
+    for i, call in enumerate(calls):
+        try:
+            call()
+        except BlockingSwitchOutError as error:
+            assert 'uninterrupted' in str(error)
+        else:
+            raise AssertionError(i)
