@@ -13,6 +13,7 @@ import posix            # for what may be patched in os
 from libc.errno cimport EBADF, EMFILE, ENFILE, ENOMEM, errno as c_errno
 from libc.stdlib cimport calloc, free
 from libc.time cimport time_t
+from posix.mman cimport MADV_DONTFORK, madvise
 from posix.unistd cimport close
 
 from greenaio._abi cimport (
@@ -20,10 +21,6 @@ from greenaio._abi cimport (
     abi_io_submit, abi_is_eventfd, abi_load_tail, abi_name, abi_pipe, abi_relax, abi_signal, abi_store_head,
 )
 from greenaio._fork cimport forked
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *address, size_t length, int advice)
-    const int MADV_DONTFORK
 
 cdef extern from "<unistd.h>" nogil:
     int dup3(int old, int new, int flags)

@@ -5,15 +5,9 @@ The word lies on a page that the kernel wipes in each child (MADV_WIPEONFORK). S
 Python's hooks hear nothing: those in C. `greenaio._bell` says what is done then.
 """
 
-cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset)
-    int madvise(void *address, size_t length, int advice)
-    const int PROT_READ
-    const int PROT_WRITE
-    const int MAP_PRIVATE
-    const int MAP_ANONYMOUS
-    const int MADV_WIPEONFORK
-    void *MAP_FAILED
+from posix.mman cimport (
+    MADV_WIPEONFORK, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, madvise, mmap,
+)
 
 cdef enum:
     PAGE = 4096

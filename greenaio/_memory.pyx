@@ -10,17 +10,9 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport PyObject, Py_XDECREF
 from libc.string cimport memset
-
-cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void *address, size_t length)
-    int madvise(void *address, size_t length, int advice)
-    const int PROT_READ
-    const int PROT_WRITE
-    const int MAP_PRIVATE
-    const int MAP_ANONYMOUS
-    const int MADV_WIPEONFORK
-    void *MAP_FAILED
+from posix.mman cimport (
+    MADV_WIPEONFORK, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, madvise, mmap, munmap,
+)
 
 cdef extern from "Python.h":
     PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *content, Py_ssize_t nbytes) except NULL
