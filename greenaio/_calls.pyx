@@ -31,10 +31,9 @@ from greenaio._engine cimport CALL, NEW, Engine, Request, meetings, meetings_und
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, AT_ONCE, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
-    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again,
-    open_there,
-    path_at_hand, stat_there, way,
+    ANSWER, APPEND, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
+    path_at_hand, seek_may_wait, stat_there, way,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
 
@@ -480,13 +479,11 @@ def give_number(object raw, int fd):
 
 
 def lseek(int fd, int64_t offset, int whence):
-    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock:
-    a file that the kernel makes up is locked until its read returns, also that of a killed greenlet. A block
-    device is locked, for all processes, as long as a read or write through its page cache waits for the disk."""
+    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock."""
     cdef Known known = _open_file(fd)
     cdef int64_t result
     if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local
-            or known.kind & (ANSWER | AT_ONCE) == ANSWER or known.kind & LOCKED):
+            or seek_may_wait(known)):
         result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
         if result < 0:
             raise failed(result, None)
@@ -743,7 +740,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
         if driver is not None:
             driver.submit_now()
         queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
-        is_used = bool(queued) or _fallback.is_used_at_close(fd)
+        is_used = bool(queued) or _fallback.in_use(fd)
         hub = get_hub_if_exists()
         may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
         if is_used or may_wait or is_forgotten and not sys.is_finalizing():
@@ -779,6 +776,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
     if request is None:
         _fallback.close(fd, queued, is_slow=is_slow)
         return 0
+    _fallback.lose(fd)
     result = (<Driver>driver).perform_by_thread(request, pool)
     if result < 0:
         raise failed(result, None)

@@ -293,18 +293,19 @@ def using(fd: int) -> Iterator[_Use]:
         use.closer = None
 
 
-def is_used_at_close(fd: int) -> bool:
-    """Whether a greenlet is `using` *fd*, which is about to be closed."""
-    generation()                        # in a forked child nobody is
-    if fd in _inherited:
-        _lost[fd] = generation()
-        _end_inherited_waits(fd)
+def in_use(fd: int) -> bool:
+    """Whether a greenlet is `using` *fd*."""
+    generation()                        # after a fork, the uses of the parent do not count
     return any(use.fd == fd for use in _uses)
 
 
-def _end_inherited_waits(fd: int) -> None:
-    """Let greenlets that have waited for *fd* since before the fork get EBADF: a loop that watches a closed
-    number aborts the process."""
+def lose(fd: int) -> None:
+    """*fd* is about to be closed: let greenlets that have waited for it since before a fork get EBADF. A loop
+    that watches a closed number aborts the process."""
+    now = generation()
+    if fd not in _inherited:
+        return
+    _lost[fd] = now
     here: Any = get_hub_if_exists()
     for watcher, (hub, number) in list(_watched.items()):
         if number == fd and hub is here and watcher.callback is not None:
@@ -371,7 +372,7 @@ def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_sl
     """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
     to mean another file. *pending* are such operations besides our own. Waits for no operation: a close that
     *is_slow* has a thread."""
-    is_used_at_close(fd)
+    lose(fd)
     check_open(fd)
     ours: list[_Job | _Use] = [*_jobs, *_uses]
     queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)

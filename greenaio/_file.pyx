@@ -32,7 +32,7 @@ from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, PLAIN, REGULAR, STORED, THREAD,
     UNSURE, Device, Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready,
-    is_swapped_out, know, knows_block_devices, waited_in_hub,
+    is_swapped_out, know, knows_block_devices, seek_may_wait, waited_in_hub,
 )
 from greenaio._threads cimport WAITED_NS, any_busy, as_call, lone_threads, new_call
 
@@ -351,9 +351,8 @@ cdef class File:
 
     @property
     def _seek_may_wait(self):
-        """Whether a read may have the lock that a seek takes: the kernel makes its bytes up, or it is a block
-        device."""
-        return self._known.kind & (ANSWER | AT_ONCE) == ANSWER or self._known.kind & LOCKED != 0
+        """Whether a read may have the lock that a seek takes."""
+        return seek_may_wait(self._known)
 
     @property
     def device(self):

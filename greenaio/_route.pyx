@@ -689,6 +689,13 @@ cdef bint knows_block_devices() noexcept:
     return _knows_block_devices
 
 
+cdef bint seek_may_wait(Known known) noexcept:
+    """Whether a read may have the lock that a seek takes. A file that the kernel makes up is locked until its read
+    returns, even if its greenlet was killed. A block device is locked, for all processes, as long as a read or write
+    through its page cache waits for the disk."""
+    return known.kind & (ANSWER | AT_ONCE) == ANSWER or known.kind & LOCKED != 0
+
+
 cdef Known know(int fd, object name):
     """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
     global _knows_block_devices

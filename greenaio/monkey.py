@@ -134,11 +134,18 @@ def _cooperative(name: str) -> Callable[..., Any]:
 _closing = getattr(gevent.os, '_closing_fd_to_event', None)
 
 
+def _is_watched(hub: Any, fd: int) -> bool:
+    """Whether greenlets wait for *fd* in the loop, which `gevent.os.close` wakes before it closes the fd."""
+    if _closing is None:
+        return False
+    _fallback.lose(fd)
+    return fd in _closing or not _fallback.in_use(fd) and bool(hub.loop.closing_fd(fd))
+
+
 @functools.wraps(posix.close)
 def _close(fd: int) -> None:
-    if _closing is not None and (hub := get_hub_if_exists()) is not None and type(fd) is int and (
-            fd in _closing or not _fallback.is_used_at_close(fd) and hub.loop.closing_fd(fd)):
-        # Greenlets wait for it in the loop, which wakes them. gevent closes it after that.
+    hub = get_hub_if_exists()
+    if hub is not None and type(fd) is int and _is_watched(hub, fd):
         try:
             gevent.os.close(fd)
         except OSError:                 # it was closed before, which gevent says without an errno
