@@ -743,7 +743,7 @@ def bind(sock: Any, where: Any, name: str) -> None:
 
 
 def listen(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """The listening socket, and the URI of what it leads to. Raises OSError."""
+    """The listening socket, and its URI. Raises OSError."""
     if arguments.unix:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(arguments.unix).st_mode):

@@ -1,4 +1,4 @@
-"""The fork bell: each forked child hears of its fork once, whoever called ``fork()``.
+"""The fork bell: each forked child hears of its fork once, by Python or by C code.
 
 A child has one thread, copies of its greenlets, and all numbers of its parent. The context of the kernel,
 the native threads and the locks that another thread held stayed with the parent. A module that keeps any of

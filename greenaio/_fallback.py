@@ -390,7 +390,7 @@ def _after_fork_in_child() -> None:
         if job.result is not None:
             job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
         job.end()
-    # What uses a number here is over, or is a copy of what goes on in the parent: no close waits for that.
+    # An operation on a number goes on in the parent, or is over: no close here waits for it.
     for fd in {*(use.fd for use in _uses), *(fd for _, fd in _watched.values())}:
         _inherited[fd] = _file_of(fd)
     _uses.clear()

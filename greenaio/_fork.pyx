@@ -1,8 +1,8 @@
 # cython: language_level=3
-"""The word that tells a process of its fork, whoever called ``fork()``.
+"""The word that tells a process of its fork, by Python or by C code.
 
-The word lies on a page that the kernel wipes in each child (MADV_WIPEONFORK). So the forks show, too, of which
-Python's hooks hear nothing: those in C. `greenaio._bell` says what is done then.
+The word lies on a page that the kernel wipes in each child (MADV_WIPEONFORK). So it also shows the forks by
+C code, of which Python's hooks hear nothing. `greenaio._bell` reacts to it.
 """
 
 from posix.mman cimport (
@@ -26,7 +26,7 @@ def is_forked():
 
 
 def acknowledge(bint done=True):
-    """Make `forked` say no again: what was inherited has been put right. Or yes, if it has not."""
+    """Make `forked` say no again, because the inherited state is put right. Or yes, if it is not."""
     global _word
     cdef void *page
     if _word == NULL:

@@ -200,8 +200,8 @@ cdef class Driver:
 
     def _new_watcher(self):
         loop = self.hub.loop
-        # libuv's loop.io() is a proxy whose ref does nothing; the class behind it has it, and is
-        # ours alone here, for nobody else watches our eventfd.
+        # libuv's loop.io() is a proxy whose ref does nothing. The class behind it has a ref, and the watcher is
+        # ours alone, because no other code watches our eventfd.
         io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
         return io(loop, self.engine.context.eventfd, READ, ref=False)
 

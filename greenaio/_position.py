@@ -257,7 +257,7 @@ turns: dict[int, Turn] = {}             # by fd; a number that was used once wil
 
 @contextlib.contextmanager
 def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
-    """One greenlet at a time; who has the turn may take it again. Raises EBADF if a forked child has closed
+    """One greenlet at a time; its owner may take the turn again. Raises EBADF if a forked child has closed
     *fd* while a copy of this greenlet waited there."""
     me = getcurrent()
     mine, forks = True, None
