@@ -835,7 +835,7 @@ def open(file: Any, mode: str = 'r', buffering: int = -1, encoding: str | None =
 @functools.lru_cache(64)
 def _raw_mode(mode: str) -> str:
     """The mode of the raw file, as `io.open` makes it of its own."""
-    return ''.join(letter for letter in 'xrwa+' if letter in mode)
+    return ''.join(letter for letter in 'xrwa+' if letter in mode.replace('U', 'r'))
 
 
 def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: str | None,
@@ -846,6 +846,8 @@ def _check_arguments(mode: str, buffering: int, encoding: str | None, errors: st
             raise TypeError(f'open() argument {what!r} must be {kind.__name__}, not {type(value).__name__}')
     with contextlib.suppress(OSError):      # no /dev/null, or no fd: then opening it will say
         _are_accepted(mode, buffering == 0, encoding, errors, newline)
+    if 'U' in mode:                         # until Python 3.10
+        warnings.warn("'U' mode is deprecated", DeprecationWarning, stacklevel=level_of_caller())
     if buffering == 1 and 'b' in mode:
         warnings.warn("line buffering (buffering=1) isn't supported in binary mode, the default buffer size "
                       'will be used', RuntimeWarning, stacklevel=level_of_caller())
@@ -857,7 +859,9 @@ def _are_accepted(mode: str, unbuffered: bool, encoding: str | None, errors: str
     """Let `io` itself judge, on a file that it need not wait for."""
     harmless = mode.replace('x', 'w') if mode.count('x') == 1 and 'w' not in mode else mode
     buffering = 0 if unbuffered and 'b' not in mode else -1
-    _io_open(os.devnull, harmless, buffering, encoding, errors, newline).close()
+    with warnings.catch_warnings():         # said by the caller, with the caller's line
+        warnings.filterwarnings('ignore', "'U' mode", DeprecationWarning)
+        _io_open(os.devnull, harmless, buffering, encoding, errors, newline).close()
 
 
 def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors: str | None,
@@ -873,7 +877,7 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         return raw
     if not _position.is_stored(raw.file.kind) and not _position.keeps_messages(raw.fileno(), raw.file.kind):
         raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
-    layer: Any = BufferedRandom if '+' in mode else BufferedReader if 'r' in mode else BufferedWriter
+    layer: Any = BufferedRandom if '+' in mode else BufferedReader if raw.readable() else BufferedWriter
     result: Any = layer(raw, size)
     if 'b' not in mode:
         result = TextIOWrapper(result, io.text_encoding(encoding), errors, newline, by_line)
