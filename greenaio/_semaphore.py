@@ -47,7 +47,7 @@ from greenlet import getcurrent, greenlet
 
 from greenaio._bell import generation, listen
 from greenaio._ends import before_end, forget_end
-from greenaio._position import can_wait
+from greenaio._turn import can_wait
 from greenaio._uninterrupted import thread_of
 
 __implements__ = ['SemLock']            # for `greenaio.monkey`

@@ -35,10 +35,10 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
-from greenaio import _fallback, _position, alignment, streams
+from greenaio import _fallback, _position, _turn, alignment, streams
 from greenaio._bell import generation
 from greenaio._ends import was_thrown
-from greenaio._position import Turn, can_wait
+from greenaio._turn import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
 from greenaio.alignment import Shielded
 from greenaio.streams import ReadAhead, WriteBehind
@@ -236,7 +236,7 @@ class FileIO(io.FileIO):
             buffer = buffer[:streams.BLOCK_MAX]     # of io's C code, which asks again: it takes a copy
         if self._ahead is not None:
             return self._wait(False, self._read_ahead, buffer)
-        turn = _position.turns.get(self._fd)
+        turn = _turn.turns.get(self._fd)
         try:
             n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
         except (BufferError, TypeError):
@@ -273,7 +273,7 @@ class FileIO(io.FileIO):
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
-        with _fallback.using(fd), _position.turn_of(fd):
+        with _fallback.using(fd), _turn.turn_of(fd):
             self._drain()
             at = self._move(fd, 0, os.SEEK_CUR)
             n = self._ahead.readinto(buffer, at)
@@ -289,7 +289,7 @@ class FileIO(io.FileIO):
 
     def _turn_with_end(self) -> contextlib.AbstractContextManager[None]:
         """Before that with the position: who has this waits for those of others."""
-        return contextlib.nullcontext() if self._end is None else _position.taking(self._end.turn)
+        return contextlib.nullcontext() if self._end is None else _turn.taking(self._end.turn)
 
     def _drain(self) -> None:
         """Have what was taken to be written behind written."""
@@ -303,7 +303,7 @@ class FileIO(io.FileIO):
                 self._behind.write_plainly(self._fd)
 
     def _drain_in_turn(self, fd: int) -> None:
-        with _fallback.using(fd), _position.turn_of(fd):
+        with _fallback.using(fd), _turn.turn_of(fd):
             if self._behind is not None:
                 self._behind.drain()
 
@@ -363,7 +363,7 @@ class FileIO(io.FileIO):
             return _position.write(fd, _fallback.flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
             return _position.write(fd, data)
-        with self._turn_with_end(), _fallback.using(fd), _position.turn_of(fd):
+        with self._turn_with_end(), _fallback.using(fd), _turn.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()      # in our turn: a reader could begin to read ahead again before
             if self._behind is None:
@@ -387,7 +387,7 @@ class FileIO(io.FileIO):
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
         stored = _position.is_stored(self.file.kind)
         if stored and not self._io_turn.finalizing and not sys.is_finalizing():
-            return _position.turn_of(self._fd)
+            return _turn.turn_of(self._fd)
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -412,14 +412,14 @@ class FileIO(io.FileIO):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence >= os.SEEK_END:
             self._drain()
-        turn = _position.turns.get(self._fd)
+        turn = _turn.turns.get(self._fd)
         if turn is not None and turn.owner is not None and (    # it is about to be moved
                 self._can_wait() or is_uninterrupted() and not self._io_turn.finalizing):
             return int(self._wait(True, self._seek_in_turn, offset, whence))
         return self._seek(offset, whence)
 
     def _seek_in_turn(self, fd: int, offset: int, whence: int) -> int:
-        with _position.turn_of(fd):
+        with _turn.turn_of(fd):
             return self._seek(offset, whence)
 
     def _seek(self, offset: int, whence: int) -> int:
@@ -444,7 +444,7 @@ class FileIO(io.FileIO):
         return size
 
     def _truncate(self, fd: int, size: int) -> None:
-        with _fallback.using(fd), _position.turn_of(fd):
+        with _fallback.using(fd), _turn.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()
             _calls.ftruncate(fd, size)

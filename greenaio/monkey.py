@@ -35,7 +35,7 @@ from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 import greenaio.os
 from greenaio import _blocked, _fallback, _position, fileobject
 from greenaio._config import check_environment
-from greenaio._position import can_wait
+from greenaio._turn import can_wait
 from greenaio._uninterrupted import is_uninterrupted
 
 try:

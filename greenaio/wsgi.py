@@ -19,7 +19,7 @@ from typing import Any
 from gevent import pywsgi
 
 from greenaio._ends import was_thrown
-from greenaio._position import can_wait
+from greenaio._turn import can_wait
 from greenaio.fileobject import FileIO
 from greenaio.os import fstat
 from greenaio.streams import ReadAhead, StrPath

@@ -14,7 +14,7 @@ from greenlet import getcurrent
 
 import greenaio
 import greenaio.os
-from greenaio import _fallback, _position, streams
+from greenaio import _fallback, _turn, streams
 from greenaio.fileobject import open as open_file
 from tests.support.disks import MIB
 from tests.support.processes import run_program, run_python
@@ -102,17 +102,17 @@ def test_turn_that_is_given_to_who_gives_up_is_not_lost():
     class Preempted(deque):
         def popleft(self):
             first = super().popleft()
-            _position.native_sleep(0.3)
+            _turn.native_sleep(0.3)
             return first
 
-    turn = _position.Turn()
+    turn = _turn.Turn()
     turn.queue = Preempted()
     waits = threading.Event()
 
     def owner():
         turn.owner = getcurrent()
         waits.wait(10)
-        _position.native_sleep(0.1)
+        _turn.native_sleep(0.1)
         turn.leave()
 
     def waiter():
@@ -136,7 +136,7 @@ def test_owner_whose_thread_has_ended():
 
 TURN_AND_THREAD = '''
 import errno, gevent, os, sys
-from greenaio import _position
+from greenaio import _position, _turn
 from tests.programs.turn_and_thread import *
 '''
 
@@ -148,7 +148,7 @@ def test_waiter_whose_thread_or_hub_ends_is_not_given_the_turn(disk_folder, how,
     run_python(TURN_AND_THREAD + '''
 how, kind = sys.argv[2:4]
 is_alone = sys.argv[4] == 'True'
-turn = file._io_turn if kind == 'file' else _position.turns.setdefault(fd, _position.Turn())
+turn = file._io_turn if kind == 'file' else _turn.turns.setdefault(fd, _turn.Turn())
 turn.owner = gevent.getcurrent()
 in_thread_that_ends(how, lambda: [gevent.spawn(turn.wait) for _ in range(2)])
 assert len(turn.queue) == 2
@@ -185,11 +185,11 @@ def test_number_whose_user_had_a_hub_that_was_destroyed(disk_folder):
     """It is taken over, by users of the same file, and of the one that gets the number later."""
     run_python(TURN_AND_THREAD + '''
 def stuck():
-    with _position.turn_of(fd):
+    with _turn.turn_of(fd):
         gevent.sleep(60)
 
 in_thread_that_ends('hub', stuck)
-assert _position.turns[fd].owner is keep[0]
+assert _turn.turns[fd].owner is keep[0]
 has_its_turn(_position.write, fd, b'x')
 turn = file._io_turn
 turn.owner = keep[0]                    # which is inside: nobody else may ever be
@@ -223,7 +223,7 @@ def test_raw_file_that_a_greenlet_writes(folder, who, direct):
 
     with open_file(path, 'wb', buffering=0, direct=direct) as file:
         greenlet = gevent.spawn(write)
-        while not (turn := _position.turns.get(file.fileno())) or turn.owner is None:
+        while not (turn := _turn.turns.get(file.fileno())) or turn.owner is None:
             gevent.sleep(0)
             assert not greenlet.ready()
         if who == 'thread':

@@ -30,7 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
 import greenaio.os
-from greenaio import _fallback, _position
+from greenaio import _fallback, _turn
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 from tests.support import missing
 from tests.support.disks import MIB, pattern
@@ -784,7 +784,7 @@ def test_exception_of_any_class_is_no_answer_of_a_disk(held_disk):
 
 
 def test_timeout_while_it_waits_for_its_turn_is_no_answer(data_file):
-    with greenaio.open(data_file, 'rb', buffering=0) as file, _position.turn_of(file.fileno()):
+    with greenaio.open(data_file, 'rb', buffering=0) as file, _turn.turn_of(file.fileno()):
         for error in THROWN:
             for call in (file.readall, lambda: file.read(100)):
                 reader = gevent.spawn(outcome, call)

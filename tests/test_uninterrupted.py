@@ -11,7 +11,7 @@ from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 import greenaio.os
-from greenaio import _position, alignment
+from greenaio import _position, _turn, alignment
 from greenaio._uninterrupted import inside, is_uninterrupted
 from tests.support import missing
 from tests.support.disks import pattern
@@ -325,7 +325,7 @@ def test_a_turn_of_another_thread_is_waited_for(disk_folder):
         has_it, moved = threading.Event(), []
 
         def move():
-            with _position.turn_of(fd):
+            with _turn.turn_of(fd):
                 has_it.set()
                 gevent.sleep(0.1)
                 moved.append(True)

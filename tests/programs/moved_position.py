@@ -9,7 +9,7 @@ import gevent
 from gevent.event import Event
 
 import greenaio
-from greenaio import _position
+from greenaio import _turn
 
 file = open('data', 'w+b', buffering=0)     # noqa: SIM115
 file.write(bytes(100))
@@ -17,7 +17,7 @@ fd, leave = file.fileno(), Event()
 
 
 def move():
-    with _position.turn_of(fd):
+    with _turn.turn_of(fd):
         leave.wait()
 
 

@@ -6,10 +6,10 @@ import threading
 
 import gevent
 
-from greenaio import _position
+from greenaio import _turn
 from greenaio.fileobject import open as open_file
 
-turn = _position.Turn()
+turn = _turn.Turn()
 r, w = os.pipe()
 file = open_file(r, 'rb', closefd=False)
 
