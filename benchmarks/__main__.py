@@ -4,6 +4,12 @@ The ways to do a piece of work take turns, round by round; ratios are of the sam
 median with the lowest and the highest. What is not installed is left out, and said.
 """
 
+import signal
+
+# The imports take a while: Ctrl-C then gives no traceback, either.
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import os

@@ -8,8 +8,17 @@ waits and what was done. Inside `uninterrupted` calls block.
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ``python -m greenaio`` imports this package before the first line of __main__.py, and the import takes a
+# while. Until the command begins, Ctrl-C ends the process without a traceback. While Python looks for the
+# module that -m names, sys.argv begins with -m.
+if (sys.argv[:1] == ['-m'] and sys.orig_argv[-len(sys.argv)].removeprefix('-m') == __name__
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from greenaio._config import config
 

@@ -285,6 +285,8 @@ def _run(script: str, args: list[str], *, is_module: bool) -> int:
               file=sys.stderr)
         return 2
     sys.excepthook = _show_without_us
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # see greenaio/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not run_module and run_path of runpy: when they end they put the old __main__ back, and the threads and
     # the exit functions of a script outlive it.
     main = sys.modules['__main__'] = ModuleType('__main__')

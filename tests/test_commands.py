@@ -12,7 +12,7 @@ import time
 import pytest
 
 from greenaio import _show, bench
-from tests.support.processes import run_in_shell, run_python
+from tests.support.processes import ROOT, run_in_shell, run_python
 
 GREENAIO = (sys.executable, '-m', 'greenaio')
 QUICK = ('--size', '1M', '--seconds', '0.05', '--depths', '1', '--only', 'greenaio')
@@ -204,6 +204,37 @@ sys.exit(without_traceback('program', work))
     assert (done.returncode, done.stderr) == (130, 'program: interrupted\n')
 
 
+@pytest.fixture
+def interrupting(tmp_path):
+    """The environment in which the import of gevent sends Ctrl-C."""
+    (tmp_path / 'gevent.py').write_text(
+        'import os, signal; os.kill(os.getpid(), signal.SIGINT); print("goes on")')
+    return {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+
+@pytest.mark.parametrize('arguments', [
+    ('greenaio', '--help'), ('greenaio', 'config'), ('greenaio', 'bench', '.'),
+    ('greenaio', 'run', '-m', 'x'), ('benchmarks',)], ids=' '.join)
+def test_ctrl_c_during_the_imports_gives_no_traceback(interrupting, arguments):
+    done = subprocess.run([sys.executable, '-m', *arguments], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **interrupting})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', '')
+
+
+def test_ctrl_c_that_is_ignored_stays_so_during_the_imports(interrupting):
+    """As a shell without job control has it for a command that ends with ``&``."""
+    done = run_in_shell([*GREENAIO, '--help'], '', before='trap "" INT', env=interrupting)
+    assert done.stdout == 'goes on\n'
+
+
+def test_script_gets_the_ctrl_c_of_python(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n'
+                      'except KeyboardInterrupt:\n    print("caught")')
+    done = run_in_shell([*GREENAIO, 'run', script], '')
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'caught\n', '')
+
+
 def test_hangup_that_is_ignored_stays_so():
     """As nohup has it."""
     done = run_python("""
@@ -218,9 +249,6 @@ print('goes on')
 
 
 # python -m benchmarks ----------------------------------------------------------------------------
-
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 @pytest.mark.parametrize('arguments, status', [
     (['nosuchgroup'], 2), (['--rounds', '0'], 2), (['--seconds', 'nan'], 2), (['--folder', 'missing'], 2),
