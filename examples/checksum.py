@@ -152,17 +152,18 @@ def main() -> int:
 
 
 def run() -> int:
-    """`main`, without a traceback for Ctrl-C or for output that is full or closed."""
+    """`main`, without a traceback for Ctrl-C, for a wrong setting, or for output that is full or closed."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
     try:
+        greenaio.os.stat(os.curdir)     # the first call; raises ValueError if a variable GREENAIO_… is wrong
         status = main()
         if sys.stdout:
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
             print(f'checksum.py: {error}', file=sys.stderr)
         # The interpreter would try to write the rest at its end, and complain.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import gevent
 from gevent.pool import Pool
 
-import greenaio
+import greenaio.os
 
 FILES = 16                      # at a time: as many as greenaio has threads for a device
 Step = Callable[[int], object]  # is told of bytes, as they are copied
@@ -131,11 +131,12 @@ def main() -> int:
 
 
 def run() -> int:
-    """`main`, without a traceback for Ctrl-C or for output that is full or closed."""
+    """`main`, without a traceback for Ctrl-C, for a wrong setting, or for output that is full or closed."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
     gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), SystemExit(143))
     try:
+        greenaio.os.stat(os.curdir)     # the first call; raises ValueError if a variable GREENAIO_… is wrong
         status = main()
         if sys.stdout:
             sys.stdout.flush()
@@ -143,7 +144,7 @@ def run() -> int:
     except KeyboardInterrupt:
         print('copy_tree.py: interrupted: the copy is incomplete', file=sys.stderr)
         return 130
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
             print(f'copy_tree.py: {error}', file=sys.stderr)
         # The interpreter would try to write the rest at its end, and complain.

@@ -264,7 +264,7 @@ def run() -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
+    except (OSError, ValueError) as error:      # a variable of the environment may be wrong, too
         if not isinstance(error, BrokenPipeError):      # a reader such as head has seen enough
             print(f'write_ahead_log.py: {error}', file=sys.stderr)
         # The interpreter would try to write the rest at its end, and complain.

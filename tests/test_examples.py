@@ -172,12 +172,13 @@ def test_folder_that_cannot_be_made_costs_one_line_for_all_that_is_in_it(inputs)
     assert done.stderr == "copy_tree.py: [Errno 2] No such file or directory: '/proc/copy'\n"
 
 
-@pytest.mark.parametrize('name', ['object_server', 'nbd_server'])
-def test_variable_that_is_out_of_range_stops_a_server_with_a_line(inputs, name):
+@pytest.mark.parametrize('name', SHORT)
+def test_variable_that_is_out_of_range_is_a_line(inputs, name):
     done = run_in_shell([sys.executable, EXAMPLES / f'{name}.py', *SHORT[name]], '', cwd=inputs,
                         env={**TOKEN, 'GREENAIO_DEPTH': 'abc'})
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr.startswith(f'{name}.py: GREENAIO_DEPTH must be') and done.stderr.count('\n') == 1
+    assert sorted(os.listdir(inputs)) == ['disk.img', 'large', 'objects', 'tree']
 
 
 @pytest.mark.parametrize('command, address', [
