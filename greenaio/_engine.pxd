@@ -52,11 +52,11 @@ cdef class Request:
     cdef object keep                    # whatever else must live until the kernel is done
     cdef object range                   # of the file that it changes: held for it, see `alignment`; or None
     cdef public object closer           # keeps the fd open if it was closed meanwhile
-    cdef Py_buffer _view                # the pin on one buffer ...
-    cdef Py_buffer *_views              # ... or on many, with the iovec that names them
-    cdef iovec *_iovec
+    cdef Py_buffer _view                # the pin on one buffer, named by `_one` ...
+    cdef iovec _one
+    cdef Py_buffer *_views              # ... or on many, with an iovec on the heap; NULL for one
+    cdef iovec *_iovec                  # what is still to be moved
     cdef int _count                     # buffers pinned
-    cdef uint64_t _skip                 # of the single buffer: bytes that are there already
     cdef Share share                    # of its device, or None
     cdef public object file             # what is told when its submission stalls, or None
     cdef void *_job                     # what a thread works on; lives as long as we do
@@ -76,7 +76,7 @@ cdef class Request:
     cdef int pin(self, buffer) except -1
     cdef int pin_all(self, buffers) except -1
     cdef void advance(self, uint64_t nbytes) noexcept
-    cdef void *address(self) noexcept
+    cdef void moved(self, uint64_t nbytes) noexcept
     cdef _unpin(self)
     cdef void meet(self) noexcept
     cdef bint goes_again(self) noexcept
@@ -151,6 +151,7 @@ cdef class Engine(Tally):
     cdef void _stalled(self, uint64_t took, int n, bint waited) noexcept
     cpdef Request take_culprit(self)
 
+cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept
 cdef int meetings() noexcept
 cdef int meetings_under_way() noexcept
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

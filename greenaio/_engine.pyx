@@ -128,6 +128,17 @@ def bounds_of(bucket):
     return (8 + bucket % 8) << (bucket // 8 - 1), (9 + bucket % 8) << (bucket // 8 - 1)
 
 
+cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept:
+    """Move *buffers* behind their first *nbytes*."""
+    cdef int i
+    cdef uint64_t n
+    for i in range(count):
+        n = min(nbytes, <uint64_t>buffers[i].iov_len)
+        buffers[i].iov_base = <char *>buffers[i].iov_base + n
+        buffers[i].iov_len -= n
+        nbytes -= n
+
+
 cdef inline int direction_of(int opcode) noexcept:
     if opcode == PREAD or opcode == PREADV:
         return READ
@@ -191,6 +202,8 @@ cdef class Request:
         PyObject_GetBuffer(buffer, &self._view,
                            PyBUF_WRITABLE if self.opcode == PREAD else PyBUF_SIMPLE)
         self._count = 1
+        self._one.iov_base, self._one.iov_len = self._view.buf, self._view.len
+        self._iovec = &self._one
         self.nbytes = self._view.len
         return 0
 
@@ -198,10 +211,10 @@ cdef class Request:
         """Pin a sequence of buffers, and name them in an iovec on the heap."""
         cdef int kind = PyBUF_WRITABLE if self.opcode == PREADV else PyBUF_SIMPLE
         cdef Py_ssize_t n = len(buffers)
-        self._views = <Py_buffer *>PyMem_Malloc((n or 1) * sizeof(Py_buffer))
-        self._iovec = <iovec *>PyMem_Malloc((n or 1) * sizeof(iovec))
-        if self._views == NULL or self._iovec == NULL:
+        self._views = <Py_buffer *>PyMem_Malloc((n or 1) * (sizeof(Py_buffer) + sizeof(iovec)))
+        if self._views == NULL:
             raise MemoryError
+        self._iovec = <iovec *>(self._views + n)
         for buffer in buffers:
             if self._count == n:
                 break               # it grew under us
@@ -212,24 +225,16 @@ cdef class Request:
             self._count += 1
         return 0
 
-    cdef void *address(self) noexcept:
-        return <char *>self._view.buf + self._skip
-
     cdef void advance(self, uint64_t nbytes) noexcept:
         """*nbytes* of it are there already: what remains begins behind them."""
-        cdef int i
-        cdef uint64_t n
+        advance(self._iovec, self._count, nbytes)
+        self.moved(nbytes)
+
+    cdef void moved(self, uint64_t nbytes) noexcept:
+        """`advance`, where the iovec has been advanced."""
         if self.offset >= 0:        # else it is where the file's own position is, which has moved
             self.offset += nbytes
         self.nbytes -= nbytes
-        if self._iovec == NULL:
-            self._skip += nbytes
-            return
-        for i in range(self._count):
-            n = min(nbytes, <uint64_t>self._iovec[i].iov_len)
-            self._iovec[i].iov_base = <char *>self._iovec[i].iov_base + n
-            self._iovec[i].iov_len -= n
-            nbytes -= n
 
     cdef _unpin(self):
         cdef int i
@@ -237,6 +242,7 @@ cdef class Request:
         cdef Py_buffer *views = self._views
         self._count = 0             # first: a release may run code that comes back here
         self._views = NULL
+        self._iovec = NULL
         if views == NULL:
             if count:
                 PyBuffer_Release(&self._view)
@@ -244,8 +250,6 @@ cdef class Request:
         for i in range(count):
             PyBuffer_Release(&views[i])
         PyMem_Free(views)
-        PyMem_Free(self._iovec)
-        self._iovec = NULL
 
     cdef release(self):
         """Let go of the buffers and all else. May run any code: take the request out of its list
@@ -642,10 +646,10 @@ cdef class Engine(Tally):
         took = self.context.now()
         while at != NULL and n < room:
             request = <Request>at
-            if request._iovec != NULL:
+            if request._views != NULL:
                 address, length = <uint64_t><uintptr_t>request._iovec, request._count
             elif request._count:
-                address, length = <uint64_t><uintptr_t>request.address(), request.nbytes
+                address, length = <uint64_t><uintptr_t>request._one.iov_base, request.nbytes
             else:
                 address, length = 0, 0
             self.context.stage(<uint64_t><uintptr_t><void *>request, request.opcode, request.fd,

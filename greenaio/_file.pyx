@@ -26,7 +26,7 @@ from greenaio._calls cimport (
     work_in,
 )
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._engine cimport Engine, Request, iovec, new_request
+from greenaio._engine cimport Engine, Request, advance, iovec, new_request
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
@@ -65,6 +65,12 @@ cdef extern from *:
     static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
     {
         long result;
+        if (flags == 0 && n == 1) {     /* the oldest calls, which no sandbox denies */
+            void *at = v->iov_base;
+            size_t length = v->iov_len;
+            return offset == -1 ? RESULT(reading ? read(fd, at, length) : write(fd, at, length))
+                                : RESULT(reading ? pread(fd, at, length, offset) : pwrite(fd, at, length, offset));
+        }
         if (flags == 0)
             return offset == -1 ? RESULT(reading ? readv(fd, v, n) : writev(fd, v, n))
                                 : RESULT(reading ? preadv(fd, v, n, offset) : pwritev(fd, v, n, offset));
@@ -73,18 +79,6 @@ cdef extern from *:
         result = RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, fd, v, (long)n, offset, 0L, flags));
         return flags == 8 && denies(reading, result) ? -EOPNOTSUPP : result;
     }
-
-    static inline long buffer_now(int reading, int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
-    {
-        struct iovec one = { at, n };   /* on the stack: nobody is switched to meanwhile */
-        if (flags == 0)                 /* the oldest calls, which no sandbox denies */
-            return offset == -1 ? RESULT(reading ? read(fd, at, n) : write(fd, at, n))
-                                : RESULT(reading ? pread(fd, at, n, offset) : pwrite(fd, at, n, offset));
-        return vector_now(reading, fd, &one, 1, offset, flags);
-    }
-
-    static inline long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned flags)
-    { return flags ? buffer_now(1, fd, at, n, offset, flags) : RESULT(pread(fd, at, n, offset)); }
 
     /* Whether the page cache has anything of the range; no where the kernel can't tell (before Linux 6.5). */
     static inline int is_cached(int fd, uint64_t offset, uint64_t n)
@@ -105,8 +99,6 @@ cdef extern from *:
     bint fd_is_direct(int fd)
     bint is_cached(int fd, uint64_t offset, uint64_t n)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
-    long buffer_now(bint reading, int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
-    long read_now(int fd, void *at, uint64_t n, int64_t offset, unsigned int flags)
 
 cdef set _closing = _fallback._closing
 
@@ -208,28 +200,23 @@ cdef class File:
         cdef int fd = self._open_fd()
         cdef Known known = self._known
         cdef unsigned int flags = 0 if known.device.in_memory or known.kind & ANSWER else RWF_NOWAIT
-        cdef int64_t got = 0, more
-        cdef uint64_t began = coarse_ns()
+        cdef iovec room
+        cdef int64_t got, last = 0
         driver.check_caller()
         if known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
             return -1
-        if any_busy() and known.device.pool().all_busy():
+        if _lacks_threads(known):
             return -1
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         if view.len > IN_LINE_MAX or is_swapped_out(known, fd, -1, view.len):
             PyBuffer_Release(&view)
             return -1
-        while True:
-            more = buffer_now(1, fd, <char *>view.buf + got, view.len - got, -1, flags)
-            if coarse_ns() - began > WAITED_NS:
-                waited_in_hub(fd, began)
-            if more <= 0:
-                break
-            got += more
-            if got == view.len or known.kind & ANSWER:
-                break
-        PyBuffer_Release(&view)
-        if more < 0:
+        room.iov_base, room.iov_len = view.buf, view.len
+        try:
+            got = _read_in_line(fd, &room, 1, view.len, -1, flags, known.kind & ANSWER != 0, &last)
+        finally:
+            PyBuffer_Release(&view)
+        if last < 0:
             return -1 - got
         cdef int forks = driver.forks
         try:
@@ -553,44 +540,59 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
     return PyBytes_FromStringAndSize(memory.address + before, max(0, min(n, got - before)))
 
 
+cdef bint _lacks_threads(Known known) except -1:
+    """Whether a read that misses the page cache would wait for a thread. A miss starts read-ahead, which waits if the
+    queue of the device is full. *known* may be None while no threads are busy."""
+    return any_busy() and known.device.pool().all_busy()
+
+
+cdef int64_t _read_in_line(int fd, iovec *buffers, int count, uint64_t wanted, int64_t offset, unsigned int flags,
+                           bint once, int64_t *last) except -1:
+    """Read what the page cache has of *wanted* bytes; return how many. If that is not all, *buffers* begin behind it.
+
+    *last* is set to the kernel's last answer: bytes, 0 at the end of the file, or minus the errno: EAGAIN or
+    EOPNOTSUPP if the rest would wait. *offset* -1 is the file's own position. With *once* there is one call."""
+    cdef uint64_t began = coarse_ns()
+    cdef int64_t got = 0, more
+    while True:
+        more = vector_now(True, fd, buffers, count, offset, flags)
+        if coarse_ns() - began > WAITED_NS:
+            waited_in_hub(fd, began)
+        if more > 0:
+            got += more
+        if more <= 0 or once or <uint64_t>got == wanted:
+            last[0] = more
+            return got
+        advance(buffers, count, more)
+        if offset >= 0:
+            offset += more
+
+
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
     cdef bytes data = None              # no other code has it so far
     cdef Filling large = None
     cdef object keep
-    cdef char *at
+    cdef iovec room
     cdef int64_t got = 0, more
-    cdef uint64_t began
     cdef Request request
     cdef AlignedBuffer buffer
     if n > IN_LINE_MAX:                 # then a short result is cut without a copy
         keep = large = Filling.__new__(Filling, n)
-        at = PyBytes_AS_STRING(<object>large._data)
+        room.iov_base = PyBytes_AS_STRING(<object>large._data)
     else:
         keep = data = PyBytes_FromStringAndSize(NULL, n)
-        at = PyBytes_AS_STRING(data)
+        room.iov_base = PyBytes_AS_STRING(data)
+    room.iov_len = n
     driver.check_caller()
     if known is None and (any_busy() or knows_block_devices()):
         known = know(fd, name)
-    if n <= IN_LINE_MAX and not (any_busy() and known.device.pool().all_busy()) and not (
+    if n <= IN_LINE_MAX and not _lacks_threads(known) and not (
             known is not None and known.kind & (ANSWER | LOCKED)):
-        began = coarse_ns()
-        while True:                     # a miss starts read-ahead, which waits on a full queue
-            more = read_now(fd, at + got, n - got, offset + got, RWF_NOWAIT)
-            if coarse_ns() - began > WAITED_NS:
-                waited_in_hub(fd, began)
-            if more <= 0:
-                break
-            got += more
-            if got == n:
-                driver.end_in_line()
-                return data
-        if more == 0:
+        got = _read_in_line(fd, &room, 1, n, offset, RWF_NOWAIT, False, &more)
+        if more >= 0 or got and more != -EAGAIN and more != -EOPNOTSUPP:
             driver.end_in_line()
-            return data[:got]
+            return data if got == n else data[:got]     # after an error too, as preadv: the next read tells
         if more != -EAGAIN and more != -EOPNOTSUPP:
-            if got:
-                driver.end_in_line()
-                return data[:got]       # as preadv: the next read tells
             raise failed(more, name)
     if known is None:
         known = know(fd, name)
@@ -603,10 +605,10 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
             raise failed(got, name)
         return PyBytes_FromStringAndSize(buffer.address, got)
     if in_line(known, n, fd, offset + got):
-        more = read_now(fd, at + got, n - got, offset + got, 0)
+        more = vector_now(True, fd, &room, 1, offset + got, 0)
         driver.end_in_line()
     else:
-        request = new_call(fd, keep, SYS_pread64, fd, <long>(at + got), n - got, offset + got)
+        request = new_call(fd, keep, SYS_pread64, fd, <long>room.iov_base, n - got, offset + got)
         request.offset, request.nbytes = offset + got, n - got      # for who asks what waits
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
@@ -722,12 +724,11 @@ cdef bint _is_misaligned(Known known, Request request) noexcept:
     cdef int i
     if known.device.in_memory or known.kind & APPEND:   # the one takes all; the other knows no offset
         return False
-    if request._iovec == NULL:
-        memory, length = <uint64_t>request.address(), request.nbytes
-    else:
-        for i in range(request._count):
-            memory |= <uint64_t>request._iovec[i].iov_base | request._iovec[i].iov_len
-            length |= request._iovec[i].iov_len
+    for i in range(request._count):
+        memory |= <uint64_t>request._iovec[i].iov_base
+        length |= request._iovec[i].iov_len
+    if request._count > 1:
+        memory |= length                # then each buffer begins where one ended
     return ((length | <uint64_t>request.offset) & (known.align - 1)) != 0 or memory & (known.align_memory - 1) != 0
 
 
@@ -819,25 +820,15 @@ def _write_in_turn(Known known, Request request, memory):
 cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
-    cdef uint64_t began
     driver.check_caller()
     if request.flags & RWF_NOWAIT or in_line(known, wanted, request.fd, request.offset) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
-    if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER | LOCKED) and not (
-            any_busy() and known.device.pool().all_busy()):
-        began = coarse_ns()
-        while True:
-            more = _now(request, request.flags | RWF_NOWAIT)
-            if coarse_ns() - began > WAITED_NS:
-                waited_in_hub(request.fd, began)
-            if more <= 0:
-                break
-            got += more
-            request.advance(more)
-            if request.nbytes == 0:
-                return _done_in_line(driver, got)
+    if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER | LOCKED) and not _lacks_threads(known):
+        got = _read_in_line(request.fd, request._iovec, request._count, wanted, request.offset,
+                            request.flags | RWF_NOWAIT, False, &more)
         if more != -EAGAIN and more != -EOPNOTSUPP:
             return _done_in_line(driver, got if got else more)
+        request.moved(got)
     if known.kind & ANSWER:
         return _read_answer(driver, request, known, memory)
     more = _by_thread(driver, request, known)
@@ -888,8 +879,8 @@ cdef bint _has_place(Request request, Known known) noexcept:
 
 cdef bint _means_its_writer(Request request, Known known) noexcept:
     """Whether it is the 0 that moves the thread that writes it into a control group."""
-    return (known.kind & ANSWER and request._iovec == NULL and 0 < request.nbytes <= 2
-            and (<char *>request.address())[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
+    return (known.kind & ANSWER and request._count == 1 and 0 < request.nbytes <= 2
+            and (<char *>request._iovec.iov_base)[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
 
 
 cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
@@ -900,9 +891,7 @@ cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
 cdef int64_t _now(Request request, unsigned int flags) noexcept:
     """The system call, here and now."""
     cdef bint reading = request.opcode == PREAD or request.opcode == PREADV
-    if request._iovec != NULL or request._count == 0:
-        return vector_now(reading, request.fd, request._iovec, request._count, request.offset, flags)
-    return buffer_now(reading, request.fd, request.address(), request.nbytes, request.offset, flags)
+    return vector_now(reading, request.fd, request._iovec, request._count, request.offset, flags)
 
 
 cdef object _sync(int fd, Known known, int opcode, name):

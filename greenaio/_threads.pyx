@@ -537,7 +537,6 @@ cdef struct job:
     int signal                  # that it sent to who made it, or 0
     caller by                   # for whom it is made
     int kind                    # LONG or ON_...
-    iovec one                   # what args name where there is one buffer
 
 cdef struct mailbox:
     pthread_mutex_t lock
@@ -768,17 +767,13 @@ cdef int as_call(Request request) except -1:
     """What native AIO would do with *request*, as a system call."""
     cdef job *one = _job_of(request)
     cdef int opcode = request.opcode
-    cdef void *buffers = request._iovec
+    cdef iovec *buffers = request._iovec
     cdef long count = request._count
     if opcode == FSYNC or opcode == FDSYNC:
         one.number = SYS_fsync if opcode == FSYNC else SYS_fdatasync
         one.kind = LONG
         one.args[0] = request.fd
         return 0
-    if opcode == PREAD or opcode == PWRITE:
-        one.one.iov_base = request.address()
-        one.one.iov_len = request.nbytes
-        buffers, count = &one.one, 1
     cdef bint reading = opcode == PREAD or opcode == PREADV
     one.kind = ON_BYTES if not reading and request.nbytes <= SHORT_BYTES else LONG
     cdef bint in_order = request.offset == -1       # at the file's own position
@@ -790,7 +785,7 @@ cdef int as_call(Request request) except -1:
             one.number = SYS_read if in_order else SYS_pread64
         else:
             one.number = SYS_write if in_order else SYS_pwrite64
-        _set(one, request.fd, <long>(<iovec *>buffers).iov_base, (<iovec *>buffers).iov_len, request.offset, 0, 0)
+        _set(one, request.fd, <long>buffers.iov_base, buffers.iov_len, request.offset, 0, 0)
         return 0
     elif in_order:
         one.number = SYS_readv if reading else SYS_writev
