@@ -22,9 +22,9 @@ from pkgutil import get_importer, read_code
 from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
-from greenaio import __version__, _config
+from greenaio import __version__, _config, _show
+from greenaio._show import PROG, discard, tell
 
-PROG = 'python -m greenaio'
 OUTPUT = 'standard output'
 
 # The purpose of each. A command's arguments and imports come when that command is asked for.
@@ -46,7 +46,8 @@ sockets and files wait in their greenlets."""
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """One line, not the whole usage."""
-        self.exit(2, f'{self.prog}: {message}; --help tells more\n')
+        tell(self.prog, f'{message}; --help tells more')
+        sys.exit(2)
 
 
 class _Help(argparse.HelpFormatter):
@@ -74,9 +75,9 @@ def main() -> int:
     """Run the command that sys.argv names, and return its exit status: 0, 1 for a failure or a finding, 2 for
     a mistake of the user, 130 after Ctrl-C."""
     try:
-        _config.check_environment(partial(_tell, PROG))
+        _config.check_environment(partial(tell, PROG))
     except ValueError as error:
-        _tell(PROG, error)
+        tell(PROG, error)
         return 2
     words = sys.argv[1:]
     asked = next((word for word in words if not word.startswith('-')), '')
@@ -94,20 +95,20 @@ def without_traceback(prog: str, work: Callable[[], int]) -> int:
         with _named_output():
             return work()
     except KeyboardInterrupt:
-        _tell(prog, 'interrupted')
+        tell(prog, 'interrupted')
         return 130
     except BrokenPipeError:             # ``head`` closes its pipe on purpose
         return 1                        # as rich does
     except OSError as error:
-        _tell(prog, f'{error.filename}: {error.strerror}' if error.filename and error.strerror else error)
+        tell(prog, f'{error.filename}: {error.strerror}' if error.filename and error.strerror else error)
         return 1
     except MemoryError:
-        _tell(prog, 'there is not enough memory')
+        tell(prog, 'there is not enough memory')
         return 1
     except Exception:
         if signal.SIGINT not in _ended_by:
             raise
-        _tell(prog, 'interrupted')      # amid an import, where it comes out as another exception
+        tell(prog, 'interrupted')       # amid an import, where it comes out as another exception
         return 130
 
 
@@ -134,20 +135,6 @@ def _open_standard_files() -> None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), 'w')
 
 
-def _tell(prog: str, problem: object) -> None:
-    if sys.stderr is None:              # print() would use standard output
-        return
-    try:
-        print(f'{prog}: {problem}', file=sys.stderr)
-    except OSError:
-        _discard(sys.stderr.fileno())
-
-
-def _discard(fd: int) -> None:
-    """Lead *fd* to nowhere: Python writes at its end what could not be written before, and would complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-
 @contextlib.contextmanager
 def _named_output() -> Iterator[None]:
     """Until the end all that is printed goes through `_Output`, and all is written by then."""
@@ -166,7 +153,7 @@ def _named_output() -> Iterator[None]:
         raise
     except OSError as error:
         if error.filename == OUTPUT:
-            _discard(sys.stdout.fileno())
+            discard(sys.stdout.fileno())
         raise
     finally:
         sys.stdout = before
@@ -252,8 +239,6 @@ def _print_config(arguments: argparse.Namespace) -> int:
              f'{one.allowed[0]} to {one.allowed[-1]}') for one in _config.SETTINGS]
     rows += [(name, os.environ.get(name, ''), '', name if name in os.environ else _config.DEFAULT, '', '')
              for name in _config.OTHER_VARIABLES]
-    from greenaio import _show
-
     _show.table(('setting', 'value', 'unit', 'came from', 'default', 'allowed'), rows,
                 right=('value', 'default'))
     for one in _config.SETTINGS:
@@ -281,8 +266,7 @@ def _run(script: str, args: list[str], *, is_module: bool) -> int:
     monkey.patch_all()
     sys.argv = [script, *args]
     if not (_is_there(script) if is_module else os.path.exists(script)):
-        print(f'python -m greenaio run: {"there is no module" if is_module else "no such file:"} {script}',
-              file=sys.stderr)
+        tell(f'{PROG} run', f'{"there is no module" if is_module else "no such file:"} {script}')
         return 2
     sys.excepthook = _show_without_us
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # see greenaio/__init__.py
@@ -303,7 +287,7 @@ def _run(script: str, args: list[str], *, is_module: bool) -> int:
             with io.open_code(path) as file:
                 source = file.read()
         except OSError as error:
-            _tell(f'{PROG} run', f'{script}: {error.strerror}')
+            tell(f'{PROG} run', f'{script}: {error.strerror}')
             return 2
         _run_source(source, path, vars(main))
     return 0

@@ -1,4 +1,4 @@
-"""Tables for a terminal: by rich where that is installed, else in plain text.
+"""Lines of problems, and tables for a terminal: by rich where that is installed, else in plain text.
 
 No cell is ever cut. A table that is too wide for the terminal loses its frame, then the spaces between its
 columns; one that is still too wide becomes a list, with a line for each cell.
@@ -7,17 +7,35 @@ columns; one that is still too wide becomes a list, with a line for each cell.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 
+PROG = 'python -m greenaio'
 WIDTH = 120         # columns, where there is no terminal to ask
 PROSE = 110         # columns that text takes at most
 LEAST = 24          # columns that the last one gets, however narrow the terminal
 FRAME = 3           # columns that a frame takes of each column, and one more
 
 Rows = Sequence[Sequence[str]]
+
+
+def tell(prog: str, problem: object) -> None:
+    """Print a line on standard error, where it takes one."""
+    if sys.stderr is None:              # print() would use standard output
+        return
+    try:
+        print(f'{prog}: {problem}', file=sys.stderr)
+    except OSError:
+        discard(sys.stderr.fileno())
+
+
+def discard(fd: int) -> None:
+    """Lead *fd* to nowhere: Python writes at its end what could not be written before, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def table(columns: Sequence[str], rows: Rows, *, title: str = '', right: Collection[str] = ()) -> None:

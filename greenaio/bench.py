@@ -39,7 +39,7 @@ from gevent.event import Event
 from gevent.lock import RLock
 
 from greenaio import File, __version__, aligned_buffer, config
-from greenaio._show import table
+from greenaio._show import PROG, table, tell
 
 BATCH_MAX = 32      # requests to an io_submit, for fio:batch
 SAMPLED = 16        # of so many requests one is timed
@@ -682,12 +682,12 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         return _main(arguments)
     except (BadArgument, Failure) as error:
-        _tell(str(error))
+        _tell(error)
         return 1 if isinstance(error, Failure) else 2
 
 
-def _tell(problem: str) -> None:
-    print(f'greenaio bench: {problem}', file=sys.stderr)
+def _tell(problem: object) -> None:
+    tell(f'{PROG} bench', problem)
 
 
 def _main(arguments: argparse.Namespace) -> int:

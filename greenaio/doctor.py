@@ -19,7 +19,6 @@ import platform
 import re
 import signal
 import stat
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import gevent
 
 import greenaio.os
 from greenaio import File, aligned_buffer, config
+from greenaio._show import PROG, table, tell, wrapped
 
 DEPTH_TRIED = 16        # requests: the least that a hub does with
 PATIENCE = 10.0         # seconds for each PATH: a disk that hangs is a finding too
@@ -752,8 +752,6 @@ def _mounts() -> Iterator[tuple[str, str, str]]:
 
 
 def _print(report: Report) -> None:
-    from greenaio._show import table, wrapped
-
     table(('', ''), _facts_of_machine(report.machine), title=f'greenaio {report.machine.greenaio}')
     for place in report.places:
         print()
@@ -882,7 +880,7 @@ def _answer(paths: Sequence[str], fd: int) -> NoReturn:
 def main(arguments: argparse.Namespace) -> int:
     report = _examine_apart(arguments.paths)
     for bad_path in report.bad_paths:
-        print(f'greenaio doctor: {bad_path}', file=sys.stderr)
+        tell(f'{PROG} doctor', bad_path)
     if report.bad_paths and not report.places:
         return 2
     if arguments.json:

@@ -131,10 +131,10 @@ def test_way_that_fails_is_left_out(disk_folder, tmp_path):
     done = quick(disk_folder, '--only', 'greenaio,fio:io_uring', env=env)
     assert done.returncode == 0
     why = 'fio failed: fio: io_queue_init: Operation not permitted\n'
-    assert done.stderr == f'greenaio bench: fio:io_uring is left out: {why}'
+    assert done.stderr == f'python -m greenaio bench: fio:io_uring is left out: {why}'
     assert 'greenaio' in done.stdout and 'fio' not in done.stdout
     done = quick(disk_folder, '--only', 'fio:io_uring', env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (1, '', f'greenaio bench: {why}')
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', f'python -m greenaio bench: {why}')
 
 
 def test_file_without_o_direct_is_told_before_anything_is_measured():
@@ -143,7 +143,7 @@ def test_file_without_o_direct_is_told_before_anything_is_measured():
         missing('needs a file of sysfs')
     done = quick(path)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.startswith(f'greenaio bench: {path} takes no O_DIRECT request of 4096 bytes')
+    assert done.stderr.startswith(f'python -m greenaio bench: {path} takes no O_DIRECT request of 4096 bytes')
     assert '--buffered' in done.stderr and done.stderr.count('\n') == 1
 
 
@@ -255,14 +255,14 @@ def test_fifo_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     done = quick(tmp_path / 'fifo')
     assert done.returncode == 2
-    assert done.stderr == f'greenaio bench: {tmp_path}/fifo is neither a file nor a block device\n'
+    assert done.stderr == f'python -m greenaio bench: {tmp_path}/fifo is neither a file nor a block device\n'
 
 
 def test_path_that_is_misspelt_makes_no_file(tmp_path):
     path = tmp_path / 'nosuchdir'
     done = quick(path)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == f'greenaio bench: {path}: no such file or folder\n'
+    assert done.stderr == f'python -m greenaio bench: {path}: no such file or folder\n'
     assert os.listdir(tmp_path) == []
 
 

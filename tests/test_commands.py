@@ -39,6 +39,15 @@ def test_errors_that_nothing_takes_cost_no_more_than_the_output(disk_folder):
     assert run(disk_folder, 'config', redirection='>/dev/full 2>&1').returncode == 1
 
 
+@pytest.mark.parametrize('arguments', [
+    (), ('benhc',), ('bench', '/no/such/folder'), ('doctor', '/no/such/folder'),
+    ('run', 'missing.py')], ids=' '.join)
+@pytest.mark.parametrize('redirection', ['2>/dev/full', '2>&-'])
+def test_mistake_has_its_status_though_nothing_takes_its_line(arguments, redirection):
+    done = run_in_shell([*GREENAIO, *arguments], redirection)
+    assert (done.returncode, done.stdout) == (2, '')
+
+
 @pytest.mark.parametrize('name', ['config', 'doctor', 'bench'])
 def test_output_that_is_closed_is_an_error_before_any_work(disk_folder, name):
     before = os.stat(disk_folder).st_mtime_ns

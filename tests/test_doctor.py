@@ -205,7 +205,7 @@ def test_each_path_is_reported_also_beside_one_that_is_missing(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'greenaio', 'doctor', '--json', 'missing', str(tmp_path)],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == 'greenaio doctor: missing: No such file or directory\n'
+    assert done.stderr == 'python -m greenaio doctor: missing: No such file or directory\n'
     assert [place['path'] for place in json.loads(done.stdout)['paths']] == [str(tmp_path)]
 
 
@@ -216,7 +216,7 @@ def test_path_that_is_not_there_is_one_line(tmp_path):
         done = subprocess.run([sys.executable, '-m', 'greenaio', 'doctor', path], capture_output=True,
                               text=True, timeout=60)
         assert (done.returncode, done.stdout) == (2, '')
-        assert done.stderr.startswith(f'greenaio doctor: {path}: ') and why in done.stderr
+        assert done.stderr.startswith(f'python -m greenaio doctor: {path}: ') and why in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 
