@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import shutil
+import signal
 import tempfile
 
 import gevent
@@ -21,6 +22,10 @@ from tests.support.watchdog import start_watchdog, stop_watchdog, tell_watchdog
 
 
 def pytest_sessionstart():
+    # The background of a shell ignores Ctrl-C, and nohup hangups: what the tests start would inherit that.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     start_watchdog()
 
 

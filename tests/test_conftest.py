@@ -1,10 +1,9 @@
-"""What a test leaves behind fails that test, and is gone before the next one."""
+"""A test that leaves something behind fails, and the next one finds nothing of it, nor of the shell."""
 
 import os
-import subprocess
 import sys
 
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, run_in_shell
 
 LEAKING = '''
 import os
@@ -40,14 +39,35 @@ def test_finds_a_hub_that_works(tmp_path):
 '''
 
 
-def test_leaking_test_fails_and_not_the_next_one(tmp_path):
-    path = tmp_path / 'test_leaking.py'
-    path.write_text(LEAKING)
-    done = subprocess.run(
+IGNORED = '''
+import subprocess
+
+def test_child_ignores_neither_ctrl_c_nor_a_hangup():
+    status = subprocess.run(['cat', '/proc/self/status'], capture_output=True, text=True).stdout
+    ignored, = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith('SigIgn:')]
+    assert ignored & 0b11 == 0
+'''
+
+
+def run_tests(folder, text, before=''):
+    """Run a file of tests, in a shell that first does *before*; return the finished process."""
+    path = folder / 'test_inner.py'
+    path.write_text(text)
+    return run_in_shell(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'tests.conftest', '-p', 'no:cacheprovider',
-         '-c', os.devnull, '--rootdir', tmp_path, '--basetemp', tmp_path / 'inner', path],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=60)
+         '-c', os.devnull, '--rootdir', folder, '--basetemp', folder / 'inner', path],
+        '', before=before, env={'PYTHONPATH': str(ROOT)})
+
+
+def test_leaking_test_fails_and_not_the_next_one(tmp_path):
+    done = run_tests(tmp_path, LEAKING)
     told = [line.split(' - ')[0].split('::test_')[1] for line in done.stdout.splitlines()
             if line.startswith(('ERROR ', 'FAILED '))]
     assert told == ['leaks_files', 'leaves_a_greenlet_that_waits'], done.stdout
     assert '\n4 passed, 2 errors in ' in done.stdout, done.stdout
+
+
+def test_tests_in_the_background_do_not_pass_ignored_signals_on(tmp_path):
+    """As a shell has it behind ``nohup`` and before ``&``."""
+    done = run_tests(tmp_path, IGNORED, before='trap "" INT HUP')
+    assert done.returncode == 0, done.stdout
