@@ -81,7 +81,7 @@ def main() -> int:
         return 2
     words = sys.argv[1:]
     asked = next((word for word in words if not word.startswith('-')), '')
-    if asked == 'run':
+    if asked == 'run' and not {'-h', '--help'}.intersection(_split_at_script(words)[0]):
         return _main(asked, words)      # its files and its output are the script's
     return without_traceback(f'{PROG} {asked}'.rstrip(), partial(_main, asked, words))
 

@@ -16,8 +16,8 @@ from tests.support.processes import ROOT, run_in_shell, run_python
 
 GREENAIO = (sys.executable, '-m', 'greenaio')
 QUICK = ('--size', '1M', '--seconds', '0.05', '--depths', '1', '--only', 'greenaio')
-COMMANDS = {'help': ['--help'], 'config': ['config'], 'doctor': ['doctor', '--json'],
-            'bench': ['bench', *QUICK]}
+COMMANDS = {'help': ['--help'], 'help of run': ['run', '--help'], 'config': ['config'],
+            'doctor': ['doctor', '--json'], 'bench': ['bench', *QUICK]}
 
 
 def run(folder, *arguments, redirection='', **kwargs):
