@@ -27,12 +27,16 @@ from greenaio._bell import generation, listen
 from greenaio._ends import before_destroy, thrown, was_thrown
 from greenaio._uninterrupted import REFUSED, is_uninterrupted
 
+try:
+    from greenaio._threads import close_in_thread
+except ImportError:
+    def close_in_thread(fd: int) -> None:
+        get_original('_thread', 'start_new_thread')(posix.close, (fd,))
+
 if TYPE_CHECKING:
     from gevent.threadpool import ThreadPool
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-start_new_thread = get_original('_thread', 'start_new_thread')
 
 THREADS = 10    # per hub, as gevent's own pool
 
@@ -360,7 +364,7 @@ class Closer:
         _closing.discard(self.fd)
         if self.is_slow:
             try:
-                start_new_thread(posix.close, (self.fd,))
+                close_in_thread(self.fd)
                 return
             except RuntimeError:        # none to be had, or the interpreter ends
                 pass

@@ -24,6 +24,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EACCES, EAGAIN, EINTR, ENOSYS, EPERM, errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
+from posix.unistd cimport close as close_fd
 
 from greenaio._context cimport (
     FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns, signal_eventfd,
@@ -582,6 +583,17 @@ log = logging.getLogger('greenaio')
 cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept:
     """Start a native thread, with signals blocked; return 0 or an errno."""
     return start_native(work, arg)
+
+
+cdef void *_close(void *number) noexcept nogil:
+    close_fd(<int><long>number)
+    return NULL
+
+
+def close_in_thread(int fd):
+    """Close *fd* in a thread of its own, without waiting for the close. Raises RuntimeError if none can be started."""
+    if start_native(_close, <void *><long>fd):
+        raise RuntimeError("can't start new thread")
 
 
 # What runs in a worker ---------------------------------------------------------------------------

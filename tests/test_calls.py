@@ -5,12 +5,10 @@ import errno
 import fcntl
 import gc
 import os
-import posix
 import shutil
 import socket
 import tempfile
 import time
-from _thread import get_ident
 
 import gevent
 import pytest
@@ -21,6 +19,7 @@ import greenaio.os
 from greenaio import File, _fallback, _hub
 from tests.support import missing
 from tests.support.disks import MIB, pattern
+from tests.support.leftovers import open_files
 from tests.support.processes import run, run_program, run_python
 
 
@@ -329,19 +328,29 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
     ''', disk_folder, env={'GREENAIO_THREADS': '1'})
 
 
-def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, monkeypatch):
+@pytest.fixture
+def left_to_threads(monkeypatch):
+    """The numbers that threads of their own were asked to close."""
+    numbers, close = [], _fallback.close_in_thread
+    monkeypatch.setattr(_fallback, 'close_in_thread', lambda fd: numbers.append(fd) or close(fd))
+    return numbers
+
+
+def assert_is_closed_by_a_thread(fd, left_to_threads):
+    assert left_to_threads == [fd]
+    with gevent.Timeout(10):
+        while fd in open_files():
+            gevent.sleep(0.001)
+
+
+def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, left_to_threads):
     """The last of them lets go of the fd in the hub, as a rule."""
-    closed, close = [], posix.close
     file = File(os.path.join(disk_folder, 'written'), os.O_RDWR | os.O_CREAT)
     fd = file.fileno()
-    monkeypatch.setattr(posix, 'close', lambda fd: closed.append((fd, get_ident())) or close(fd))
     with _fallback.using(fd):
         file.close()
-        assert closed == []
-    with gevent.Timeout(10):
-        while not closed:
-            gevent.sleep(0.001)
-    assert closed[0][0] == fd and closed[0][1] != get_ident()
+        assert left_to_threads == []
+    assert_is_closed_by_a_thread(fd, left_to_threads)
 
 
 def without_a_name(folder, kind):
@@ -436,18 +445,13 @@ def test_close_in_the_hub_of_a_file_without_a_name_is_the_plain_one(disk_folder)
 @pytest.mark.parametrize('make', [lambda fd: File.from_fd(fd, closefd=True),
                                   lambda fd: greenaio.open(fd, 'rb', 0), lambda fd: greenaio.open(fd, 'rb')],
                          ids=['File', 'raw', 'buffered'])
-def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, monkeypatch, make):
-    closed, close = [], posix.close
+def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, left_to_threads, make):
     file = make(without_a_name(disk_folder, 'unlinked'))
     fd = file.fileno()
-    monkeypatch.setattr(posix, 'close', lambda fd: closed.append((fd, get_ident())) or close(fd))
     with pytest.warns(ResourceWarning):
         del file
         gc.collect()
-    with gevent.Timeout(10):
-        while not closed:
-            gevent.sleep(0.001)
-    assert closed[0][0] == fd and closed[0][1] != get_ident()
+    assert_is_closed_by_a_thread(fd, left_to_threads)
 
 
 def test_close_of_no_open_file_is_ebadf():
