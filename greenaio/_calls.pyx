@@ -18,7 +18,7 @@ from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EBADF, EEXIST, ENXIO, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
-from posix.unistd cimport close as close_fd
+from posix.unistd cimport close as close_fd, lseek as seek
 
 from gevent import sleep
 
@@ -31,7 +31,7 @@ from greenaio._engine cimport CALL, NEW, Engine, Request, meetings, meetings_und
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, DIRECT, GO_ON, LEASED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    ANSWER, APPEND, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
     path_at_hand, seek_may_wait, stat_there, way,
 )
@@ -90,6 +90,7 @@ cdef extern from *:
     const long SYS_readahead
     const long SYS_sync_file_range
     const int SYNC_FILE_RANGE_WRITE
+    const int SEEK_CUR
     const int SEEK_END
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
@@ -463,19 +464,33 @@ def facts(fd):
     return known.mode, file_size(number), known.kind & ANSWER != 0
 
 
-def give_number(object raw, int fd):
-    """Make the `io.FileIO` *raw* one of *fd*, in place of the number that it was initialized with, which stays open.
-    Return whether it was done: where the objects of `io` are others than we know, it is not."""
-    cdef raw_file *memory = <raw_file *><PyObject *>raw
-    if not isinstance(raw, FileIO) or memory.fd != FileIO.fileno(raw):
-        return False
-    memory.fd = fd
+def initialize(object raw, int fd, str mode):
+    """``FileIO.__init__(raw, fd, mode, False)``, without a wait in the hub.
+
+    `io.FileIO` asks for the size and goes to the end: a server may not answer, and a block device may be locked. So it
+    gets another file, which has a position if *fd* has one, and the number *fd* afterwards."""
+    cdef raw_file *memory
+    cdef bint appends = 'a' in mode
+    # The kernel knows that without the server.
+    cdef bint has_position = not appends or _open_file(fd).kind & LOCKED != 0 or seek(fd, 0, SEEK_CUR) >= 0
+    others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
+    try:
+        FileIO.__init__(raw, others[0], mode, False)
+        memory = <raw_file *><PyObject *>raw
+        if memory.fd != others[0]:      # the objects of `io` are others than we know
+            FileIO.__init__(raw, fd, mode, False)
+            return
+        memory.fd = fd
+    finally:
+        for other in others:
+            posix.close(other)
     if hasattr(raw, '_blksize'):        # what the buffers above it are to have
         try:
             raw._blksize = block_size(fd)
         except AttributeError:          # Python 3.14 does not let us
             pass
-    return True
+    if appends and has_position:
+        lseek(fd, 0, SEEK_END)
 
 
 def lseek(int fd, int64_t offset, int whence):

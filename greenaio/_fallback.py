@@ -15,6 +15,7 @@ import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
 
@@ -626,8 +627,8 @@ def lseek(fd: int, offset: int, whence: int) -> int:
     return os.lseek(fd, offset, whence)
 
 
-def give_number(raw: Any, fd: int) -> bool:
-    return False                # only an extension can
+def initialize(raw: Any, fd: int, mode: str) -> None:
+    call(lambda _: FileIO.__init__(raw, fd, mode, False), fd)
 
 
 def facts(fd: int) -> tuple[int, int, bool]:

@@ -174,40 +174,12 @@ class FileIO(io.FileIO):
         if file.is_local and not ('a' in mode and file._seek_may_wait) or not can_wait():
             super().__init__(fd, mode, False)   # it is not io.FileIO that closes it
         else:
-            self._take_from_server(fd, mode, file.kind)
+            _calls.initialize(self, fd, mode)
         self._file, self._fd, self.name = file, fd, name
         if file._seek_may_wait:
             self._seek_may_wait = True
             if type(self) is FileIO:
                 self.__class__ = _SlowFileIO
-
-    def _take_from_server(self, fd: int, mode: str, kind: int) -> None:
-        """Initialize `io.FileIO`, which asks for the size and goes to the end: a server may not answer, and a
-        block device may be locked.
-
-        So it asks /dev/null, and gets the number afterwards."""
-        initialize = super().__init__
-        is_done = False
-        # Without a position, io.FileIO would remember that /dev/null has one.
-        if 'a' not in mode or kind == stat.S_IFBLK or self._has_position(fd):
-            null = posix.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                initialize(null, mode, False)
-                is_done = _calls.give_number(self, fd)
-            finally:
-                posix.close(null)
-        if not is_done:
-            _fallback.call(lambda _: initialize(fd, mode, False), fd)
-        elif 'a' in mode:
-            _calls.lseek(fd, 0, os.SEEK_END)
-
-    @staticmethod
-    def _has_position(fd: int) -> bool:
-        try:
-            os.lseek(fd, 0, os.SEEK_CUR)        # the kernel knows without the server
-        except OSError:
-            return False
-        return True
 
     def isatty(self) -> bool:
         """Whether it is a terminal. No other file than a character device is asked: it may be a server's."""
