@@ -16,8 +16,9 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EEXIST, ENXIO, errno as c_errno
+from libc.errno cimport EAGAIN, EBADF, EEXIST, EIO, ENXIO, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
 from posix.unistd cimport close as close_fd, lseek as seek
 
 from gevent import sleep
@@ -33,7 +34,7 @@ from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
-    path_at_hand, seek_may_wait, stat_there, way,
+    path_at_hand, seek_may_wait, stat_there, unlink_there, way,
 )
 from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
 
@@ -87,11 +88,14 @@ cdef extern from *:
     const long SYS_sendfile
     const long SYS_newfstatat
     const long SYS_lseek
+    const long SYS_ioctl
     const long SYS_readahead
     const long SYS_sync_file_range
     const int SYNC_FILE_RANGE_WRITE
     const int SEEK_CUR
     const int SEEK_END
+    const int SEEK_DATA
+    const int SEEK_HOLE
     const int AT_EMPTY_PATH
     const int AT_SYMLINK_NOFOLLOW
     const int O_CLOEXEC
@@ -424,6 +428,22 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     return _stat_result(<c_stat *>memory.address)
 
 
+def unlink(path):
+    """`os.unlink`."""
+    cdef bytes encoded = _encoded(os.fspath(path), 'unlink')
+    cdef _Place place
+    cdef Walk walk
+    cdef int64_t result
+    sys.audit('os.remove', path, -1)
+    current_driver().check_caller()
+    place = _Place(encoded, AT_FDCWD)
+    walk = Walk(place.path, place.dir_fd, False)
+    walk.keep = place
+    result = _walk(current_driver(), walk, AT_FDCWD, 'unlink', unlink_there)
+    if result < 0:
+        raise failed(result, path)
+
+
 def fstat(fd):
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
@@ -504,6 +524,75 @@ def lseek(int fd, int64_t offset, int whence):
             raise failed(result, None)
         return result
     return os.lseek(fd, offset, whence)
+
+
+cdef struct extent:
+    int64_t nbytes
+    int64_t is_data
+
+
+cdef struct survey:             # what `_find_extents` gets, and finds
+    int fd
+    int64_t offset
+    int64_t end
+    int room                    # extents
+    extent *found
+
+
+cdef int64_t _next_border(int fd, int64_t offset, int64_t end, int whence) noexcept nogil:
+    """Where the next data or the next hole begins, *end* at most; or minus the errno. A server may say anything."""
+    cdef int64_t found = seek(fd, offset, whence) if offset < end else end
+    if found < 0:
+        return end if c_errno == ENXIO else -c_errno    # nothing comes any more
+    return min(max(found, offset), end)
+
+
+cdef long _find_extents(void *arg) noexcept nogil:
+    """In a thread: list the extents from `survey.offset` on. Return how many; or minus the errno, if there is none
+    before an error."""
+    cdef survey this = (<survey *>arg)[0]
+    cdef int64_t offset = this.offset
+    cdef int64_t border
+    cdef int n = 0
+    cdef int steps = 0
+    cdef bint is_data = False
+    while offset < this.end and n < this.room and steps < 2 * this.room:
+        border = _next_border(this.fd, offset, this.end, SEEK_HOLE if is_data else SEEK_DATA)
+        if border < 0:
+            return n if n else border
+        if border > offset:
+            this.found[n].nbytes, this.found[n].is_data = border - offset, is_data
+            n += 1
+        offset = border
+        is_data = not is_data
+        steps += 1
+    return n if n or offset >= this.end else -EIO
+
+
+def extents(int fd, int64_t offset, int64_t end):
+    """Return lengths in bytes, and whether there is data, from *offset* to *end*, or less far if there are many. A hole
+    reads as zeros. Moves the file's own position. Raises OSError."""
+    cdef int room = _fallback.EXTENTS_MAX
+    cdef AlignedBuffer memory = scratch(sizeof(survey) + room * sizeof(extent))
+    cdef survey *this = <survey *>memory.address
+    cdef Device device = _open_file(fd).device
+    this.fd, this.offset, this.end, this.room = fd, offset, end, room
+    this.found = <extent *>(memory.address + sizeof(survey))
+    cdef int64_t n = current_driver().perform_by_thread(
+        new_chain(fd, memory, 'lseek', _find_extents, this, False), device.pool())
+    if n < 0:
+        raise failed(n, None)
+    return [(this.found[i].nbytes, this.found[i].is_data != 0) for i in range(n)]
+
+
+def ioctl(int fd, unsigned long number, bytes argument):
+    """Return what ``ioctl(fd, number, argument)`` makes of the bytes of its *argument*. Raises OSError."""
+    cdef AlignedBuffer memory = scratch(len(argument))
+    memcpy(memory.address, <char *>argument, len(argument))
+    cdef int64_t result = _call(fd, _open_file(fd).device, memory, SYS_ioctl, fd, number, <long>memory.address)
+    if result < 0:
+        raise failed(result, None)
+    return memory.address[:memory.nbytes]
 
 
 # The umask of the process, which threads are told of.

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 THREADS = 10    # per hub, as gevent's own pool
+EXTENTS_MAX = 1024      # that `extents` tells at once
 
 
 _warning: set[Any] = set()      # greenlets that report a file which was not closed
@@ -625,6 +626,38 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
 
 def lseek(fd: int, offset: int, whence: int) -> int:
     return os.lseek(fd, offset, whence)
+
+
+def unlink(path: StrPath) -> None:
+    call(lambda _: posix.unlink(path), -1)
+
+
+def ioctl(fd: int, number: int, argument: bytes) -> bytes:
+    memory = bytearray(argument)
+    call(fcntl.ioctl, fd, number, memory, True)
+    return bytes(memory)
+
+
+def extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
+    return cast(list[tuple[int, bool]], call(_extents, fd, offset, end))
+
+
+def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
+    found: list[tuple[int, bool]] = []
+    while offset < end and len(found) < EXTENTS_MAX:
+        try:
+            data = min(posix.lseek(fd, offset, os.SEEK_DATA), end)
+            hole = min(posix.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
+        except OSError as error:
+            if error.errno == errno.ENXIO:          # nothing comes any more
+                data = hole = end
+            elif found:
+                return found
+            else:
+                raise
+        found += [(n, is_data) for n, is_data in ((data - offset, False), (hole - data, True)) if n]
+        offset = hole
+    return found
 
 
 def initialize(raw: Any, fd: int, mode: str) -> None:

@@ -89,6 +89,7 @@ cdef class Walk:
 
 cdef long open_there(void *arg) noexcept nogil
 cdef long stat_there(void *arg) noexcept nogil
+cdef long unlink_there(void *arg) noexcept nogil
 
 cdef enum:
     IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long

@@ -350,6 +350,7 @@ cdef extern from "<sys/stat.h>":
 
 cdef extern from "<unistd.h>":
     long readlinkat(int dir_fd, const char *path, char *text, size_t room) nogil
+    int unlinkat(int dir_fd, const char *path, int flags) nogil
 
 cdef enum:
     REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
@@ -1054,6 +1055,15 @@ cdef long stat_there(void *arg) noexcept nogil:
         return -error
     _let_go(this)
     return 0 if fstatat(this.dir_fd, this.path, <c_stat *>this.answer, this.flags) == 0 else -c_errno
+
+
+cdef long unlink_there(void *arg) noexcept nogil:
+    """In a thread: walk on, then unlink. Or GO_ON, see `open_there`."""
+    cdef way *this = <way *>arg
+    if _has_to_go_on(this):
+        return GO_ON
+    _let_go(this)
+    return 0 if unlinkat(this.dir_fd, this.path, 0) == 0 else -c_errno
 
 
 @cython.final

@@ -484,6 +484,7 @@ cdef extern from *:
     const long SYS_copy_file_range
     const long SYS_sendfile
     const long SYS_lseek
+    const long SYS_ioctl
     const long SYS_readahead
     const long SYS_sync_file_range
     const long SYS_readv
@@ -761,7 +762,7 @@ cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_s
 
 _NAMES = {
     SYS_openat: 'open', SYS_close: 'close', SYS_pread64: 'pread', SYS_newfstatat: 'stat', SYS_lseek: 'lseek',
-    SYS_ftruncate: 'ftruncate', SYS_fallocate: 'fallocate', POSIX_FALLOCATE: 'posix_fallocate',
+    SYS_ioctl: 'ioctl', SYS_ftruncate: 'ftruncate', SYS_fallocate: 'fallocate', POSIX_FALLOCATE: 'posix_fallocate',
     SYS_copy_file_range: 'copy_file_range', SYS_sendfile: 'sendfile', SYS_readahead: 'readahead',
     SYS_sync_file_range: 'sync_file_range'}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import stat
 import struct
@@ -18,7 +19,10 @@ from typing import Any, NamedTuple
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenaio import _fallback
+try:
+    from greenaio import _calls
+except ImportError:
+    from greenaio import _fallback as _calls  # type: ignore[no-redef]
 
 # linux/blkzoned.h
 BLKREPORTZONE, BLKRESETZONE = 0xC0101282, 0x40101283
@@ -44,10 +48,20 @@ class _Zone:
     def __init__(self, offset: int, length: int, capacity: int, write_pointer: int) -> None:
         self.offset, self.length, self.end = offset, length, offset + capacity
         self.write_pointer = write_pointer
-        self.turn = BoundedSemaphore(1)
         self.appends = 0                # that are beside each other
-        self.idle = Event()             # ... and whether there are none
-        self.idle.set()
+
+    # Made when they are needed: a large device has many zones.
+
+    @functools.cached_property
+    def turn(self) -> BoundedSemaphore:
+        return BoundedSemaphore(1)
+
+    @functools.cached_property
+    def idle(self) -> Event:
+        """Set if there are no appends."""
+        idle = Event()
+        idle.set()
+        return idle
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
@@ -72,11 +86,11 @@ class Zones:
         if self._is_kernels:
             if zone_size is not None:
                 raise ValueError('a zoned device has zones of its own')
-            found = _fallback.call(_reported, file.fileno(), 0, size)
+            found = _reported(file.fileno(), 0, size)
         elif zone_size is not None:
             if zone_size % PAGE or not stat.S_ISREG(file.kind):
                 raise ValueError(f'zone_size is for ordinary files, and a multiple of {PAGE}')
-            found = _fallback.call(_divided, file.fileno(), size, zone_size)
+            found = _divided(file.fileno(), size - size % PAGE, zone_size)
         else:
             found = []
         self._zones: dict[int, _Zone] = {zone.offset: zone for zone in found}
@@ -116,7 +130,7 @@ class Zones:
                 yield where
             except BaseException:
                 if self._is_kernels:    # it knows how far the write came
-                    now, = _fallback.call(_reported, self._file.fileno(), offset, offset + zone.length)
+                    now, = _reported(self._file.fileno(), offset, offset + zone.length)
                     zone.write_pointer = now.write_pointer
                 elif zone.write_pointer == where + nbytes:
                     zone.write_pointer = where
@@ -130,7 +144,7 @@ class Zones:
             zone.idle.wait()
             if self._is_kernels:
                 what = RANGE.pack(offset // SECTOR, zone.length // SECTOR)
-                _fallback.call(lambda fd: fcntl.ioctl(fd, BLKRESETZONE, what), self._file.fileno())
+                _calls.ioctl(self._file.fileno(), BLKRESETZONE, what)
                 yield 0
             else:
                 yield zone.length
@@ -148,12 +162,11 @@ def _is_zoned(file: Any) -> bool:
 
 
 def _reported(fd: int, offset: int, end: int) -> list[_Zone]:
-    """In a thread: those from *offset* to *end* that are to be written in order."""
+    """Those from *offset* to *end* that are to be written in order."""
     found = []
     while offset < end:
-        memory = bytearray(REPORT.size + AT_ONCE * ZONE.size)
-        REPORT.pack_into(memory, 0, offset // SECTOR, AT_ONCE, 0)
-        fcntl.ioctl(fd, BLKREPORTZONE, memory, True)
+        memory = _calls.ioctl(fd, BLKREPORTZONE,
+                              REPORT.pack(offset // SECTOR, AT_ONCE, 0) + bytes(AT_ONCE * ZONE.size))
         _, count, flags = REPORT.unpack_from(memory)
         if count == 0:
             break
@@ -170,20 +183,24 @@ def _reported(fd: int, offset: int, end: int) -> list[_Zone]:
 
 
 def _divided(fd: int, size: int, zone_size: int) -> list[_Zone]:
-    """In a thread."""
+    """Those of an ordinary file, each written up to the end of its last data."""
     found = []
-    for start in range(0, size - size % PAGE, zone_size):
-        end = min(start + zone_size, size - size % PAGE)
-        found.append(_Zone(start, end - start, end - start, _data_end(fd, start, end)))
+    step = AT_ONCE * zone_size          # then a thread is asked, and other greenlets run
+    for first in range(0, size, step):
+        last = min(first + step, size)
+        zones = [_Zone(start, min(zone_size, last - start), min(zone_size, last - start), start)
+                 for start in range(first, last, zone_size)]
+        for start, end in _data(fd, first, last):
+            for zone in zones[(start - first) // zone_size:-((first - end) // zone_size)]:
+                zone.write_pointer = min(end, zone.end)
+        found += zones
     return found
 
 
-def _data_end(fd: int, offset: int, end: int) -> int:
-    """Where the last data ends that is in the range; where it begins, if all of it is a hole."""
-    try:
-        while (data := os.lseek(fd, offset, os.SEEK_DATA)) < end:
-            offset = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # nothing comes any more
-            raise
-    return offset
+def _data(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """From where to where there is data between *offset* and *end*, in order."""
+    while offset < end:
+        for nbytes, is_data in _calls.extents(fd, offset, end):
+            if is_data:
+                yield offset, offset + nbytes
+            offset += nbytes

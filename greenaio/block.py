@@ -49,7 +49,6 @@ OFFSET_MAX = (1 << 63) - 1      # bytes: the kernel's loff_t
 PAGE = 4096                     # bytes: what is zeroed without being written comes in these
 ZEROS = aligned_buffer(1 << 20).toreadonly()        # and where that can't be, so much is written at a time
 BURST = 0.1                     # seconds' worth that a throttled device has at once: QEMU's share too
-STATUS_MAX = 1024               # extents that `block_status` tells at once
 
 
 class BlockDevice:
@@ -199,8 +198,12 @@ class BlockDevice:
         """Return lengths, and whether there is data, for *n* bytes from *offset* on. A hole reads as zeros.
         The list has one entry at least, and may stop before the end of the *n* bytes."""
         self._check(n, offset)
-        found: list[tuple[int, bool]] = _fallback.call(_extents, self._file.fileno(), offset, offset + n)
-        return found
+        try:
+            return _calls.extents(self._file.fileno(), offset, offset + n)
+        except OSError as error:
+            if error.errno == errno.ECANCELED or was_thrown(error):     # the first by a fork
+                raise
+            return [(n, True)]          # unknown
 
     # Writing ----------------------------------------------------------------------------------
 
@@ -474,7 +477,7 @@ class _Writes:
 
 def _unlink(path: StrPath) -> None:
     try:
-        _fallback.call(lambda _: os.unlink(path), -1)
+        _calls.unlink(path)
     except OSError as error:
         if was_thrown(error):
             raise
@@ -527,19 +530,3 @@ def _inner(n: int, offset: int) -> tuple[int, int]:
     end = offset + n
     first = min(-(-offset // PAGE) * PAGE, end)
     return first, max(end // PAGE * PAGE, first)
-
-
-def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
-    """In a thread."""
-    found: list[tuple[int, bool]] = []
-    while offset < end and len(found) < STATUS_MAX:
-        try:
-            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
-        except OSError as error:
-            if error.errno != errno.ENXIO:          # unknown
-                return [*found, (end - offset, True)]
-            data = hole = end                       # nothing comes any more
-        found += [(n, is_data) for n, is_data in ((data - offset, False), (hole - data, True)) if n]
-        offset = hole
-    return found

@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import subprocess
+import types
 
 import gevent
 import pytest
@@ -371,6 +372,31 @@ def test_status_tells_data_from_holes(image):
         assert device.block_status(4 * MIB, 0) == [(MIB, False), (65536, True), (3 * MIB - 65536, False)]
         assert device.block_status(100, MIB + 50) == [(100, True)]
         assert device.block_status(0, MIB) == []
+
+
+def test_status_of_many_extents_comes_in_parts(image, monkeypatch):
+    """And each zone was written up to the last of its data, wherever that lies in the extents."""
+    pieces = [(i * 12288, 4096 + 4096 * (i % 2)) for i in range(1500)]
+    with open(image, 'wb') as file:
+        file.truncate(18 * MIB)
+        for offset, n in pieces:
+            os.pwrite(file.fileno(), b'x' * n, offset)
+    with BlockDevice(image) as device:
+        found, offset = [], 0
+        while offset < device.size:
+            extents = device.block_status(device.size - offset, offset)
+            assert extents and len(extents) <= 1024
+            for n, is_data in extents:
+                if is_data:
+                    found.append((offset, n))
+                offset += n
+        assert (found, offset) == (pieces, device.size)
+    monkeypatch.setattr(_zones, 'AT_ONCE', 100)
+    with BlockDevice(image, zone_size=28672) as device:
+        for zone in device.zones():
+            ends = [min(offset + n, zone.offset + zone.capacity) for offset, n in pieces
+                    if offset < zone.offset + zone.capacity and offset + n > zone.offset]
+            assert zone.write_pointer == max(ends, default=zone.offset)
 
 
 def test_resize(image):
@@ -791,20 +817,43 @@ def test_zones_of_the_kernel(monkeypatch):
     zones = [(0, 128, 2 ** 64 - 1, 1, 128), (128, 128, 128, 2, 96), (256, 128, 300, 2, 96),
              (384, 128, 512, 2, 96)]
 
-    def ioctl(fd, number, memory, change):
-        assert (number, change) == (_zones.BLKREPORTZONE, True)
-        first, room, _ = _zones.REPORT.unpack_from(memory)
+    def ioctl(fd, number, argument):
+        assert number == _zones.BLKREPORTZONE
+        first, room, _ = _zones.REPORT.unpack_from(argument)
+        assert len(argument) == 16 + 64 * room
         found = [zone for zone in zones if zone[0] >= first][:room]
-        _zones.REPORT.pack_into(memory, 0, first, len(found), 1)
-        for i, (start, length, pointer, kind, capacity) in enumerate(found):
-            _zones.ZONE.pack_into(memory, 16 + 64 * i, start, length, pointer, kind, 0, 0, 0, capacity)
+        told = [_zones.ZONE.pack(start, length, pointer, kind, 0, 0, 0, capacity)
+                for start, length, pointer, kind, capacity in found]
+        return (_zones.REPORT.pack(first, len(found), 1) + b''.join(told)).ljust(len(argument), b'\0')
 
-    monkeypatch.setattr(_zones.fcntl, 'ioctl', ioctl)
+    monkeypatch.setattr(_zones, '_calls', types.SimpleNamespace(ioctl=ioctl))
     monkeypatch.setattr(_zones, 'AT_ONCE', 2)
     found = [(zone.offset, zone.end, zone.write_pointer) for zone in _zones._reported(-1, 0, 512 * 512)]
     assert found == [(128 * 512, 224 * 512, 128 * 512), (256 * 512, 352 * 512, 300 * 512),
                      (384 * 512, 480 * 512, 480 * 512)]
     assert len(_zones._reported(-1, 256 * 512, 384 * 512)) == 1
+
+
+def test_zone_of_the_kernel_is_reset_by_an_ioctl(image, monkeypatch):
+    """The device is simulated. It refuses the first time."""
+    asked = []
+
+    def ioctl(fd, number, argument):
+        asked.append((number, _zones.RANGE.unpack(argument)))
+        if len(asked) == 1:
+            raise OSError(errno.EIO, 'no')
+        return argument
+
+    with BlockDevice(image, create_size=2 * MIB, zone_size=MIB) as device:
+        device.zone_append(bytes(4096), MIB)
+        monkeypatch.setattr(device._zones, '_is_kernels', True)
+        monkeypatch.setattr(_zones, '_calls', types.SimpleNamespace(ioctl=ioctl))
+        with pytest.raises(OSError, match='no'):
+            device.zone_reset(MIB)
+        assert device.zones()[1].write_pointer == MIB + 4096
+        device.zone_reset(MIB)
+        assert device.zones()[1].write_pointer == MIB
+    assert asked == [(_zones.BLKRESETZONE, (MIB // 512, MIB // 512))] * 2
 
 
 # Limits ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where the extension was built, no operation on a file takes a Python thread: these are few, and shared."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -11,8 +12,10 @@ import gevent
 import pytest
 
 import greenaio
+from greenaio import _calls, _hub, aligned_buffer
+from greenaio.block import BlockDevice
 from tests.support import missing
-from tests.support.disks import is_mounted
+from tests.support.disks import MIB, is_mounted, make_scattered
 from tests.support.processes import run
 
 
@@ -52,3 +55,48 @@ def test_file_object_of_a_fifo_asks_no_server(loopback, mode):
     finally:
         server.send_signal(signal.SIGCONT)
         os.close(fd)
+
+
+# What a thread may still write ---------------------------------------------------------------------
+
+def assert_killed_call_keeps_its_memory(call, thaw):
+    """The disk of *call* stands still until *thaw* is called."""
+    engine = _hub.get_driver().engine
+    killed = gevent.spawn(call)
+    with gevent.Timeout(10):
+        while not engine.lent.count:
+            gevent.sleep(0.001)
+    killed.kill(timeout=1)
+    assert killed.ready() and engine.lent.count == 1
+    del killed
+    gc.collect()
+    fresh = [aligned_buffer(nbytes) for nbytes in (4096, 32768) for _ in range(64)]
+    for buffer in fresh:
+        buffer[:] = b'\xee' * len(buffer)
+    thaw()
+    with gevent.Timeout(20):
+        while engine.lent.count:
+            gevent.sleep(0.01)
+    assert all(buffer == b'\xee' * len(buffer) for buffer in fresh)
+
+
+@pytest.mark.parametrize('freezable', ['ext4'], indirect=True)
+def test_killed_while_it_asks_for_blocks_keeps_its_memory(freezable):
+    path = os.path.join(freezable.path, 'image')
+    make_scattered(path)
+    freezable.remount()
+    with BlockDevice(path, readonly=True) as device:
+        freezable.freeze()
+        assert_killed_call_keeps_its_memory(lambda: device.block_status(8 * MIB, 0),
+                                            lambda: subprocess.run(freezable.commands()[1], shell=True,
+                                                                   check=True))
+
+
+def test_killed_in_an_ioctl_keeps_its_memory(loopback):
+    server, mount = loopback
+    ask = 0xC0101282            # for 16 bytes, there and back
+    with greenaio.File(f'{mount}/file', os.O_RDWR | os.O_CREAT) as file:
+        assert _calls.ioctl(file.fileno(), ask, b'x' * 16) == bytes(16)
+        server.send_signal(signal.SIGSTOP)
+        assert_killed_call_keeps_its_memory(lambda: _calls.ioctl(file.fileno(), ask, bytes(16)),
+                                            lambda: server.send_signal(signal.SIGCONT))

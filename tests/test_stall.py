@@ -13,7 +13,7 @@ import tempfile
 import pytest
 
 from tests.support import missing
-from tests.support.disks import pattern
+from tests.support.disks import make_scattered, pattern
 from tests.support.processes import CONTROL, run_python
 
 FROZEN = 1.0        # seconds
@@ -102,11 +102,21 @@ operations += [lambda i=i: path_calls(i) for i in range(60)]
 ''',
 }
 
+BLOCK_STATUS = '''
+from greenaio.block import BlockDevice
+from tests.support.nbd import Client, connect
+device, other = BlockDevice(path, readonly=True), BlockDevice(healthy, readonly=True)
+clients = [Client(connect(device)) for _ in range(10)]
+operations += [lambda one=one: one.block_status(size, 0) for one in clients]
+neighbour = Client(connect(other))
+neighbours.append(lambda: neighbour.block_status(4096, 0))
+'''
+
 
 def show_that_nobody_notices(case, path, healthy, freeze, thaw):
     with subprocess.Popen([sys.executable, CONTROL, str(2 * FROZEN + 1.5)], stdout=subprocess.PIPE,
                           text=True) as control:
-        done = run_python(FREEZE + CASES[case] + '\nfrozen_for_a_while()',
+        done = run_python(FREEZE + case + '\nfrozen_for_a_while()',
                           path, healthy, freeze, thaw, FROZEN, timeout=60)
         machine = float(control.stdout.read())
     gap, names, reads, before, waiting, away = map(float, done.stdout.split())
@@ -132,7 +142,16 @@ def test_frozen_disk_stops_nobody_else(freezable, disk_folder, case):
         pytest.skip('the disk itself gets no longer')
     if os.path.isdir(path):
         path = make_file(path, 8 << 20)
-    show_that_nobody_notices(case, path, make_file(disk_folder, 4096), *freezable.commands())
+    show_that_nobody_notices(CASES[case], path, make_file(disk_folder, 4096), *freezable.commands())
+
+
+@pytest.mark.parametrize('freezable', ['ext4', 'xfs'], indirect=True)
+def test_clients_that_ask_for_blocks_of_a_frozen_image_hold_up_no_other_disk(freezable, disk_folder):
+    """The file system has to read where they are: there are many, and it remembers none."""
+    path = os.path.join(freezable.path, 'image')
+    make_scattered(path)
+    freezable.remount()
+    show_that_nobody_notices(BLOCK_STATUS, path, make_file(disk_folder, 4096), *freezable.commands())
 
 
 @pytest.mark.parametrize('case', ['direct', 'overwrite', 'buffered', 'buffered raw'])
@@ -144,7 +163,8 @@ def test_throttled_disk_stops_nobody_else(held_disk, case):
         with open(held_disk.file, 'ab') as file:
             file.write(pattern(4 << 20))        # to 8 MiB, as the cases want it
             os.fsync(file.fileno())
-        show_that_nobody_notices(case, held_disk.file, make_file(elsewhere, 4096), *held_disk.commands())
+        show_that_nobody_notices(CASES[case], held_disk.file, make_file(elsewhere, 4096),
+                                 *held_disk.commands())
 
 
 def test_without_greenaio_dns_waits_for_the_disk(freezable):

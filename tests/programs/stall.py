@@ -13,7 +13,8 @@ from greenaio import File, _hub
 
 path, healthy, freeze, thaw, frozen = *sys.argv[1:5], float(sys.argv[5])
 MANY = 4 * 128                  # four times what a device's queue holds
-operations: list[Callable[[], object]] = []
+operations: list[Callable[[], object]] = []     # on the disk that stands still
+neighbours: list[Callable[[], object]] = []     # on the other disk
 
 
 def watch():
@@ -35,6 +36,8 @@ def watch():
         with File(healthy, os.O_RDONLY | os.O_DIRECT) as file:
             while (now := time.monotonic()) < end:
                 file.pread(4096, 0)
+                for operation in neighbours:
+                    operation()
                 reads.append(time.monotonic() - now)
                 gevent.sleep(0.002)
     return [gevent.spawn(what) for what in (tick, look_up, read)], (gaps, names, reads)

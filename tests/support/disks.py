@@ -42,6 +42,15 @@ def pattern(nbytes):
     return b''.join(i.to_bytes(8, 'little') for i in range(nbytes // 8))
 
 
+def make_scattered(path):
+    """Make a file of 8 MiB that has data in every other block of 4 KiB."""
+    with open(path, 'wb') as file:
+        file.truncate(8 * MIB)
+        for offset in range(0, 8 * MIB, 8192):
+            os.pwrite(file.fileno(), b'x', offset)
+        os.fsync(file.fileno())
+
+
 _cgroup_number = itertools.count()
 
 
@@ -142,8 +151,14 @@ class FreezableDisk:
         run(f'mkfs.{file_system}', '-q', loop)
         self.path = os.path.join(folder, 'fs')
         os.mkdir(self.path)
+        self._loop = loop
         run('mount', loop, self.path)
         self._undo.append(lambda: run('umount', self.path))
+
+    def remount(self):
+        """Make the kernel forget what it has in memory of the file system."""
+        run('umount', self.path)
+        run('mount', self._loop, self.path)
 
     @staticmethod
     def _wait(there):
