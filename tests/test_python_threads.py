@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ import greenaio
 from greenaio import _calls, _hub, aligned_buffer
 from greenaio.block import BlockDevice
 from tests.support import missing
-from tests.support.disks import MIB, is_mounted, make_scattered
-from tests.support.processes import run
+from tests.support.disks import MIB, is_mounted, make_scattered, temporary_folder
+from tests.support.processes import run, run_program
 
 
 @pytest.fixture
@@ -38,6 +40,28 @@ def loopback(tmp_path):
     process.send_signal(signal.SIGCONT)
     run('umount', mount)
     process.wait(10)
+
+
+def assert_no_thread_asked_for(folder):
+    assert run_program('no_python_thread', folder).stdout == '0\n'
+
+
+@pytest.mark.parametrize('kind', ['disk', 'memory'])
+def test_no_operation_on_a_file_starts_a_python_thread(kind):
+    with temporary_folder(kind) as folder:
+        assert_no_thread_asked_for(folder)
+
+
+def test_no_operation_on_a_file_of_a_server_starts_a_python_thread(loopback):
+    _, mount = loopback
+    assert_no_thread_asked_for(mount)
+
+
+def test_only_the_fallback_knows_python_threads():
+    """It has the pool of objects that are no files, too."""
+    for path in pathlib.Path(greenaio.__file__).parent.iterdir():
+        if path.suffix in ('.py', '.pyx') and path.stem != '_fallback':
+            assert not re.search(r'_fallback\.call\(|ThreadPool\(', path.read_text()), path.name
 
 
 @pytest.mark.parametrize('mode', ['rb', 'ab'])
