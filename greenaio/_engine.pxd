@@ -12,6 +12,10 @@ cdef enum:
     CALL = -1       # no opcode of native AIO: a system call for a thread
 
 cdef enum:
+    RWF_NOWAIT = 8
+    RWF_APPEND = 16
+
+cdef enum:
     BY_AIO = 0      # ways that a request can take ...
     BY_THREAD = 1
     WAYS = 2
@@ -31,6 +35,7 @@ cpdef enum State:
     NEW
     PENDING
     IN_FLIGHT
+    DECLINED
     DONE
 
 cdef class Share
@@ -42,12 +47,13 @@ cdef class Request:
     cdef readonly unsigned int flags    # RWF_*
     cdef int direction                  # READ, WRITE, SYNC or OTHER
     cdef readonly uint64_t began        # when it was offered first, or held; ns; 0: not yet
-    cdef readonly bint refused          # io_submit itself said no: the kernel never had it
-    cdef bint asked                     # not to wait: what would have is done again, by a thread
+    cdef bint asked                     # not to wait, by a flag of ours
+    cdef public bint may_move           # its `file` knows another way, should the kernel decline this one
     cdef readonly int max_batch
     cdef readonly int64_t offset
     cdef readonly uint64_t nbytes       # wanted; the sum where there are several buffers
-    cdef int64_t _result                # the kernel's word, once DONE
+    cdef uint64_t done                  # bytes that ways before this one have moved
+    cdef int64_t _result                # the kernel's answer, once DECLINED; the sum of all ways, once DONE
     cdef readonly object waiter         # the greenlet parked on this very request, or None
     cdef object keep                    # whatever else must live until the kernel is done
     cdef object range                   # of the file that it changes: held for it, see `alignment`; or None
@@ -58,7 +64,8 @@ cdef class Request:
     cdef iovec *_iovec                  # what is still to be moved
     cdef int _count                     # buffers pinned
     cdef Share share                    # of its device, or None
-    cdef public object file             # what is told when its submission stalls, or None
+    cdef bint admitted                  # by its share, on all its ways
+    cdef public object file             # learns that its submission stalled, and knows its ways; or None
     cdef void *_job                     # what a thread works on; lives as long as we do
     cdef int other_fd                   # a second one that it needs, or -1
     cdef bint gives_fd                  # its result is an fd, which must not be lost
@@ -75,11 +82,13 @@ cdef class Request:
 
     cdef int pin(self, buffer) except -1
     cdef int pin_all(self, buffers) except -1
-    cdef void advance(self, uint64_t nbytes) noexcept
-    cdef void moved(self, uint64_t nbytes) noexcept
+    cdef void skip(self, uint64_t nbytes) noexcept
+    cpdef int count_done(self, uint64_t nbytes) except -1
     cdef _unpin(self)
     cdef void meet(self) noexcept
-    cdef bint goes_again(self) noexcept
+    cpdef int ask(self) except -1
+    cdef bint stop_asking(self) noexcept
+    cdef bint is_declined_by(self, int64_t result) noexcept
     cdef release(self)
 
 cdef class RequestList:
@@ -114,6 +123,8 @@ cdef class Engine(Tally):
     cdef readonly RequestList pending
     cdef readonly RequestList in_flight
     cdef readonly RequestList lent      # with native threads
+    cdef readonly RequestList declined  # to be moved to their next ways ...
+    cdef readonly RequestList moving    # ... which they are asked for
     cdef readonly RequestList ready     # DONE, not yet handed over
     cdef readonly dict shares           # by device
     cdef readonly bint blocked          # the kernel is full: the next completion submits
@@ -135,8 +146,13 @@ cdef class Engine(Tally):
     cdef void _taken(self, Request request) noexcept
     cdef void _finish(self, Request request, int64_t result) noexcept
     cdef void _unqueue(self, Request request) noexcept
-    cdef void finish_at_once(self, Request request) noexcept
-    cdef void _admit_next(self, Request request) noexcept
+    cdef void _end(self, Request request, int64_t result) noexcept
+    cdef void _leave_share(self, Request request) noexcept
+    cdef Request next_declined(self)
+    cdef void _undecline(self, Request request) noexcept
+    cdef void settle(self, Request request, int64_t result) noexcept
+    cdef int enqueue_again(self, Request request) except -1
+    cdef int cancel_declined(self, int64_t result) noexcept
     cdef void lend(self, Request request) noexcept
     cdef void take_back(self, Request request) noexcept
     cdef Share share(self, device, int limit)

@@ -17,9 +17,18 @@ A request is in one place at a time, and these are all its ways:
     IN_FLIGHT   DONE            its event came, or its thread's        ready
                                 result, or a fork took both away
                                 (`cancel`)
-    NEW         DONE            `Engine.finish_at_once`: done in line  ready
+    IN_FLIGHT,  DECLINED        the kernel did not do it, or not all,  declined; moving,
+    PENDING                     and it may move to another way         while that is chosen
+    DECLINED    PENDING         `Engine.enqueue_again`                 pending
+    DECLINED    IN_FLIGHT       `Engine.lend`                          lent
+    DECLINED    NEW             `Engine.withdraw`                      none
+    DECLINED    DONE            no way was left, or a fork (`cancel`)  ready
+    NEW         DONE            `Engine.settle`: done in line          ready
     DONE        --              handed over: `Engine.ready` loses it   none
     ==========  ==============  =====================================  =================
+
+A request that the kernel declines is moved to its next way by the driver. Its greenlet stays parked, and its buffers
+stay pinned. The result of a DONE request is final.
 
 While a request is in a list, the list owns a reference to it: so the memory that the kernel may write
 lives until the kernel says that it is done, whoever has forgotten the request meanwhile. Nothing here
@@ -96,6 +105,7 @@ cdef extern from *:
     void close_elsewhere(int fd)
     int open_both_ends(int fd)
     int __builtin_clzll(unsigned long long)
+    const int ECANCELED
 
 cdef int _meetings = 0                  # FIFOs of which both ends were opened by `Request.meet` ...
 cdef int _under_way = 0                 # ... and of those, the ones that still are
@@ -225,13 +235,15 @@ cdef class Request:
             self._count += 1
         return 0
 
-    cdef void advance(self, uint64_t nbytes) noexcept:
-        """*nbytes* of it are there already: what remains begins behind them."""
+    cpdef int count_done(self, uint64_t nbytes) except -1:
+        """One of its ways has moved *nbytes*: the next begins behind them, and the result will have them."""
+        self.done += nbytes
         advance(self._iovec, self._count, nbytes)
-        self.moved(nbytes)
+        self.skip(nbytes)
+        return 0
 
-    cdef void moved(self, uint64_t nbytes) noexcept:
-        """`advance`, where the iovec has been advanced."""
+    cdef void skip(self, uint64_t nbytes) noexcept:
+        """*nbytes* are there already, and the iovec begins behind them."""
         if self.offset >= 0:        # else it is where the file's own position is, which has moved
             self.offset += nbytes
         self.nbytes -= nbytes
@@ -273,8 +285,7 @@ cdef class Request:
         self.keep = None
         self.range = None
         self.file = None
-        if not self.goes_again():   # else the fd must stay what it was
-            self.closer = None
+        self.closer = None
 
     cdef void meet(self) noexcept:
         """Have the open of a FIFO, in which a thread waits for the other end, return.
@@ -293,10 +304,30 @@ cdef class Request:
                 _meetings += 1
                 _under_way += 1
 
-    cdef bint goes_again(self) noexcept:
-        """Whether the result is not its own, or not all: a thread is asked, or the kernel again."""
-        return self.refused or self.asked and (self._result == -EAGAIN or self._result == -EOPNOTSUPP
-                                               or 0 <= self._result < <int64_t>self.nbytes)
+    cpdef int ask(self) except -1:
+        """Let native AIO decline it instead of waiting. The caller has not set that flag."""
+        self.asked = True
+        self.flags |= RWF_NOWAIT
+        return 0
+
+    cdef bint stop_asking(self) noexcept:
+        """Give it the caller's flags again. Return whether it was asked not to wait."""
+        if not self.asked:
+            return False
+        self.asked = False
+        self.flags &= ~<unsigned int>RWF_NOWAIT
+        return True
+
+    cdef bint is_declined_by(self, int64_t result) noexcept:
+        """Return whether the kernel, with this *result*, leaves something to do for another way.
+
+        An abandoned request goes no other way, because no greenlet waits for it. ECANCELED says that the hub or the
+        process ends."""
+        if not self.may_move or self.abandoned:
+            return False
+        if self.state == PENDING:   # io_submit itself refused it
+            return result != -ECANCELED
+        return self.asked and (result == -EAGAIN or result == -EOPNOTSUPP or 0 <= result < <int64_t>self.nbytes)
 
     def of(self, Share share):
         """Make it count in *share*; return it. Before it is enqueued."""
@@ -324,7 +355,7 @@ def Opcode_name(int opcode):
 
 
 def State_name(int state):
-    return ('NEW', 'PENDING', 'IN_FLIGHT', 'DONE')[state]
+    return ('NEW', 'PENDING', 'IN_FLIGHT', 'DECLINED', 'DONE')[state]
 
 
 @cython.final
@@ -461,6 +492,8 @@ cdef class Engine(Tally):
         self.pending = RequestList()
         self.in_flight = RequestList()
         self.lent = RequestList()
+        self.declined = RequestList()
+        self.moving = RequestList()
         self.ready = RequestList()
         self.shares = {}
 
@@ -484,12 +517,13 @@ cdef class Engine(Tally):
         if request.state != NEW:
             raise ValueError(f'enqueued twice: {request!r}')
         request.state = PENDING
-        if request.share is not None:
+        if request.share is not None and not request.admitted:
             if request.share.admitted >= request.share.limit:
                 request.share.held.append(request)
                 request.began = self.context.now()
                 return False
             request.share.admitted += 1
+            request.admitted = True
         self.pending.append(request)
         return self.pending.count >= self.batch_limit(request) and not self.blocked
 
@@ -501,18 +535,38 @@ cdef class Engine(Tally):
         self.submitted += 1
 
     cdef void _finish(self, Request request, int64_t result) noexcept:
-        """PENDING or IN_FLIGHT → DONE."""
+        """PENDING or IN_FLIGHT → DONE; or DECLINED, if it has another way."""
         if request._list == <void *>self.lent:
             self.lent.remove(request)
             self._count(request, BY_THREAD, result)
-        elif request.state == IN_FLIGHT:
+            self._end(request, result)
+            return
+        cdef bint declined = request.is_declined_by(result)
+        if request.state == IN_FLIGHT:
             self.in_flight.remove(request)
             self.completed += 1
-            self._count(request, BY_AIO, result)
-            self._admit_next(request)
+            if not declined:
+                self._count(request, BY_AIO, result)
         else:
-            request.refused = True
             self._unqueue(request)
+        if declined:
+            request._result = result
+            request.state = DECLINED
+            self.declined.append(request)
+        else:
+            self._end(request, result)
+
+    cdef void _end(self, Request request, int64_t result) noexcept:
+        """→ DONE, from no list: leave the share, and add up the *result* of all ways.
+
+        A read that failed after a part has read nothing, because a short read would look like the end of the file.
+        After a fork, a write has written nothing either."""
+        self._leave_share(request)
+        if request.done:
+            if result >= 0:
+                result += <int64_t>request.done
+            elif request.direction == WRITE and result != -ECANCELED:
+                result = <int64_t>request.done
         request._result = result
         request.state = DONE
         self.ready.append(request)
@@ -520,7 +574,7 @@ cdef class Engine(Tally):
     cdef void _count(self, Request request, int way, int64_t result) noexcept:
         cdef histogram *took
         cdef uint64_t ns
-        # Not what a fork took away, nor what the kernel declined because it would have waited.
+        # Not what a fork took away.
         if self._reaped_ns > request.began > 0 and result != -EAGAIN:
             took = self._histogram(way, request.direction)
             if took == NULL:
@@ -534,31 +588,71 @@ cdef class Engine(Tally):
         """Take a PENDING request out, of `pending` or of what its share holds."""
         if request._list == <void *>self.pending:
             self.pending.remove(request)
-            self._admit_next(request)
         else:
             request.share.held.remove(request)
 
-    cdef void _admit_next(self, Request request) noexcept:
-        """*request* leaves its share: the next that it held may go out with the next flush."""
+    cdef void _leave_share(self, Request request) noexcept:
+        """Let in the next request that the share holds. It goes out with the next flush."""
         cdef Share share = request.share
-        if share is None:
+        if not request.admitted:
             return
+        request.admitted = False
         request = share.held.popleft()
         if request is None:
             share.admitted -= 1
         else:
+            request.admitted = True
             self.pending.append(request)
 
     cpdef bint withdraw(self, Request request) except -1:
-        """PENDING → NEW, if the kernel has not got it yet; return whether it was so."""
-        if request.state != PENDING:
+        """PENDING or DECLINED → NEW, if neither the kernel nor a thread has it; return whether it was so."""
+        if request.state == PENDING:
+            self._unqueue(request)
+        elif request.state == DECLINED:
+            self._undecline(request)
+        else:
             return False
-        self._unqueue(request)
+        self._leave_share(request)
         request.state = NEW
         return True
 
+    cdef Request next_declined(self):
+        """Take the first request out of `declined`. It is in `moving` until its next way is known. If it is not there
+        any more by then, it has ended."""
+        cdef Request request = self.declined.popleft()
+        self.moving.append(request)
+        return request
+
+    cdef void _undecline(self, Request request) noexcept:
+        if request._list == <void *>self.moving:
+            self.moving.remove(request)
+        else:
+            self.declined.remove(request)
+
+    cdef void settle(self, Request request, int64_t result) noexcept:
+        """NEW or DECLINED → DONE: neither the kernel nor a thread has it."""
+        if request.state == DECLINED:
+            self._undecline(request)
+        self._end(request, result)
+
+    cdef int enqueue_again(self, Request request) except -1:
+        """DECLINED → PENDING, or held. Return whether there is a batch now that is worth a `flush`."""
+        self._undecline(request)
+        request.state = NEW
+        return self.enqueue(request)
+
+    cdef int cancel_declined(self, int64_t result) noexcept:
+        """Every DECLINED → DONE with *result*; return how many."""
+        cdef int n = 0
+        while self.declined.count or self.moving.count:
+            self.settle(self.declined.first() if self.declined.count else self.moving.first(), result)
+            n += 1
+        return n
+
     cdef void lend(self, Request request) noexcept:
-        """NEW → IN_FLIGHT: a native thread may write the buffer at any time."""
+        """NEW or DECLINED → IN_FLIGHT: a native thread may write the buffer at any time."""
+        if request.state == DECLINED:
+            self._undecline(request)
         request.state = IN_FLIGHT
         request.began = self.context.now()
         self.lent.append(request)
@@ -567,15 +661,11 @@ cdef class Engine(Tally):
     cdef void take_back(self, Request request) noexcept:
         """IN_FLIGHT → NEW: no thread had begun with it."""
         self.lent.remove(request)
+        self._leave_share(request)
         request.state = NEW
 
-    cdef void finish_at_once(self, Request request) noexcept:
-        """NEW → DONE: it was done in line, and its greenlet wants to be woken by a pass."""
-        request.state = DONE
-        self.ready.append(request)
-
     cpdef int refuse(self, int code) except -1:
-        """Every PENDING → DONE with minus the errno *code*; return how many."""
+        """Every PENDING → DONE with minus the errno *code*, or DECLINED; return how many."""
         cdef int n = 0
         while self.pending.count:
             self._finish(self.pending.first(), -code)
@@ -597,12 +687,12 @@ cdef class Engine(Tally):
             n += self.refuse(code) + 1
         while self.lent.count:
             self._finish(self.lent.first(), -code)
-            n += 1
+            n += self.refuse(code) + 1
+        n += self.cancel_declined(-code) + self.refuse(code)
         for request in self.ready:
             if request.gives_fd and request._result >= 0:
                 close(<int>request._result)     # a copy, which nobody here knows of
             request._result = -code
-            request.refused = False
         return n
 
     # Towards the kernel ---------------------------------------------------------------------
@@ -744,22 +834,22 @@ cdef class Engine(Tally):
         perhaps on their way to one."""
         cdef Request request
         found = []
-        for queue in (self.pending, self.in_flight, self.lent, self.ready,
+        for queue in (self.pending, self.in_flight, self.lent, self.declined, self.moving,
                       *[(<Share>share).held for share in self.shares.values()]):
             for request in queue:
                 if fd not in (request.fd, request.other_fd):
                     continue
-                if queue is self.in_flight and not (request.asked and not request.abandoned):
-                    continue            # the kernel has the file
-                if request.state != DONE or request.goes_again():
-                    found.append(request)
+                if queue is not self.in_flight or request.asked and not request.abandoned:
+                    found.append(request)       # else the kernel has the file
         return found
 
     def requests(self):
-        """All that are not done yet, each with where it is: 'queued', 'in flight', 'with a thread'."""
+        """All that are not done yet, each with where it is: 'queued' (also for its next way), 'in flight', 'with a
+        thread'."""
         cdef Request request
         found = []
         for queue, where in ((self.in_flight, 'in flight'), (self.lent, 'with a thread'), (self.pending, 'queued'),
+                             (self.declined, 'queued'), (self.moving, 'queued'),
                              *[((<Share>share).held, 'queued') for share in list(self.shares.values())]):
             found += [(request, where) for request in queue]
         return found
@@ -776,30 +866,30 @@ cdef class Engine(Tally):
         return found
 
     def writes(self):
-        """The writes that are not over: not done yet, or on their way to a thread. And calls, of which some write."""
-        cdef Request request
-        again = [request for request in self.ready if request.goes_again()]
-        return [request for request in [*again, *[request for request, _ in self.requests()]]
-                if request.opcode in (PWRITE, PWRITEV, CALL)]
+        """The writes that are not done yet. And calls, of which some write."""
+        return [request for request, _ in self.requests() if request.opcode in (PWRITE, PWRITEV, CALL)]
 
     def _check(self):
         """Assert all that must hold between two calls."""
         seen = set()
         shares = [<Share>share for share in self.shares.values()]
         for queue, states in ((self.pending, (PENDING,)), (self.in_flight, (IN_FLIGHT,)),
-                              (self.lent, (IN_FLIGHT,)), (self.ready, (DONE,)),
+                              (self.lent, (IN_FLIGHT,)), (self.declined, (DECLINED,)),
+                              (self.moving, (DECLINED,)), (self.ready, (DONE,)),
                               *[((<Share>share).held, (PENDING,)) for share in shares]):
             requests = list(queue)
             assert len(requests) == len(queue), 'a list that miscounts'
             for request in requests:
                 assert request.state in states, f'{request!r} is in the wrong list'
                 assert request in queue
+                assert not request.abandoned or queue in (self.in_flight, self.lent, self.ready), (
+                    f'{request!r} was abandoned, and has a way to go')
                 assert id(request) not in seen, f'{request!r} is in two lists'
                 seen.add(id(request))
         assert self.submitted == self.completed + len(self.in_flight), 'an event lost or invented'
         for share in shares:
-            admitted = [request for queue in (self.pending, self.in_flight) for request in queue
-                        if (<Request>request).share is share]
+            admitted = [request for queue in (self.pending, self.in_flight, self.lent, self.declined, self.moving)
+                        for request in queue if (<Request>request).share is share and (<Request>request).admitted]
             assert (<Share>share).admitted == len(admitted) <= (<Share>share).limit, 'a share that miscounts'
             assert not len((<Share>share).held) or len(admitted), 'held, and nothing will let it in'
         assert len(self.in_flight) <= self.depth, 'more in flight than there is room for'

@@ -26,15 +26,15 @@ from greenaio._calls cimport (
     work_in,
 )
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._engine cimport Engine, Request, advance, iovec, new_request
-from greenaio._hub cimport Driver, current_driver
+from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, Engine, Request, advance, iovec, new_request
+from greenaio._hub cimport ASK, THREAD, Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
-    ANSWER, APPEND, ASK, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, PLAIN, REGULAR, STORED, THREAD,
-    UNSURE, Device, Known, Nowait, Way, c_int, coarse_ns, failed, file_size, in_line, is_ready,
-    is_swapped_out, know, knows_block_devices, seek_may_wait, waited_in_hub,
+    ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, REGULAR, STORED, Device, Known, c_int,
+    coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know, knows_block_devices,
+    seek_may_wait, waited_in_hub,
 )
-from greenaio._threads cimport WAITED_NS, any_busy, as_call, lone_threads, new_call
+from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
 
 from greenaio._memory import aligned_buffer
 
@@ -80,14 +80,6 @@ cdef extern from *:
         return flags == 8 && denies(reading, result) ? -EOPNOTSUPP : result;
     }
 
-    /* Whether the page cache has anything of the range; no where the kernel can't tell (before Linux 6.5). */
-    static inline int is_cached(int fd, uint64_t offset, uint64_t n)
-    {
-        struct { uint64_t offset, n; } range = { offset, n };
-        struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages;
-        return syscall(451 /* cachestat */, fd, &range, &pages, 0) == 0 && pages.cached != 0;
-    }
-
     /* A memoryview that owns nothing pins nothing: io.BufferedReader hands those out, and frees the
        memory while the kernel is still at it. */
     static inline int is_ownerless(PyObject *buffer)
@@ -97,7 +89,6 @@ cdef extern from *:
     const long SYS_pread64
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
-    bint is_cached(int fd, uint64_t offset, uint64_t n)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
 
 cdef set _closing = _fallback._closing
@@ -108,8 +99,6 @@ cdef enum:
 
 cdef enum:
     RWF_HIPRI = 1               # AIO would drop it
-    RWF_NOWAIT = 8
-    RWF_APPEND = 16
     IOV_MAX = 1024              # buffers; of more the kernel says EINVAL
     SYNCS_MAX = 4               # requests under way on a device: with as many, a sync takes a thread
 
@@ -237,7 +226,7 @@ cdef class File:
         cdef int fd = self._open_fd()
         cdef Known known = self._known
         cdef Request request = new_request(PREAD if reading else PWRITE, fd, offset, 0, 1)
-        cdef Way way = THREAD
+        cdef int way = THREAD
         driver.check_caller()
         if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
             return None
@@ -247,37 +236,34 @@ cdef class File:
         if known.kind & DIRECT:
             if _is_misaligned(known, request):
                 return None
-            way = _way(driver, known, request, not reading)
+            way = known.way(driver, request)
         request.file = known
         if way == THREAD:
             as_call(request)
             driver.begin_by_thread(request, known.device.pool())
             return driver, request, driver.forks
         if way == ASK:
-            request.flags = RWF_NOWAIT
+            request.ask()
         request.share = driver.engine.share(known.device.number, known.device.limit)
+        request.may_move = True
         driver.begin(request, more)
         return driver, request, driver.forks
 
     def end(self, begun):
-        """Wait for what `begin` returned; return bytes moved, or minus the errno: what `preadv` or `pwrite`
-        would do another way is -EAGAIN or -EOPNOTSUPP, and what another hub began is -ECANCELED. Once."""
+        """Wait for what `begin` returned; return bytes moved, or minus the errno. What another hub began is
+        -ECANCELED. Once."""
         cdef Driver driver
         cdef Request request
-        cdef Known known = self._known
         cdef int64_t result
         driver, request, forks = begun
         if driver is None or request is None:
             raise TypeError('that is not what begin() returned')
         if driver is not current_driver() or driver.forks != forks:     # forked: what was read may be wiped here
             return -ECANCELED
-        cdef uint64_t wanted = request.nbytes
         result = driver.end(request)
-        if request.flags & RWF_NOWAIT and known is not None:
-            _learn(known, request.opcode == PWRITE, result)
-            if _is_cut_short(known, request, wanted, result):
-                return -EAGAIN
-        return -EAGAIN if request.refused else result
+        if request.asked and self._known is not None:
+            self._known.answered(request, result)
+        return result
 
     def pwrite(self, data, Py_ssize_t offset):
         """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
@@ -399,104 +385,29 @@ cdef class File:
 cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
     request.file = known
     as_call(request)
-    # What a character device waits for is its own, and no disk.
-    return driver.perform_by_thread(request, lone_threads() if known.kind & UNSURE else known.device.pool())
-
-
-cdef Request _again(Request refused):
-    """The same once more, for a thread: only a system call gives the true answer."""
-    cdef Request request = new_request(refused.opcode, refused.fd, refused.offset, refused.flags, 1)
-    # What was refused may have been closed meanwhile; what it keeps has its fd still open.
-    request.closer = refused.closer
-    return request
+    return driver.perform_by_thread(request, known.pool())
 
 
 cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
+    """If native AIO declines it, the driver moves it to its next way."""
     request.share = driver.engine.share(known.device.number, known.device.limit)
     request.file = known
+    request.may_move = True
     return driver.perform(request)
 
 
-cdef int64_t _direct(Driver driver, Request request, Known known, buffers) except? -4096:
-    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to. The answer
-    may be a part, as btrfs reads one extent: the rest is asked for again, for as long as that brings something."""
-    cdef bint writing = request.opcode == PWRITE or request.opcode == PWRITEV
-    cdef unsigned int theirs = request.flags
-    cdef object range_held = request.range
-    cdef int64_t offset = request.offset
-    cdef uint64_t wanted, done = 0
-    cdef Way way
+cdef int64_t _direct(Driver driver, Request request, Known known) except? -4096:
+    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to."""
+    cdef int way = known.way(driver, request)
     cdef int64_t result
-    while True:
-        way = _way(driver, known, request, writing)
-        if way == THREAD:
-            break
-        if way == ASK:
-            request.flags |= RWF_NOWAIT
-            request.asked = True
-        wanted = request.nbytes
-        result = _by_aio(driver, request, known)
-        if way == ASK and (theirs == 0 or result != -EOPNOTSUPP):   # else it may be another flag that is not known
-            _learn(known, writing, result)
-        if not request.refused and not (way == ASK and (
-                result == -EAGAIN or result == -EOPNOTSUPP or _is_cut_short(known, request, wanted, result))):
-            return _in_all(done, result, writing)
-        request = _again(request)
-        request.flags = theirs
-        request.range = range_held
-        request.offset = offset
-        _pin(request, buffers)
-        if result > 0:
-            done += result
-        request.advance(done)
-        if way != ASK or theirs or result <= 0 and result != -EOPNOTSUPP:
-            break
-    return _in_all(done, _by_thread(driver, request, known), writing)
-
-
-cdef int _learn(Known known, bint writing, int64_t result) except -1:
-    """*result* is an answer to RWF_NOWAIT."""
-    cdef Nowait nowait = known.device.writes if writing else known.device.reads
-    if result == -EOPNOTSUPP:
-        nowait.unsupported()
-        known.refuses_nowait()
-    else:
-        nowait.answered(result == -EAGAIN)
-    return 0
-
-
-cdef bint _is_cut_short(Known known, Request request, uint64_t wanted, int64_t result) noexcept:
-    """Whether more can be had than RWF_NOWAIT brought. An end in the middle of a sector is the file's."""
-    if result < 0 or <uint64_t>result >= wanted or result & (known.align - 1):
-        return False
-    if request.opcode == PWRITE or request.opcode == PWRITEV or not known.kind & REGULAR or not known.device.is_local:
-        return True
-    return request.offset + result < file_size(request.fd)
-
-
-cdef int64_t _in_all(uint64_t done, int64_t result, bint writing) noexcept:
-    """The result of a request of which *done* bytes were moved before. A read that fails then has read nothing:
-    a short one would look like the end. In a forked child, neither has a write."""
-    if result >= 0:
-        return done + result
-    return done if done and writing and result != -ECANCELED else result
-
-
-cdef Way _way(Driver driver, Known known, Request request, bint writing) except? THREAD:
-    """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
-    cdef Way way
-    if not driver.has_aio() or known.is_demoted() or writing and _extends(request, known):
-        return THREAD
-    if request.flags & RWF_NOWAIT:
-        return PLAIN                    # it is asked already
-    way = known.device.way(known.device.writes if writing else known.device.reads)
-    if is_swapped_out(known, request.fd, request.offset, request.nbytes):
-        return THREAD
-    # Pages that are dirty it would write first, and wait for that. In memory they are the file.
-    if way == PLAIN and writing and not known.device.in_memory and is_cached(
-            request.fd, request.offset, request.nbytes):
-        return THREAD
-    return way
+    if way == THREAD:
+        return _by_thread(driver, request, known)
+    if way == ASK:
+        request.ask()
+    result = _by_aio(driver, request, known)
+    if request.asked:
+        known.answered(request, result)
+    return result
 
 
 cdef int _pin(Request request, buffers) except -1:
@@ -505,13 +416,6 @@ cdef int _pin(Request request, buffers) except -1:
     else:
         request.pin_all(buffers)
     return 0
-
-
-cdef bint _extends(Request request, Known known) except -1:
-    """Whether a write makes the file longer: the kernel would do that inside io_submit, and wait."""
-    if known.kind & APPEND or request.flags & RWF_APPEND:
-        return True
-    return known.kind & REGULAR and <uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)
 
 
 cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
@@ -534,7 +438,7 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
         memory = scratch(n)     # ours: nobody sees an abandoned read land
     request = new_request(PREAD, fd, offset - before, 0, max_batch)
     request.pin(memory)
-    got = _direct(driver, request, known, memory)
+    got = _direct(driver, request, known)
     if got < 0:
         raise failed(got, name)
     return PyBytes_FromStringAndSize(memory.address + before, max(0, min(n, got - before)))
@@ -681,14 +585,14 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
                 got = _write_misaligned(known, request, steady)
         elif not reading and is_held(known):
             driver.check_caller()
-            got = _write_in_turn(known, request, memory)
+            got = _write_in_turn(known, request)
         else:
-            got = _direct(driver, request, known, memory)
+            got = _direct(driver, request, known)
     elif reading:
         got = _read_buffered(driver, request, known, memory)
     elif known.kind & STORED and offset >= 0 and is_held(known):
         driver.check_caller()
-        got = _write_in_turn(known, request, memory)
+        got = _write_in_turn(known, request)
     else:
         got = _write_buffered(driver, request, known)
     if got < 0:
@@ -739,7 +643,7 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     cdef Request request = new_request(PREAD, asked.fd, asked.offset - before, asked.flags, asked.max_batch)
     cdef int64_t got
     request.pin(memory)
-    got = _direct(driver, request, known, memory)
+    got = _direct(driver, request, known)
     if got < 0:
         return got
     got = max(0, min(<int64_t>asked.nbytes, got - before))
@@ -775,7 +679,7 @@ def _write_misaligned(Known known, Request asked, buffers):
             PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
         request.pin(memory)
         request.range = mine
-        return _direct(current_driver(), request, known, memory)
+        return _direct(current_driver(), request, known)
 
     def work():
         span = aligned_buffer(_span(known, end - start))
@@ -792,7 +696,7 @@ def _write_misaligned(Known known, Request asked, buffers):
     return work_in(mine, fd, work)
 
 
-def _write_in_turn(Known known, Request request, memory):
+def _write_in_turn(Known known, Request request):
     """An aligned or buffered write, while some greenlet holds a part of the file."""
     cdef bint direct = known.kind & DIRECT and not request.flags & RWF_HIPRI
     cdef uint64_t start = request.offset, end = start + request.nbytes
@@ -800,7 +704,7 @@ def _write_in_turn(Known known, Request request, memory):
     def work():
         try:
             if direct:
-                return _direct(current_driver(), request, known, memory)
+                return _direct(current_driver(), request, known)
             return _write_buffered(current_driver(), request, known)
         except BaseException:
             mine.ranges.settled = False     # the write may still be in flight
@@ -828,7 +732,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
                             request.flags | RWF_NOWAIT, False, &more)
         if more != -EAGAIN and more != -EOPNOTSUPP:
             return _done_in_line(driver, got if got else more)
-        request.moved(got)
+        request.skip(got)
     if known.kind & ANSWER:
         return _read_answer(driver, request, known, memory)
     more = _by_thread(driver, request, known)
@@ -858,7 +762,7 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
             if result != -EAGAIN:
                 return result
             _fallback.wait_for(fd, 1)
-            request = _again(request)
+            request = new_request(request.opcode, fd, request.offset, request.flags, 1)
             _pin(request, memory)
         request.closer = use.closer
         return _by_thread(driver, request, known)
@@ -913,12 +817,8 @@ cdef object _sync(int fd, Known known, int opcode, name):
     if known.kind & STORED and driver.has_aio() and driver.engine.context.supports(opcode) and not (
             _is_crowded(driver, known.device)):
         result = _by_aio(driver, request, known)
-        if not request.refused:
-            if result < 0:
-                raise failed(result, name)
-            return
-        request = _again(request)
-    result = _by_thread(driver, request, known)
+    else:
+        result = _by_thread(driver, request, known)
     if result < 0:
         raise failed(result, name)
 

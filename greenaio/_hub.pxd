@@ -4,6 +4,18 @@ from libc.stdint cimport int64_t, uint64_t
 from greenaio._engine cimport Engine, Request, RequestList
 from greenaio._threads cimport Inbox, Pool
 
+cdef enum Way:          # how a request goes
+    ASK                 # native AIO with RWF_NOWAIT: what would wait comes back as EAGAIN
+    PLAIN               # native AIO: it does not wait here, or there is no way to ask
+    THREAD
+    NONE                # no way is left: the last result is the result
+
+cdef class Driver
+
+cdef class Ways:
+    cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1
+    cpdef Pool pool(self)
+
 cdef class Driver:
     cdef object __weakref__
     cdef readonly object hub
@@ -33,6 +45,9 @@ cdef class Driver:
     cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
     cdef bint _lend(self, Request request, Pool pool) except -1
+    cdef int _move_declined(self) except -1
+    cdef int _move(self, Request request) except -1
+    cdef int _move_to(self, int way, Request request, Pool pool) except -1
     cdef int _unready(self, Request request) except -1
     cdef int64_t end(self, Request request) except? -4096
     cpdef bint has_aio(self) except -1
@@ -45,6 +60,7 @@ cdef class Driver:
     cdef object _park(self, Request request, current)
     cdef PyObject *_next(self) noexcept
     cdef _leave(self, Request request)
+    cdef int _submit_admitted(self) except -1
     cdef int _wake(self, Request request) except -1
     cdef int _reap(self) except -1
     cdef int _drain(self) except -1

@@ -4,13 +4,17 @@ from gevent.hub import Hub
 
 from greenaio._context import Context
 from greenaio._engine import Engine, Request, Tally
-from greenaio._threads import Inbox
+from greenaio._threads import Inbox, Pool
 from greenaio._uninterrupted import REFUSED as REFUSED
 from greenaio._uninterrupted import inside as inside
 
 BEGIN_MAX: int
 RETRY_MIN: float
 RETRY_MAX: float
+
+class Ways:
+    def next_way(self, driver: Driver, request: Request, result: int, asked: bool) -> int: ...
+    def pool(self) -> Pool: ...
 
 class Driver:
     @property

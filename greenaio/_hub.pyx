@@ -25,14 +25,14 @@ from greenaio._ends import before_destroy, forget, thrown
 from greenaio._uninterrupted import REFUSED, inside
 
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN
+from libc.errno cimport EAGAIN, EIO, ENOMEM
 
 from greenaio._context cimport BATCH_MAX, Context
 from greenaio._engine cimport (
-    CALL, DONE, IN_FLIGHT, PENDING, Engine, Request, RequestList, Tally, new_request,
+    CALL, DECLINED, DONE, IN_FLIGHT, NEW, Engine, Request, RequestList, State, Tally, new_request,
 )
 from greenaio._fork cimport forked
-from greenaio._threads cimport Inbox, Pool, make_here, withdraw
+from greenaio._threads cimport Inbox, Pool, as_call, make_here, withdraw
 
 from greenaio import _threads
 from greenaio._bell import listen, ring
@@ -174,6 +174,21 @@ def tally():
     return found
 
 
+cdef class Ways:
+    """An object that knows the ways of a request: its `Request.file`, if it `may_move`."""
+
+    cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1:
+        """Choose the `Way` that *request* goes next.
+
+        The kernel's answer was *result*: minus an errno; or, only if the request was *asked* not to wait, fewer bytes
+        than wanted, which this adds to `Request.done`."""
+        raise NotImplementedError
+
+    cpdef Pool pool(self):
+        """Return the threads that make its calls."""
+        raise NotImplementedError
+
+
 cdef class Driver:
     """Native AIO for one hub: `perform` is all of it.
 
@@ -292,24 +307,85 @@ cdef class Driver:
         current = self._caller()
         if not self._lend(request, pool):
             return -EAGAIN
-        cdef int64_t result = self._result(request, current)
-        if pool.is_wary():
-            pool.waited(self.engine.context.now() - request.began)
-        return result
+        return self._result(request, current)
 
     cdef bint _lend(self, Request request, Pool pool) except -1:
         cdef int64_t result
-        if pool.submit(request, self.inbox):
+        cdef State before = request.state
+        if pool.submit(request, self.inbox):    # no Python code ran in there, nor before it is in a list
             self.engine.lend(request)
             if self.inbox.look(self.engine) and self.engine.ready.count > (request.state == DONE):
                 self._ask_for_pass()    # others are done as well
             return True
         if request.gives_fd and pool.device is None:
             return False
-        result = make_here(request)
+        if request.state != before:
+            return True                 # it ended while the lack of a thread was logged
         self.engine.lend(request)
-        self.engine._finish(request, result)
+        try:
+            result = make_here(request)
+        except BaseException:           # of a signal handler
+            if request.state == IN_FLIGHT:
+                self.engine.take_back(request)
+            raise
+        if request.state == IN_FLIGHT:
+            self.engine._finish(request, result)
         return True
+
+    # From way to way ------------------------------------------------------------------------
+
+    cdef int _move_declined(self) except -1:
+        """Move the requests that the kernel declined to their next ways. Their greenlets stay parked.
+
+        The code that chooses a way may run any Python code, such as a finalizer. During the choice the request is in
+        `Engine.moving`. A kill withdraws it from there, a fork or the end of the hub cancels it, and then it goes no
+        way. From the choice until the request is in another list no Python code runs.
+
+        At most `RUN_MAX` are moved at once. The rest waits for a pass."""
+        cdef Engine engine = self.engine
+        cdef int n = min(engine.declined.count, <int>RUN_MAX)
+        cdef int waited = engine.pending.count
+        while n > 0 and engine.declined.count and not self.closed:
+            n -= 1
+            self._move(engine.next_declined())
+        if not self.closed:
+            if engine.pending.count > waited:
+                self._end_turn_soon()
+            if self._sections == 0:
+                self._ask_for_pass()
+        return 0
+
+    cdef int _move(self, Request request) except -1:
+        cdef Engine engine = self.engine
+        cdef Ways ways
+        cdef Pool pool = None
+        cdef int way
+        try:
+            ways = <Ways?>request.file
+            way = ways.next_way(self, request, request._result, request.stop_asking())
+            if way == THREAD and request.state == DECLINED:
+                as_call(request)
+                pool = ways.pool()
+            if request._list == <void *>engine.moving:
+                self._move_to(way, request, pool)
+        except BaseException as error:
+            is_memory = isinstance(error, MemoryError)
+            if request.state == DECLINED or request.state == NEW and not request.abandoned:
+                engine.settle(request, -<int64_t>ENOMEM if is_memory else -<int64_t>EIO)
+            if not is_memory:
+                self.hub.handle_error(self, *sys.exc_info())
+        return 0
+
+    cdef int _move_to(self, int way, Request request, Pool pool) except -1:
+        if way == NONE:
+            self.engine.settle(request, request._result)
+        elif way == THREAD:
+            self._lend(request, pool)
+        else:
+            if way == ASK:
+                request.ask()
+            self.engine.enqueue_again(request)
+        return 0
 
     cdef int begin(self, Request request, bint more) except -1:
         """The first half of `perform`: submit now, wait for nothing. `end` is the other; who never calls it
@@ -363,7 +439,7 @@ cdef class Driver:
         self._run += 1
         if self._run % HITS_UNTIMED == 0 and self._run_is_over(HITS_MAX):
             request = new_request(CALL, -1, 0, 0, 1)
-            self.engine.finish_at_once(request)
+            self.engine.settle(request, 0)
             self._park(request, greenlet_current())
             if request._result < 0:     # forked meanwhile: where it was read to, this process may have zeros
                 raise OSError(ECANCELED, os.strerror(ECANCELED))
@@ -459,6 +535,7 @@ cdef class Driver:
             return                      # a drain pass lets go of it at its end
         if engine.withdraw(request):
             request.release()
+            self._submit_admitted()
         elif request.state == DONE:
             if request._list != NULL:
                 engine.ready.remove(request)
@@ -467,10 +544,17 @@ cdef class Driver:
         elif not request.must_run and withdraw(request):
             engine.take_back(request)
             request.release()
+            self._submit_admitted()
         else:                           # the engine keeps it, and _drain lets go of it at its event
             request.abandoned = True
             engine.abandoned += 1
             request.meet()
+
+    cdef int _submit_admitted(self) except -1:
+        """A request has left its share, which let in another."""
+        if self.engine.pending.count and not self.closed:
+            self._end_turn_soon()
+        return 0
 
     cdef bint _run_is_over(self, int limit=RUN_MAX, uint64_t now=0) noexcept:
         # Completions in line never enter the loop, so they too are counted: past the bound the
@@ -496,6 +580,8 @@ cdef class Driver:
         else:
             engine.reap()
         self.inbox.reap(engine)
+        if engine.declined.count:
+            self._move_declined()
         if engine.blocked and engine.in_flight.count == 0:
             self._retry_soon()          # no completion will come that could submit it
         return 0
@@ -536,8 +622,8 @@ cdef class Driver:
             self._ask_for_pass()
 
     cdef int _ask_for_pass(self) except -1:
-        """What is ready needs a drain pass: the next turn of the loop has one."""
-        if self.engine.ready.count and not self._asked_for_pass:
+        """What is ready, or was declined, needs a drain pass: the next turn of the loop has one."""
+        if (self.engine.ready.count or self.engine.declined.count) and not self._asked_for_pass:
             self.engine.context.signal()
             self._asked_for_pass = True
         return 0
@@ -578,10 +664,13 @@ cdef class Driver:
             return
         if self._unpolled_since:
             self._adapt_poll(self.engine.context.now() - self._unpolled_since)
-        self._asked_for_pass = False
+        self._asked_for_pass = True     # this is the pass
         self.engine.context.clear()     # first: what is signalled later is reaped later
         try:
-            self._reap()
+            try:
+                self._reap()
+            finally:
+                self._asked_for_pass = False
             if greenlet_current() is self.hub:
                 self._drain()
             else:                       # only the hub hands over
@@ -596,7 +685,7 @@ cdef class Driver:
         """Report what nobody here is to blame for. Raised into the loop, it would stop the watcher, and nobody
         be woken any more; and what is pending may have nothing in flight that could submit it."""
         self.hub.handle_error(self, *sys.exc_info())
-        if self.engine.pending.count and not self.closed:
+        if (self.engine.pending.count or self.engine.declined.count) and not self.closed:
             self._retry_soon()
 
     cdef int _reap(self) except -1:
@@ -604,6 +693,8 @@ cdef class Driver:
         cdef int n = self.engine.reap() + self.inbox.reap(self.engine)
         if n and self.engine.blocked:
             self._flush()
+        elif self.engine.declined.count:
+            self._move_declined()
         return n
 
     cdef int _drain(self) except -1:
@@ -639,11 +730,11 @@ cdef class Driver:
     cdef bint _more_is_ready(self) except -1:
         """Look, look again at the ring, submit, poll: whatever gives something to hand over."""
         cdef Engine engine = self.engine
-        if engine.ready.count == 0 and self._reap() == 0:
+        if engine.ready.count == 0:
+            self._reap()
+        if engine.ready.count == 0:
             self._flush()
-            if engine.ready.count == 0:
-                return self._poll()
-        return True
+        return engine.ready.count != 0 or self._poll()
 
     cdef int _wake(self, Request request) except -1:
         waiter = request.waiter
@@ -670,8 +761,8 @@ cdef class Driver:
             self._poll_ns = limit
         if self._poll_ns and engine.context.spin(self._poll_ns):
             self._unpolled_since = 0
-            engine.reap()
-            return True
+            self._reap()
+            return engine.ready.count != 0
         self._unpolled_since = self.engine.context.now()
         return False
 
@@ -796,6 +887,7 @@ cdef class Driver:
 
     def _give_up(self):
         self.engine.refuse(ECANCELED)
+        self.engine.cancel_declined(-<int64_t>ECANCELED)
         self._abandon_all(self.engine.in_flight)
         self._abandon_all(self.engine.lent)
         for request in self.engine.ready:

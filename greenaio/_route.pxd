@@ -1,12 +1,9 @@
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 
+from greenaio._engine cimport Request
+from greenaio._hub cimport Driver, Way, Ways
 from greenaio._threads cimport Pool
-
-cdef enum Way:
-    ASK         # native AIO with RWF_NOWAIT: what would wait comes back as EAGAIN
-    PLAIN       # native AIO: it does not wait here, or there is no way to ask
-    THREAD
 
 cdef class Nowait:
     cdef uint64_t _history              # a bit for each of the last answers: whether it was a refusal ...
@@ -106,7 +103,7 @@ cdef enum:          # what kind of file
     EVENTS = 256    # such a file that may wait for an event, which poll tells
     LOCKED = 512    # a block device: a call through its page cache locks it, and a seek waits for that
 
-cdef class Known:
+cdef class Known(Ways):
     cdef int kind                       # STORED | DIRECT | ...
     cdef unsigned int mode              # st_mode
     cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
@@ -115,8 +112,12 @@ cdef class Known:
     cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
     cdef Device device
 
-    cdef int refuses_nowait(self) except -1
-    cdef bint is_demoted(self) except -1
+    cdef int way(self, Driver driver, Request request) except -1
+    cdef int answered(self, Request request, int64_t result) except -1
+    cdef bint _falls_short(self, Request request, int64_t result) noexcept
+    cdef bint _extends(self, Request request) noexcept
+    cdef int _refuses_nowait(self) except -1
+    cdef bint _is_demoted(self) except -1
 
 cdef Known know(int fd, name)
 cdef bint knows_block_devices() noexcept

@@ -1,5 +1,7 @@
 from typing import Literal, final
 
+from greenaio._hub import Ways
+
 BLKSSZGET: int
 IN_MEMORY: frozenset[str]
 ANSWERING: frozenset[str]
@@ -36,7 +38,7 @@ class Device:
     def ways(self) -> tuple[str, str]: ...
 
 @final
-class Known:
+class Known(Ways):
     def stalled(self, ns: int) -> tuple[str, int, float, float]: ...
     def is_open_as(self, fd: int) -> bool: ...
 

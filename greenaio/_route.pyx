@@ -19,7 +19,9 @@ from gevent import spawn
 
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
-from libc.errno cimport EACCES, EAGAIN, ELOOP, ENAMETOOLONG, ENOENT, ENOMEM, ENOTDIR, EPERM, errno as c_errno
+from libc.errno cimport (
+    EACCES, EAGAIN, ELOOP, ENAMETOOLONG, ENOENT, ENOMEM, ENOTDIR, EOPNOTSUPP, EPERM, errno as c_errno,
+)
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
@@ -29,6 +31,8 @@ from greenaio import _threads
 from greenaio._bell import listen
 
 from greenaio._context cimport OWN_MIN, monotonic_ns
+from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, WRITE, Request
+from greenaio._hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
 from greenaio._threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
 
 cdef extern from *:
@@ -88,6 +92,14 @@ cdef extern from *:
     }
 
     static int has_cached_path = 1;     /* 0: openat2 is denied, or too old (before Linux 5.12) */
+
+    /* Whether the page cache has anything of the range; no where the kernel can't tell (before Linux 6.5). */
+    static inline int is_cached(int fd, uint64_t offset, uint64_t n)
+    {
+        struct { uint64_t offset, n; } range = { offset, n };
+        struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages;
+        return syscall(451 /* cachestat */, fd, &range, &pages, 0) == 0 && pages.cached != 0;
+    }
 
     /* What a path leads to, as far as that is cached: an fd for it, or minus the errno, which is EAGAIN for
        what is not cached. Without a wait. */
@@ -308,6 +320,7 @@ cdef extern from *:
     const char *kind_in_table(uint64_t device)
     bint has_cached_path
     int facts_of(int dir, const char *path, facts *found) nogil
+    bint is_cached(int fd, uint64_t offset, uint64_t n)
     int cached_path(int dir, const char *path, int flags) nogil
     int path_fd(int dir, const char *path, int flags) nogil
     int open_leased(int dir, const char *path, int flags, int mode) nogil
@@ -615,7 +628,69 @@ cdef class Known:
         return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
                 self.inode, ns / 1e9, DEMOTED_NS / 1e9)
 
-    cdef int refuses_nowait(self) except -1:
+    cdef int way(self, Driver driver, Request request) except -1:
+        """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
+        cdef bint writing = request.direction == WRITE
+        cdef Way way
+        if not driver.has_aio() or self._is_demoted() or writing and self._extends(request):
+            return THREAD
+        if request.flags & RWF_NOWAIT:
+            return PLAIN                # it is asked already
+        way = self.device.way(self.device.writes if writing else self.device.reads)
+        if is_swapped_out(self, request.fd, request.offset, request.nbytes):
+            return THREAD
+        # Pages that are dirty it would write first, and wait for that. In memory they are the file.
+        if way == PLAIN and writing and not self.device.in_memory and is_cached(
+                request.fd, request.offset, request.nbytes):
+            return THREAD
+        return way
+
+    cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1:
+        """A thread, because only its system call gives the true answer. But where RWF_NOWAIT has brought a part, as
+        btrfs reads one extent, the rest is asked for again, for as long as that brings something."""
+        # With flags of the caller, EOPNOTSUPP may be about those.
+        cdef bint is_unclear = request.flags != 0 and result == -EOPNOTSUPP
+        if not asked:
+            return THREAD
+        if not is_unclear:
+            self.answered(request, result)
+        if result >= 0:
+            if not self._falls_short(request, result):
+                return NONE
+            request.count_done(result)
+        if request.flags or result <= 0 and result != -EOPNOTSUPP:
+            return THREAD
+        return self.way(driver, request)
+
+    cpdef Pool pool(self):
+        # A character device waits for no disk.
+        return lone_threads() if self.kind & UNSURE else self.device.pool()
+
+    cdef int answered(self, Request request, int64_t result) except -1:
+        """Learn from *result*, an answer to RWF_NOWAIT."""
+        cdef Nowait nowait = self.device.writes if request.direction == WRITE else self.device.reads
+        if result == -EOPNOTSUPP:
+            nowait.unsupported()
+            self._refuses_nowait()
+        else:
+            nowait.answered(result == -EAGAIN)
+        return 0
+
+    cdef bint _falls_short(self, Request request, int64_t result) noexcept:
+        """Whether more can be had than RWF_NOWAIT brought. An end in the middle of a sector is the file's."""
+        if result & (self.align - 1):
+            return False
+        if request.direction == WRITE or not self.kind & REGULAR or not self.device.is_local:
+            return True
+        return request.offset + result < file_size(request.fd)
+
+    cdef bint _extends(self, Request request) noexcept:
+        """Whether a write makes the file longer: the kernel would do that inside io_submit, and wait."""
+        if self.kind & APPEND or request.flags & RWF_APPEND:
+            return True
+        return self.kind & REGULAR and <uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)
+
+    cdef int _refuses_nowait(self) except -1:
         """The file said EOPNOTSUPP to RWF_NOWAIT, as ext4's with inline data or a journal of their data do. It takes
         threads for a while, whatever its file system does with others."""
         if len(_demoted) >= DEMOTED_MAX:
@@ -628,7 +703,7 @@ cdef class Known:
         cdef facts found
         return not facts_of(fd, b'', &found) and found.inode == self.inode and found.device == self.device.number
 
-    cdef bint is_demoted(self) except -1:
+    cdef bint _is_demoted(self) except -1:
         if not _demoted:
             return False
         until = _demoted.get((self.device.number, self.inode), 0)

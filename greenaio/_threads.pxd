@@ -23,10 +23,9 @@ cdef class Pool:
     cdef pool *_pool
     cdef readonly object device         # st_dev; None: for calls that wait for no disk
 
-    cdef int submit(self, Request request, Inbox inbox) except -1
+    cpdef int submit(self, Request request, Inbox inbox) except -1
     cdef bint all_busy(self) noexcept
     cdef bint is_wary(self) noexcept
-    cdef void waited(self, uint64_t ns) noexcept
     cdef void beware(self) noexcept
     cdef int busy(self) noexcept
 

@@ -920,11 +920,19 @@ cdef class Inbox:
                 c_raise(one.signal)     # as if this thread had made the call
             if one.kind != LONG:
                 self._box.short_out -= 1
+            if one.home != NULL and one.home.wary > 0 and engine._reaped_ns > (<Request>one.request).began:
+                _waited(one.home, engine._reaped_ns - (<Request>one.request).began)
             engine._finish(<Request>one.request, one.result)
             one = following
             n += 1
         engine._reaped_ns = 0
         return n
+
+    def put(self, Request request not None, long result):
+        """Put *request* here, done with *result*, as a worker does; for a scripted pool."""
+        cdef job *one = _job_of(request)
+        one.result = result
+        push(&self._box.done, one, <void **>&one.next)
 
     def stop_signalling(self):
         """The eventfd is about to be closed: wake nobody any more."""
@@ -985,14 +993,6 @@ cdef class Pool:
         """How many calls wait for a thread."""
         return self._pool.queued
 
-    cdef void waited(self, uint64_t ns) noexcept:
-        """A call that a thread made on this wary device took *ns*: count it. A device whose calls are mostly quick
-        is not wary for long, even if one of many waits for its disk."""
-        if ns <= WAITED_NS:
-            self._pool.wary -= 1
-        elif self._pool.wary < WARY:
-            self._pool.wary += 1
-
     cdef void beware(self) noexcept:
         """A call on this device has held the hub. The next ones take threads, until `WARY` more of them were quick
         than slow: an on-access scanner answers late, for what is cached as well."""
@@ -1010,7 +1010,7 @@ cdef class Pool:
         """Calls that threads have, or are to have."""
         return _busy(self._pool)
 
-    cdef int submit(self, Request request, Inbox inbox) except -1:
+    cpdef int submit(self, Request request, Inbox inbox) except -1:
         """Queue the call of *request*, first in, first out; return whether it is. Nothing is queued if there is no
         thread, and none can be started."""
         cdef pool *home = self._pool
@@ -1117,6 +1117,15 @@ cdef _tell_of_no_thread(int error):
         _told_of_no_thread = True       # first: a handler may write to a file
         log.warning("can't start a thread: %s. Calls that need one block their hub, until one can be started. "
                     'pids.max, ulimit -u?', os.strerror(error))
+
+
+cdef void _waited(pool *home, uint64_t ns) noexcept:
+    """A call that a thread made on this wary device took *ns*: count it. A device whose calls are mostly quick is not
+    wary for long, even if one of many waits for its disk."""
+    if ns <= WAITED_NS:
+        home.wary -= 1
+    elif home.wary < WARY:
+        home.wary += 1
 
 
 cdef bint _all_busy(pool *one) noexcept nogil:

@@ -39,7 +39,6 @@ SEQUENTIAL = 2                  # reads in order before it begins
 COPY_BLOCK = 4 << 20            # bytes: of a copy, what one thread does before it tells how far it is
 COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
 
-ASK_AGAIN = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ECANCELED)   # of `File.end`
 NEW = os.O_WRONLY | os.O_CREAT
 # Of copy_file_range, which sandboxes, security modules and file systems refuse with any of these. Reads and
 # writes may do, or say what is wrong.
@@ -78,10 +77,8 @@ class Block:
         """Whether some of its bytes are neither written nor under way: it was not begun, or has failed."""
         if self._begun is None:
             return True                 # `end` writes it
-        request = self._begun[1]
-        if request.result is None or request.refused or -request.result in ASK_AGAIN:
-            return False
-        return bool(request.result < len(self.data))
+        result = self._begun[1].result
+        return result is not None and result != -errno.ECANCELED and bool(result < len(self.data))
 
     def forget_failure(self) -> None:
         """Have `end` write the block again: the error is of the past."""
@@ -89,13 +86,13 @@ class Block:
             self._begun = None
 
     def end(self) -> int:
-        """Wait for it; return bytes moved. A request that was refused goes again, in the way that never is.
+        """Wait for it; return bytes moved. Do it now if it could not be begun, or if another hub began it.
 
         After a kill or an error `end` may be called again. After a kill it waits for the same request, so no
         abandoned write lands on top of a later one. After an error it writes the block again."""
-        done = -errno.EAGAIN if self._begun is None else self._file.end(self._begun)
+        done = -errno.ECANCELED if self._begun is None else self._file.end(self._begun)
         self._begun = None
-        if done < 0 and -done not in ASK_AGAIN:
+        if done < 0 and done != -errno.ECANCELED:
             raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)

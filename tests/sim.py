@@ -1,10 +1,11 @@
 """The driver over a simulated kernel, clock and loop: ``python -m tests.sim --seeds 1000000 [--first N]``.
 
 The kernel takes what it likes of a batch, says EAGAIN in bursts, refuses, stalls, completes in line or much
-later, out of order, short, with any errno; its wake-ups come late and merged. The loop serves callbacks,
-timers and the eventfd in any order. Greenlets read and write, yield, are killed, and at every switch others
-are started, struck, or the process forks, or the hub is destroyed. Nothing here looks at a real clock: one
-seed is one history. A seed that fails is printed, and fails again.
+later, out of order, short, with any errno; its wake-ups come late and merged. It declines requests that it is
+asked to do without waiting, and these go on to the kernel again, or to a thread of a scripted pool. The loop
+serves callbacks, timers and the eventfd in any order. Greenlets read and write, yield, are killed, and at
+every switch others are started, struck, or the process forks, or the hub is destroyed. Nothing here looks at
+a real clock: one seed is one history. A seed that fails is printed, and fails again.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from greenaio import _hub, config
 from greenaio._context import Opcode
-from greenaio._engine import Request
+from greenaio._engine import Request, State
+from greenaio._threads import Inbox, Pool
 from tests.support.kernel import ScriptedContext
 
 NBYTES = 64
@@ -32,6 +34,9 @@ CHUNK = 500                     # seeds between two signs of progress
 SWITCHES = 100_000              # of one history: beyond, it spins
 ERRNOS = sorted(set(errno.errorcode) - {errno.EAGAIN, errno.EINTR, errno.EINPROGRESS})
 STALL = 30_000_000              # ns
+RWF_NOWAIT = 8
+DECLINING = (-errno.EAGAIN, -errno.EOPNOTSUPP)
+ASK, PLAIN, THREAD, NONE = range(4)     # `Way` in _hub.pxd
 
 
 class Struck(BaseException):
@@ -81,13 +86,14 @@ class Kernel(ScriptedContext):
             return rng.choice([-errno.EAGAIN, -errno.EINTR, -errno.EAGAIN])
         if rng.random() < 0.05:
             self._batch = []
-            self.results[batch[0]['offset']] = answer = -rng.choice(ERRNOS)
-            self.history.note('refused', batch[0]['offset'], answer)
+            number, answer = batch[0]['offset'] // NBYTES, -rng.choice(ERRNOS)
+            self.history.answered(number, answer)
+            self.history.note('refused', number, answer)
             return answer
         if rng.random() < 0.3:
             self.answers.append(rng.randrange(0, len(batch) + 1))
         taken = super().submit()
-        self.history.note('taken', *(request['offset'] for request in batch[:taken]))
+        self.history.note('taken', *(request['offset'] // NBYTES for request in batch[:taken]))
         eager = rng.choice([0, 0.2, 1])
         for request in batch[:taken]:
             if rng.random() < eager:
@@ -95,22 +101,15 @@ class Kernel(ScriptedContext):
         return taken
 
     def complete(self, request):
-        rng, number = self.rng, request['offset']
-        chance = rng.random()
-        result = NBYTES if chance < 0.8 else rng.randrange(NBYTES) if chance < 0.9 else -rng.choice(ERRNOS)
-        memory = self.history.memories[number]()
-        assert memory is not None, f'the memory of {number} is gone, and the kernel still has it'
-        try:
-            memory.append(0)
-            raise AssertionError(f'the memory of {number} is not pinned')
-        except BufferError:
-            pass
-        assert ctypes.addressof(ctypes.c_char.from_buffer(memory)) == request['address']
-        if request['opcode'] == Opcode.PWRITE:
-            assert memory == bytes([mark(number)]) * NBYTES, f'what {number} writes is something else by now'
-        elif result > 0:
-            ctypes.memset(request['address'], mark(number), result)
-        self.results[number] = result
+        rng, number = self.rng, request['offset'] // NBYTES
+        if request['flags'] & RWF_NOWAIT and rng.random() < 0.4:
+            result = rng.choice(DECLINING)
+        else:
+            result = self.history.move(number, request['nbytes'])
+            memory = self.history.memories[number]()
+            done = NBYTES - request['nbytes']
+            assert ctypes.addressof(ctypes.c_char.from_buffer(memory, done)) == request['address']
+        self.history.answered(number, result)
         self.history.note('done', number, result)
         self.taken.remove(request)
         self.events.append((request['token'], result))
@@ -148,6 +147,76 @@ class Kernel(ScriptedContext):
         """io_destroy waits for the disk."""
         while self.taken:
             self.complete(self.rng.choice(self.taken))
+        self.history.threads.end_all()
+
+
+class Threads(Pool):
+    """A pool without threads: the history says when a call is over."""
+
+    def begin(self, history):
+        self.history = history
+        self.calls = []                 # requests, each with the inbox that waits for it
+        return self
+
+    def submit(self, request, inbox):
+        history, number = self.history, request.offset // NBYTES
+        assert not request.abandoned and not request.flags, f'{number} was abandoned, or still has our flag'
+        if history.rng.random() < 0.1 and not history.kernel.calm:
+            history.note('no thread', number)
+            history.answered(number, -errno.EBADF)      # the call is made there and then
+            return 0
+        history.note('lent', number)
+        self.calls.append((request, inbox))
+        return 1
+
+    def end(self, request, inbox: Inbox):
+        self.calls.remove((request, inbox))
+        number = request.offset // NBYTES
+        result = self.history.move(number, request.nbytes)
+        self.history.answered(number, result)
+        self.history.note('done by a thread', number, result)
+        inbox.put(request, result)
+        self.history.kernel.pending_wake = True
+        self.history.kernel.tell()
+
+    def end_all(self):
+        while self.calls:
+            self.end(*self.history.rng.choice(self.calls))
+
+
+THREADS = Threads('the disk')           # one for all histories: the memory of a pool is never freed
+
+
+class Ways(_hub.Ways):
+    """Any way may come next, as long as a part of the request is left."""
+
+    def __init__(self, history):
+        self.history = history
+
+    def next_way(self, driver, request, result, asked):
+        history, rng, number = self.history, self.history.rng, request.offset // NBYTES
+        assert request.state == State.DECLINED and request.result is None, f'{number} was done'
+        assert not request.abandoned, f'{number} was abandoned, and goes on'
+        if rng.random() < 0.1:
+            history.do_anything()       # the next way is chosen by code that may run any other
+            if request.state != State.DECLINED:
+                return THREAD           # it was killed, forked or closed
+        if result > 0:
+            assert asked
+            if rng.random() < 0.2:
+                return NONE             # the end of the file
+            history.parts[number] = history.parts.get(number, 0) + result
+            request.count_done(result)
+        way = rng.choice([ASK, PLAIN, THREAD, THREAD])
+        history.note('declined', number, result, way)
+        history.kernel.results.pop(number, None)    # none if the driver gave up
+        return way
+
+    def pool(self):
+        return self.history.threads
+
+    def stalled(self, ns):
+        return '8:0 any', 1, ns / 1e9, 0.0
 
 
 class Loop:
@@ -266,8 +335,18 @@ class Worker(greenlet):
         memory = Memory([mark(number) if writes else 0]) * NBYTES
         memory = Memory(memory)
         history.memories[number] = weakref.ref(memory)
-        request = Request(Opcode.PWRITE if writes else Opcode.PREAD, 3, memory, number,
+        if writes:
+            history.writes.add(number)
+        request = Request(Opcode.PWRITE if writes else Opcode.PREAD, -1, memory, number * NBYTES,
                           max_batch=rng.choice([1, 4, 32]))
+        request.closer = object()
+        request.may_move = rng.random() < 0.7
+        if request.may_move:
+            request.file = Ways(history)
+            if rng.random() < 0.7:
+                request.ask()
+        history.requests[number] = request
+        self.parks = 0
         if rng.random() < 0.5:
             request.of(history.driver.engine.share_of(rng.randrange(3), rng.choice([1, 3, 100])))
         history.parked[self] = number
@@ -275,17 +354,21 @@ class Worker(greenlet):
             result = history.driver.perform_request(request)
         except (Struck, GreenletExit) as error:
             history.end(number, type(error).__name__)
+            history.requests.pop(number, None)
             del memory, request         # who asks for the same memory next must never see the kernel in it
             history.guards.append(bytearray(b'\xee' * NBYTES))
             raise
         except _hub.InvalidSwitchError:
             history.end(number, 'switched')
+            history.requests.pop(number, None)
             assert history.strangers, f'{number} was woken by nobody'
             return
         finally:
             del history.parked[self]
+        assert request.state == State.DONE and request.closer is None
+        del history.requests[number]
         history.end(number, result)
-        wanted = history.kernel.results.get(number)
+        wanted = history.wanted(number, writes)
         assert result == wanted or wanted is None and result in history.excuses, (number, result, wanted)
         memory.append(0)                # nothing pins it any more
         if result > 0 and not writes:
@@ -295,6 +378,8 @@ class Worker(greenlet):
 
     def switch_out(self):
         """The driver calls this before it parks, as gevent's greenlets may have it."""
+        self.parks += 1
+        assert self.parks == 1, f'parked again for {self.history.parked[self]}'
         if self.history.rng.random() < 0.2:
             self.history.do_anything()
 
@@ -306,17 +391,22 @@ class History:
         self.errors = []
         self.hub = Hub(self)
         self.loop = self.hub.loop
+        self.threads = THREADS.begin(self)
         self.kernel = Kernel(self)
         self.driver = _hub.Driver(self.hub, self.kernel, depth=self.rng.choice([1, 2, 8, 64]))
         self.workers = []
         self.parked = {}                # in a call of the driver's: the number
         self.memories = {}              # weak: who else has them is what this is about
+        self.requests = {}              # by number, until their greenlets go
+        self.finals = {}                # by number: results of requests that are DONE
+        self.parts = {}                 # by number: bytes that a way has moved which is not the last
         self.guards = []                # memory that was given back too early would be theirs
         self.ended = {}
         self.numbers = 0
         self.excuses = {-errno.EAGAIN}  # results that come from no kernel
         self.strangers = False
         self.closed = False
+        self.writes = set()
         self.native_threads = []
 
     def note(self, *what):
@@ -330,6 +420,46 @@ class History:
         assert number not in self.ended, f'{number} ended twice'
         self.ended[number] = how
         self.note('ended', number, how)
+
+    def answered(self, number, result):
+        assert number not in self.kernel.results, f'{number} went two ways at once'
+        self.kernel.results[number] = result
+
+    def move(self, number, nbytes):
+        """Do some of the last *nbytes* of a request; return what the system says of that."""
+        rng, done = self.rng, NBYTES - nbytes
+        chance = rng.random()
+        result = nbytes if chance < 0.8 else rng.randrange(nbytes) if chance < 0.9 else -rng.choice(ERRNOS)
+        memory = self.memories[number]()
+        assert memory is not None, f'the memory of {number} is gone, and something still has it'
+        try:
+            memory.append(0)
+            raise AssertionError(f'the memory of {number} is not pinned')
+        except BufferError:
+            pass
+        if number in self.writes:
+            assert memory == bytes([mark(number)]) * NBYTES, f'what {number} writes is something else by now'
+        elif result > 0:
+            memory[done:done + result] = bytes([mark(number)]) * result
+        return result
+
+    def wanted(self, number, writes):
+        """What the request must say: the sum of its ways; None if the last of them was not asked."""
+        result, part = self.kernel.results.get(number), self.parts.get(number, 0)
+        if result is None:
+            return None
+        if result >= 0:
+            return part + result
+        return part if part and writes and result != -errno.ECANCELED else result
+
+    def _check(self):
+        """Assert what must hold of each request after each step."""
+        for number, request in self.requests.items():
+            if request.state == State.DONE:
+                first = self.finals.setdefault(number, request.result)
+                assert request.result == first, f'{number} was done, and has another result'
+            elif request.state != State.NEW:
+                assert request.closer is not None, f'the fd of {number} may be another file by now'
 
     # What may happen at any time -----------------------------------------------------------
 
@@ -353,6 +483,8 @@ class History:
         for _ in range(self.rng.randrange(1, 6)):
             if self.kernel.taken and not self.closed:
                 self.kernel.complete(self.rng.choice(self.kernel.taken))
+            if self.threads.calls and not self.closed:
+                self.threads.end(*self.rng.choice(self.threads.calls))
 
     def strike(self):
         if self.workers:
@@ -376,6 +508,8 @@ class History:
             if number not in self.ended:
                 self.kernel.results[number] = -errno.ECANCELED
         self.excuses.add(-errno.ECANCELED)
+        self.threads.calls.clear()
+        self.finals.clear()
         self.driver.after_fork_in_child()
 
     def close(self):
@@ -384,6 +518,9 @@ class History:
             self.note('close')
             self.closed = True
             self.excuses.add(-errno.ECANCELED)
+            for number, request in self.requests.items():
+                if request.state == State.DECLINED:
+                    self.kernel.results[number] = -errno.ECANCELED
             self.hub.destroy()
 
     def start_thread(self, function, args):
@@ -423,6 +560,7 @@ class History:
         busy = self.hub.switch()
         if not self.closed:
             self.driver.engine._check()
+            self._check()
         return busy
 
     def come_to_rest(self):
@@ -431,11 +569,12 @@ class History:
         for _ in range(SWITCHES):
             while kernel.taken:
                 kernel.complete(kernel.taken[0])
+            self.threads.end_all()
             kernel.tell()
             busy = self.turn()
             if self.closed:
                 return
-            if busy or kernel.taken:
+            if busy or kernel.taken or self.threads.calls:
                 continue
             if not self.loop.timers:
                 break
@@ -446,7 +585,8 @@ class History:
         assert not hanging, f'for ever: {hanging}'
         assert self.driver.waiting == 0 and not self.loop.watcher.ref, 'the loop would never end'
         engine = self.driver.engine
-        assert len(engine.in_flight) == len(engine.ready) == len(engine.pending) == 0
+        assert not any(map(len, (engine.in_flight, engine.ready, engine.pending, engine.lent, engine.declined,
+                                 engine.moving)))
 
     def leave_nothing(self):
         for function, args in self.native_threads:
@@ -458,6 +598,7 @@ class History:
         self.hub.throw()                # it has itself on its stack as well, and a million of them would stay
         self.workers.clear()
         self.parked.clear()
+        self.requests.clear()
         self.loop.callbacks.clear()
         self.loop.timers.clear()
         assert all(guard == b'\xee' * NBYTES for guard in self.guards), 'memory given back before its time'

@@ -146,17 +146,78 @@ def test_bad_request_fails_alone_at_each_place_of_a_batch(engine, place, code):
     engine.flush()
     assert [r for r in requests if r.state != State.IN_FLIGHT] == [requests[place]]
     assert requests[place].result == -code
-    assert requests[place].refused
     assert engine.context.order == [i for i in range(32) if i != place]
 
 
-def test_event_is_not_a_refusal(engine):
+def movable(asked=False):
     request = read()
+    request.may_move = True
+    if asked:
+        request.ask()
+    return request
+
+
+def test_what_io_submit_refuses_is_declined(engine):
+    request = movable()
+    engine.context.answers.append(-errno.EINVAL)
+    engine.enqueue(request)
+    engine.flush()
+    assert (request.state, request.result) == (State.DECLINED, None) and list(engine.declined) == [request]
+
+
+def test_event_is_not_a_refusal(engine):
+    request = movable()
     engine.enqueue(request)
     engine.flush()
     engine.context.finish(result=-errno.EINVAL)
     engine.reap()
-    assert request.result == -errno.EINVAL and not request.refused
+    assert (request.state, request.result) == (State.DONE, -errno.EINVAL)
+
+
+ANSWERS = [(-errno.EAGAIN, True), (-errno.EOPNOTSUPP, True), (0, True), (511, True), (512, False),
+           (-errno.EIO, False)]
+
+
+@pytest.mark.parametrize(('result', 'declined'), ANSWERS)
+def test_request_asked_not_to_wait_is_declined_where_it_would_or_fell_short(engine, result, declined):
+    request = movable(asked=True)
+    engine.enqueue(request)
+    engine.flush()
+    engine.context.finish(result=result)
+    assert engine.reap() == 1
+    assert list(engine.declined if declined else engine.ready) == [request]
+    assert engine.completed == 1 and sum(engine.latency(0, 0)[0]) == (not declined)
+
+
+def test_declined_request_keeps_its_place_in_the_share_of_its_device(engine):
+    share = engine.share_of('disk', 1)
+    one, other = movable(asked=True).of(share), movable().of(share)
+    engine.enqueue(one)
+    engine.enqueue(other)
+    engine.flush()
+    engine.context.finish(result=-errno.EAGAIN)
+    engine.reap()
+    assert share.admitted == 1 and list(share.held) == [other]
+    assert engine.withdraw(one) and one.state == State.NEW
+    assert list(engine.pending) == [other]
+
+
+@pytest.mark.parametrize('code', [errno.ECANCELED, errno.EAGAIN])
+def test_engine_that_gives_up_declines_but_one_that_ends_is_the_end(engine, code):
+    request = movable()
+    engine.enqueue(request)
+    assert engine.refuse(code) == 1
+    assert request.state == (State.DONE if code == errno.ECANCELED else State.DECLINED)
+
+
+def test_child_cancels_what_was_declined(engine):
+    request = movable(asked=True)
+    engine.enqueue(request)
+    engine.flush()
+    engine.context.finish(result=-errno.EAGAIN)
+    engine.reap()
+    assert engine.cancel(errno.ECANCELED) == 1
+    assert request.result == -errno.ECANCELED and list(engine.ready) == [request]
 
 
 def test_withdrawn_request_never_reaches_the_kernel(engine):

@@ -11,10 +11,13 @@ import warnings
 import gevent
 import pytest
 from gevent.exceptions import BlockingSwitchOutError
+from greenlet import settrace
 
 import greenaio
 import greenaio.os
 from greenaio import File, _hub, aligned_buffer
+from greenaio._context import Opcode
+from greenaio._engine import Request, State
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_python
@@ -190,14 +193,88 @@ def test_part_that_nowait_brings_at_the_end_of_a_file_is_all(kernel):
 
 
 @pytest.mark.parametrize('writing', [False, True], ids=['read', 'write'])
-def test_part_of_a_request_that_was_begun_is_told_from_the_whole(kernel, writing):
+@pytest.mark.parametrize('answers', [[4096, None], [None], [-errno.EAGAIN], [4096, -errno.EOPNOTSUPP]],
+                         ids=['rest', 'whole', 'thread', 'rest by a thread'])
+def test_request_that_was_begun_is_made_whole_before_its_end_is_asked_for(kernel, writing, answers):
     context, name = kernel
     memory = aligned_buffer(32768)
+    memory[:] = (b'w' if writing else b'?') * 32768
     with File(name, os.O_RDWR | os.O_DIRECT) as file:
-        for result, want in ((4096, -errno.EAGAIN), (None, 32768)):
-            begun = file.begin(not writing, memory, 8192)
+        begun = file.begin(not writing, memory, 8192)
+        for result in answers:
             answer(context, name, result, writing=writing)
-            assert file.end(begun) == want
+        with gevent.Timeout(10):
+            while begun[1].state != State.DONE:
+                gevent.sleep(0.001)
+        assert file.end(begun) == 32768
+    with open(name, 'rb') as file:
+        assert memory == file.read()[8192:40960] == (b'w' * 32768 if writing else pattern(65536)[8192:40960])
+
+
+@pytest.mark.parametrize('answers', [
+    [-errno.EAGAIN], [-errno.EOPNOTSUPP], [4096, 8192, -errno.EAGAIN], [None],
+], ids=['waits', 'unsupported', 'parts', 'done'])
+def test_greenlet_stays_parked_while_its_read_goes_from_way_to_way(kernel, answers):
+    context, name = kernel
+    memory = aligned_buffer(32768)
+    switches = []
+    with File(name, os.O_RDONLY | os.O_DIRECT) as file:
+        reading = gevent.spawn(file.preadv, [memory], 0)
+        settrace(lambda event, pair: switches.append(event) if reading in pair else None)
+        try:
+            for result in answers:
+                answer(context, name, result, writing=False)
+            assert reading.get(timeout=10) == 32768
+        finally:
+            settrace(None)
+    assert switches == ['switch'] * 4   # it begins, parks, is resumed, and ends
+    assert memory == pattern(65536)[:32768]
+
+
+def test_read_whose_greenlet_was_killed_goes_no_other_way(kernel):
+    context, name = kernel
+    memory = aligned_buffer(32768)
+    lent = _hub.get_driver().engine.lent_total
+    file = File(name, os.O_RDONLY | os.O_DIRECT)
+    reading = gevent.spawn(file.preadv, [memory], 0)
+    gevent.sleep(0.01)
+    reading.kill()
+    answer(context, name, -errno.EAGAIN, writing=False)
+    gevent.sleep(0.01)
+    file.close()
+    assert _hub.get_driver().engine.lent_total == lent
+    assert bytes(memory) == bytes(32768)
+
+
+def test_no_memory_for_the_next_way_is_an_error_of_that_read_alone(kernel):
+    class Ways(_hub.Ways):
+        def next_way(self, driver, request, result, asked):
+            raise MemoryError
+
+    context, _ = kernel
+    requests = [Request(Opcode.PREAD, -1, bytearray(512), 512 * i) for i in range(2)]
+    for request in requests:
+        request.ask()
+        request.file, request.may_move = Ways(), True
+    greenlets = [gevent.spawn(_hub.get_driver().perform_request, request) for request in requests]
+    gevent.sleep(0.01)
+    context.finish(result=-errno.EAGAIN)
+    context.finish()
+    assert [greenlet.get(timeout=10) for greenlet in greenlets] == [-errno.ENOMEM, 512]
+
+
+def test_failure_in_the_choice_of_a_way_is_reported_and_wakes_its_greenlet(kernel, monkeypatch):
+    context, _ = kernel
+    reported = []
+    monkeypatch.setattr(gevent.get_hub(), 'handle_error', lambda context, kind, *rest: reported.append(kind))
+    request = Request(Opcode.PREAD, -1, bytearray(512), 0)
+    request.ask()
+    request.may_move = True             # and its file knows no ways
+    reading = gevent.spawn(_hub.get_driver().perform_request, request)
+    gevent.sleep(0.01)
+    context.finish(result=-errno.EAGAIN)
+    assert reading.get(timeout=10) == -errno.EIO
+    assert reported == [TypeError]
 
 
 # The answer of os --------------------------------------------------------------------------------

@@ -767,10 +767,17 @@ def test_again_for_ever_is_refused_so_that_a_thread_is_asked(driver):
         def __bool__(self):
             return True
 
+    class Ways(_hub.Ways):
+        def next_way(self, driver, request, result, asked):
+            asked_for.append((result, asked))
+            return 3                    # none
+
+    asked_for = []
     driver.engine.context.answers = Always()
     request = read()
+    request.file, request.may_move = Ways(), True
     assert perform(driver, request) == -errno.EAGAIN
-    assert request.refused
+    assert asked_for == [(-errno.EAGAIN, False)]
     assert 5 <= driver.engine.context.submits < 20
     driver.engine.context.answers = type(ScriptedContext().answers)()
     greenlet = gevent.spawn(perform, driver, read())
