@@ -536,22 +536,31 @@ def _in_turn(method: Callable[..., Any], plain: Callable[..., Any],
     def in_turn(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         try:
             turn: Turn = getattr(self, which)
-            me = getcurrent()
+            me, owner = getcurrent(), turn.owner
         except AttributeError:
             return plain(self, *args, **kwargs)
         except RuntimeError:            # the interpreter is being finalized
             return method(self, *args, **kwargs)
-        if turn.owner is None:
+        if owner is None:
             turn.owner = me
-        elif not turn.wait():
+        elif owner is me:
             return method(self, *args, **kwargs)
         try:
+            if owner is not None:
+                turn.wait()
             return method(self, *args, **kwargs)
         except _Carrier as carrier:
             raise carrier.error from None
         finally:
             if turn.owner is me:        # not in a forked child, when that took it
-                turn.leave()
+                if not turn.queue:
+                    turn.owner = None
+                else:
+                    try:
+                        turn.leave()
+                    finally:
+                        if turn.owner is me:
+                            turn.leave()
 
     return in_turn
 

@@ -6,9 +6,9 @@ import pathlib
 import sys
 import threading
 import time
-from collections import deque
 
 import gevent
+import gevent.monkey
 import pytest
 from greenlet import getcurrent
 
@@ -19,6 +19,7 @@ from greenaio.fileobject import open as open_file
 from tests.support.disks import MIB
 from tests.support.processes import run_program, run_python
 
+native_sleep = gevent.monkey.get_original('time', 'sleep')
 
 @pytest.fixture
 def pipe():
@@ -90,30 +91,34 @@ def test_threads_that_share_a_number_lose_nothing(folder, often_preempted):
     assert sorted(lines) == sorted(b'%d %06d' % (who, i) for who in range(4) for i in range(each))
 
 
-def test_turn_that_is_given_to_who_gives_up_is_not_lost():
+@pytest.mark.parametrize('is_alone', [True, False])
+def test_turn_is_not_lost_on_a_waiter_that_gives_up_when_it_is_woken(is_alone):
     """
     owner, thread 1                             waiter, thread 2
                                                 waits
-    leave: takes the waiter from the queue
-                                                its Timeout comes: it is not in the queue any more
-    makes it the owner
-                                                gives the turn back
+    leaves, looks for the first in the queue
+                                                its Timeout comes: it goes
+    wakes it, in vain
     """
-    class Preempted(deque):
-        def popleft(self):
-            first = super().popleft()
-            _turn.native_sleep(0.3)
-            return first
+    class Preempted(list):
+        def __iter__(self):
+            for one in list.__iter__(self):
+                if threading.get_ident() == owners[0]:
+                    native_sleep(0.3)
+                yield one
 
     turn = _turn.Turn()
     turn.queue = Preempted()
     waits = threading.Event()
+    owners = [0]
 
     def owner():
         turn.owner = getcurrent()
         waits.wait(10)
-        _turn.native_sleep(0.1)
+        native_sleep(0.1)
+        owners[0] = threading.get_ident()
         turn.leave()
+        owners[0] = 0
 
     def waiter():
         while turn.owner is None:
@@ -123,9 +128,15 @@ def test_turn_that_is_given_to_who_gives_up_is_not_lost():
             turn.wait()
             raise AssertionError('it had the turn before the Timeout')
 
-    assert run_threads(owner, waiter) == []
+    def behind():
+        while not turn.queue:
+            gevent.sleep(0.001)
+        with gevent.Timeout(10):
+            assert turn.wait()
+        turn.leave()
+
+    assert run_threads(owner, waiter, *[] if is_alone else [behind]) == []
     assert turn.owner is None and not turn.queue
-    turn.owner = getcurrent()
 
 
 def test_owner_whose_thread_has_ended():
@@ -150,9 +161,10 @@ how, kind = sys.argv[2:4]
 is_alone = sys.argv[4] == 'True'
 turn = file._io_turn if kind == 'file' else _turn.turns.setdefault(fd, _turn.Turn())
 turn.owner = gevent.getcurrent()
-in_thread_that_ends(how, lambda: [gevent.spawn(turn.wait) for _ in range(2)])
-assert len(turn.queue) == 2
-waiters = list(turn.queue)
+waiters = []
+in_thread_that_ends(how, lambda: [gevent.spawn(turn.wait) for _ in range(2)],
+                    lambda: waiters.extend(turn.queue))
+assert len(waiters) == 2 and not turn.queue
 if is_alone:
     turn.leave()
     assert turn.owner is None and not turn.queue
@@ -163,21 +175,24 @@ else:
     behind.join(10)
     assert behind.ready() and turn.owner is behind
     turn.leave()
-assert all(waiter.is_out for waiter in waiters)
+assert not _turn._waiters
 has_its_turn(file.write if kind == 'file' else (lambda data: _position.write(fd, data)), b'x')
 os._exit(0)
 ''', f'{disk_folder}/data', how, kind, is_alone)
 
 
 @pytest.mark.parametrize('how', ['thread', 'hub'])
-def test_turn_passes_on_if_it_was_given_to_a_greenlet_that_ends_before_it_goes_on(disk_folder, how):
+def test_turn_passes_on_if_the_greenlet_that_was_woken_for_it_ends_before_it_goes_on(disk_folder, how):
     run_python(TURN_AND_THREAD + '''
 turn = file._io_turn
 turn.owner = me = gevent.getcurrent()
-# The look would fall due with the end of the hub, which still lets the greenlet go on then.
-_turn.ANOTHER_LOOK = 60
-in_thread_that_ends(sys.argv[2], turn.wait, turn.leave)
-assert turn.owner not in (None, me)
+def leave():
+    assert turn.queue
+    turn.leave()
+    assert turn.owner is _turn.LEFT     # the waiter was woken, and has not gone on
+
+in_thread_that_ends(sys.argv[2], turn.wait, leave)
+assert turn.owner is None
 has_its_turn(file.write, b'x')
 os._exit(0)
 ''', f'{disk_folder}/data', how)

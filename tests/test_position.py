@@ -4,7 +4,6 @@ Each `known_fault` is one of today's code. The rebuilt handle has to make these 
 """
 
 import os
-import subprocess
 
 import gevent
 import greenlet
@@ -18,7 +17,6 @@ from tests.support.processes import CONTROL, run_program, run_python
 
 SHARED = known_fault('a write at the position is an lseek, a positional write and an lseek; '
                      'another writer moves the position between them')
-POLLS = known_fault('a greenlet that waits for its turn polls')
 
 WRITERS = '''
 from tests.programs.writers import *
@@ -145,7 +143,6 @@ def test_process_that_reads_at_the_position_of_a_frozen_disk_does_not_stop_the_h
         disk.close()
 
 
-@known_fault('the layers give the turn back between two calls, to the greenlet that waits')
 def test_line_that_print_makes_by_several_calls_stays_whole(disk_folder):
     """The greenlet does not park between the calls, so as with plain gevent no other line gets in."""
     path = os.path.join(disk_folder, 'lines')
@@ -198,7 +195,6 @@ def switches_while(seconds):
     return count
 
 
-@POLLS
 @pytest.mark.parametrize('what', ['a file object', 'a number'])
 def test_greenlets_that_wait_for_their_turn_cost_nothing(held_disk, what):
     with greenaio.open(held_disk.file, 'r+b', 0, direct=True, prefetch=0) as file:
@@ -215,7 +211,6 @@ def test_greenlets_that_wait_for_their_turn_cost_nothing(held_disk, what):
             gevent.joinall(jobs, timeout=20)
 
 
-@POLLS
 def test_greenlet_that_waits_for_its_turn_starts_no_timeout(held_disk, monkeypatch):
     """The exception of a timeout that a signal handler interrupts could appear in the code of the user."""
     started = []
@@ -239,7 +234,5 @@ def test_greenlet_that_waits_for_its_turn_starts_no_timeout(held_disk, monkeypat
             gevent.joinall(jobs, timeout=20)
 
 
-@known_fault('a handler that interrupts the owner of a turn counts as the owner',
-             (AssertionError, subprocess.TimeoutExpired))
 def test_signal_handler_that_writes_to_files_in_use_ends_and_so_do_the_greenlets(tmp_path):
     run_program('interrupted_turn', tmp_path, timeout=8)

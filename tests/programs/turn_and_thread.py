@@ -6,10 +6,10 @@ import threading
 
 import gevent
 
-from greenaio import _turn
 from greenaio.fileobject import open as open_file
 
 start = gevent.monkey.get_original('_thread', 'start_new_thread')
+native_sleep = gevent.monkey.get_original('time', 'sleep')
 is_over = threading.Event()
 keep: list["gevent.Greenlet[..., object]"] = []
 
@@ -27,12 +27,12 @@ def in_thread_that_ends(how, work, at_end=lambda: None):
             gevent.get_hub().destroy(destroy_loop=True)
         is_over.set()
         if how == 'hub':
-            _turn.native_sleep(60)
+            native_sleep(60)
     start(thread, ())
     is_over.wait(10)
     if how == 'thread':
         while os.path.exists(tasks[0]):         # its greenlets are dead when the thread has ended
-            _turn.native_sleep(0.001)
+            native_sleep(0.001)
 
 
 def has_its_turn(call, *args):
