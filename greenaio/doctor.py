@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import glob
 import json
 import os
 import pickle
@@ -43,6 +44,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
                 errno.ENOSYS, errno.ENOENT)     # the last is what /proc says
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RWF_NOWAIT = getattr(os, 'RWF_NOWAIT', 8)
+FAN_WAITING = 0x170000  # FAN_OPEN_PERM, FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM and FAN_PRE_ACCESS
 
 # What is told of, in this order.
 OPERATIONS = (
@@ -433,6 +435,14 @@ class _Examination:
             place.share = self.device.limit
             if place.kind != 'block device' and self.device.file_system not in ('', place.file_system):
                 place.file_system = self.device.file_system     # what the ways go by
+        self._look_for_scanners(file)
+
+    def _look_for_scanners(self, file: File) -> None:
+        for scanner in _scanners(file.fileno()):
+            self.place.problems.append(Problem(
+                f'{self.place.path}: {scanner} looks at files before they are opened or read (fanotify). '
+                'Calls wait for it, also where the kernel has all in its caches, and so may the hub',
+                'exempt the data of this server from the scanner'))
 
     @property
     def _name(self) -> str:
@@ -746,6 +756,41 @@ def _mounts() -> Iterator[tuple[str, str, str]]:
             fields, _, rest = line.partition(b' - ')
             kind, source, *_ = rest.split(b' ')
             yield plain(fields.split(b' ')[4]), plain(kind), plain(source)
+
+
+# On-access scanners ------------------------------------------------------------------------------
+
+
+def _scanners(fd: int) -> Iterator[str]:
+    """Yield each process that can hold an open or a read of the file behind *fd*, by fanotify. Only root sees
+    the processes of other users, and no container sees those outside it."""
+    mount, file = _mount_of(fd), os.fstat(fd)
+    device = os.major(file.st_dev) << 20 | os.minor(file.st_dev)        # as the kernel writes it inside
+    for path in glob.iglob('/proc/[0-9]*/fd/*'):
+        with contextlib.suppress(OSError):
+            if os.readlink(path) != 'anon_inode:[fanotify]':
+                continue
+            process, _, number = path.removeprefix('/proc/').split('/')
+            with open(f'/proc/{process}/fdinfo/{number}') as info:
+                if any(_holds(line, mount, device, file.st_ino) for line in info):
+                    with open(f'/proc/{process}/comm') as comm:
+                        yield f'{comm.read().strip()} (process {process})'
+
+
+def _mount_of(fd: int) -> int | None:
+    with open(f'/proc/self/fdinfo/{fd}') as info:
+        return next((int(line.split()[1]) for line in info if line.startswith('mnt_id:')), None)
+
+
+def _holds(line: str, mount: int | None, device: int, inode: int) -> bool:
+    """Whether *line* of fdinfo is a mark on the mount, the file system or the inode, with an event that waits
+    for an answer. Numbers are hexadecimal there."""
+    if not line.startswith('fanotify '):
+        return False
+    mark = {name: int(value, 16) for name, _, value in (word.partition(':') for word in line.split()[1:])}
+    if not mark.get('mask', 0) & FAN_WAITING:
+        return False
+    return mark.get('mnt_id') == mount or mark.get('sdev') == device and mark.get('ino', inode) == inode
 
 
 # What is shown -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from greenaio import _calls, doctor
 from tests.support import missing
 from tests.support.disks import FreezableDisk, file_system, pattern
 from tests.support.processes import run, run_python
+from tests.support.scanners import FAN_ACCESS_PERM, FAN_OPEN_PERM, scanned
 
 RUN = '''
 import runpy, sys
@@ -199,6 +200,16 @@ def test_people_get_tables_with_rich_or_without(disk_folder, without):
         assert expected in shown
     assert ('┏' in shown) is (not without)
     assert max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.parametrize('mask', [FAN_OPEN_PERM, FAN_ACCESS_PERM])
+def test_scanner_is_named(disk_folder, tmp_path, mask):
+    with scanned(disk_folder, mask) as scanner:
+        code, report = examine(disk_folder, tmp_path)
+    problem, = [one for one in report['degraded'] if 'fanotify' in one['what']]
+    assert problem['what'].startswith(f'{disk_folder}: ')       # and not the other mount
+    assert f'(process {scanner.pid})' in problem['what'] and 'exempt' in problem['remedy']
+    assert code == 1
 
 
 def test_each_path_is_reported_also_beside_one_that_is_missing(tmp_path):

@@ -23,6 +23,7 @@ from greenaio import File, _hub, _threads, config
 from tests.support import missing
 from tests.support.disks import is_mounted
 from tests.support.processes import run, run_program, run_python
+from tests.support.scanners import FAN_ACCESS_PERM, FAN_OPEN_PERM, scanned
 
 OPENAT2, STATMOUNT = 437, 457
 LONE_KEPT = 4
@@ -549,39 +550,12 @@ def test_hub_does_not_parse_the_list_of_mounts(tmp_path, denied):
     assert done.stdout == 'known\n'
 
 
-SCANNER = '''
-import ctypes, os, struct, sys, time
-libc = ctypes.CDLL(None, use_errno=True)
-fd = libc.syscall(int(sys.argv[3]), 4, os.O_RDONLY | os.O_LARGEFILE)         # fanotify_init
-if fd < 0 or libc.syscall(int(sys.argv[3]) + 1, fd, 0x11, ctypes.c_uint64(int(sys.argv[2])), -100,
-                          sys.argv[1].encode()) < 0:
-    sys.exit(print('no fanotify', flush=True))
-print('scans', flush=True)
-while data := os.read(fd, 4096):
-    while data:
-        length, _, _, _, _, opened, _ = struct.unpack_from('=IBBHQii', data)
-        time.sleep(0.1)
-        os.write(fd, struct.pack('=iI', opened, 1))                             # FAN_ALLOW
-        os.close(opened)
-        data = data[length:]
-'''
-FANOTIFY_INIT = 300 if os.uname().machine == 'x86_64' else 262
-FAN_OPEN_PERM, FAN_ACCESS_PERM = 0x10000, 0x20000
-
-
 @pytest.mark.parametrize('mask', [FAN_OPEN_PERM, FAN_ACCESS_PERM])
 def test_scanner_that_answers_late_holds_the_hub_once(disk_folder, mask):
-    if os.geteuid() != 0:
-        missing('needs root')
     path = os.path.join(disk_folder, 'file')
     with open(path, 'w') as file:
         file.write('x' * 4096)
-    run('mount', '--bind', disk_folder, disk_folder)
-    scanner = subprocess.Popen([sys.executable, '-c', SCANNER, disk_folder, str(mask), str(FANOTIFY_INIT)],
-                               stdout=subprocess.PIPE, text=True)
-    try:
-        if scanner.stdout.readline() != 'scans\n':
-            missing('needs fanotify')
+    with scanned(disk_folder, mask) as scanner:
         engine = _hub.get_driver().engine
 
         def use():
@@ -602,12 +576,3 @@ def test_scanner_that_answers_late_holds_the_hub_once(disk_folder, mask):
         scanner.wait()
         assert sum(use() for _ in range(40)) < 40       # it is quick again, so they come back
         assert use() == 0
-    finally:
-        scanner.kill()
-        scanner.wait()
-        scanner.stdout.close()
-        for _ in range(50):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                run('umount', disk_folder)
-                break
-            gevent.sleep(0.1)
