@@ -2,7 +2,10 @@
 
 import gevent.monkey
 
-gevent.monkey.patch_all(greenaio=True)
+gevent.monkey.patch_all()
+import greenaio.monkey
+
+greenaio.monkey.patch_all()             # gevent finds the plugin only where greenaio is installed
 import contextlib
 import sys
 import types
