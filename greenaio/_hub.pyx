@@ -781,7 +781,8 @@ cdef class Driver:
     cdef int _hold_loop(self) except -1:
         if not self._holds_loop:
             self._holds_loop = True
-            self._watcher.ref = True
+            if self._watcher is not None:
+                self._watcher.ref = True
             if self._stuck is None and config.stuck_after:
                 self._look_for_stuck()
         return 0
@@ -790,7 +791,8 @@ cdef class Driver:
         # Abandoned requests hold nothing: else hub.join() would wait for a frozen disk.
         if self._holds_loop and not self.closed:
             self._holds_loop = False
-            self._watcher.ref = False
+            if self._watcher is not None:
+                self._watcher.ref = False
         return 0
 
     # What takes too long ----------------------------------------------------------------------
@@ -835,12 +837,18 @@ cdef class Driver:
             _past.add(self.engine)
             return
         if self.engine.context.eventfd != watched and self.hub.loop is not None:
-            before, self._watcher = self._watcher, self._new_watcher()
-            self._watcher.ref = before.ref
-            self._watcher.start(self._on_eventfd)
-            self._stop(before)
+            self._stop(self._watcher)       # or the loop would watch the file of the program
+            self._watcher = None
+            self.hub.loop.run_callback(self._watch_anew)    # libuv's takes none before it is forked as well
         self._reattach = self._asked_for_pass = True
         self.engine.context.signal()
+
+    def _watch_anew(self):
+        if self.closed or self._watcher is not None:
+            return
+        self._watcher = self._new_watcher()
+        self._watcher.ref = self._holds_loop
+        self._watcher.start(self._on_eventfd)
 
     def close(self):
         """Stop watching and give everything back; called when the hub is destroyed or its thread ends.

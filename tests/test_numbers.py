@@ -81,6 +81,12 @@ def test_numbers_that_a_daemon_has_closed_are_left_to_its_own_files():
     run_program('daemon_files')
 
 
+@pytest.mark.parametrize('loop', ['libev-cext', 'libuv'])
+def test_child_of_a_daemon_that_has_closed_the_numbers_of_its_loop(disk_folder, loop):
+    """libuv takes no watcher before `gevent.reinit` has given the loop new numbers."""
+    run_program('daemon_loop', disk_folder, env={'GEVENT_LOOP': loop})
+
+
 # Forks -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('user', ['greenlet', 'thread'])
