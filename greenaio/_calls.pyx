@@ -28,7 +28,7 @@ from greenaio._ends import was_thrown
 from greenaio._hub import all_drivers, all_engines, driver_if_exists
 from greenaio._uninterrupted import is_uninterrupted
 
-from greenaio._engine cimport CALL, NEW, Engine, Request, meetings, meetings_under_way
+from greenaio._engine cimport CALL, NEW, Engine, Request, close_path_fd, meetings, meetings_under_way
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
@@ -205,7 +205,7 @@ cdef class _Place:
 
     def __dealloc__(self):
         if self._is_ours:
-            close_fd(self.dir_fd)
+            close_path_fd(self.dir_fd)
 
 
 def working_directory():

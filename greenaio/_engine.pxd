@@ -168,6 +168,7 @@ cdef class Engine(Tally):
     cpdef Request take_culprit(self)
 
 cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept
+cdef void close_path_fd(int fd) noexcept nogil
 cdef int meetings() noexcept
 cdef int meetings_under_way() noexcept
 cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch)

@@ -77,6 +77,15 @@ cdef extern from *:
         return open(link, O_RDWR | O_NONBLOCK | O_CLOEXEC);
     }
 
+    /* Close *fd*, if it is still the O_PATH fd that we have opened. A daemon closes all numbers, and opens files
+       of its own on them: in a child, while its parent waits for the path that this fd is of. */
+    static inline void close_path_fd(int fd)
+    {
+        int flags = fcntl(fd, F_GETFL);
+        if (flags >= 0 && flags & O_PATH)
+            close(fd);
+    }
+
     static void *close_one(void *fd)
     {
         close((int)(intptr_t)fd);
@@ -102,6 +111,7 @@ cdef extern from *:
             close(fd);
     }
     """
+    void c_close_path_fd "close_path_fd"(int fd) noexcept nogil
     void close_elsewhere(int fd)
     int open_both_ends(int fd)
     int __builtin_clzll(unsigned long long)
@@ -109,6 +119,11 @@ cdef extern from *:
 
 cdef int _meetings = 0                  # FIFOs of which both ends were opened by `Request.meet` ...
 cdef int _under_way = 0                 # ... and of those, the ones that still are
+
+
+cdef void close_path_fd(int fd) noexcept nogil:
+    """Close an O_PATH fd of ours, but not a file of the program that has its number by now."""
+    c_close_path_fd(fd)
 
 
 cdef int meetings() noexcept:
@@ -277,7 +292,7 @@ cdef class Request:
             else:
                 close_elsewhere(<int>self._result)
         if self.fifo >= 0:
-            close(self.fifo)
+            close_path_fd(self.fifo)
         if self.peer >= 0:
             close(self.peer)
             _under_way -= 1

@@ -191,6 +191,15 @@ def working_directory() -> int:
     return posix.open('.', os.O_PATH | os.O_CLOEXEC)
 
 
+def _is_path_fd(fd: int) -> bool:
+    """Whether *fd* is an O_PATH fd. If one of ours is none any more, a daemon has closed all numbers, and has
+    opened files of its own on them."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH != 0
+    except OSError:
+        return False
+
+
 class _Place:
     """Where a thread begins to look up a path: *dir_fd*, or the working directory of this moment."""
 
@@ -205,7 +214,7 @@ class _Place:
                 self._is_ours = True
 
     def __del__(self) -> None:
-        if self._is_ours and self.dir_fd is not None:
+        if self._is_ours and self.dir_fd is not None and _is_path_fd(self.dir_fd):
             posix.close(self.dir_fd)
 
 

@@ -31,7 +31,7 @@ from greenaio import _threads
 from greenaio._bell import listen
 
 from greenaio._context cimport OWN_MIN, monotonic_ns
-from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, WRITE, Request
+from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, WRITE, Request, close_path_fd
 from greenaio._hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
 from greenaio._threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
 
@@ -954,11 +954,11 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 cdef void _let_go(way *this) noexcept nogil:
     """Close all that the walk has open: a call that waits needs no fds besides its own."""
     if this.folder >= 0:
-        close_fd(this.folder)
+        close_path_fd(this.folder)
     if this.link >= 0:
-        close_fd(this.link)
+        close_path_fd(this.link)
     if this.end >= 0:
-        close_fd(this.end)
+        close_path_fd(this.end)
     this.folder = this.link = this.end = -1
 
 

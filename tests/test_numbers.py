@@ -87,6 +87,10 @@ def test_child_of_a_daemon_that_has_closed_the_numbers_of_its_loop(disk_folder, 
     run_program('daemon_loop', disk_folder, env={'GEVENT_LOOP': loop})
 
 
+def test_child_that_has_closed_the_numbers_of_an_open_that_its_parent_waits_for(folder):
+    run_program('daemon_paths', folder)
+
+
 # Forks -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('user', ['greenlet', 'thread'])
