@@ -352,6 +352,7 @@ def _refuse_if_stuck(me: greenlet) -> None:
 _all_turns: set[weakref.ref[Turn]] = set()
 _waiters: dict[greenlet, _Waiter] = {}  # of all threads; of a greenlet below signal handlers, the newest
 _blocked: dict[Any, _Waiter] = {}       # by thread: a waiter that keeps the whole thread
+_attended: Any = None                   # the hub for which `_attend` was called last
 _is_fresh_child = False
 
 
@@ -363,8 +364,11 @@ class _End:
         self.is_over = False
 
     def __call__(self) -> None:
+        global _attended
         self.is_over = True             # from here on, new waiters see it themselves
         hub = self._hub()
+        if hub is _attended:
+            _attended = None
         for waiter in _all_waiters():
             if isinstance(waiter.sleeper, Sleeper) and waiter.sleeper.hub is hub:
                 waiter.go()
@@ -391,9 +395,11 @@ def _all_waiters() -> list[_Waiter]:
 
 def _attend(hub: Any) -> None:
     """Hear of the end of *hub*, the one of this thread: before a greenlet of it is parked in its turn."""
+    global _attended
     if hub is not None and '_greenaio_turns' not in hub.__dict__:
         hub._greenaio_turns = end = _End(hub)
         before_end(hub, end)
+    _attended = hub
 
 
 def can_wait() -> bool:
@@ -407,7 +413,7 @@ def can_wait() -> bool:
     hub: Any = get_hub_if_exists()
     if hub is None:
         return False
-    if '_greenaio_turns' not in hub.__dict__:
+    if hub is not _attended:
         _attend(hub)
     me = getcurrent()
     return me is not hub and not (inside and me in inside)
@@ -445,7 +451,9 @@ turns: dict[int, Turn] = {}             # by fd; a number that was used once wil
 def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
     """One greenlet at a time; its owner may take the turn again. Raises EBADF if a forked child has closed
     *fd* while a copy of this greenlet waited there."""
-    _attend(get_hub_if_exists())
+    hub = get_hub_if_exists()
+    if hub is not _attended:
+        _attend(hub)
     me, owner = getcurrent(), turn.owner
     if owner is None:
         turn.owner = me
