@@ -9,7 +9,8 @@ from setuptools.command.build_ext import build_ext
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
-NAMES = ['_fork', '_context', '_engine', '_threads', '_memory', '_hub', '_route', '_calls', '_file']
+NAMES = ['_fork', '_handle', '_context', '_engine', '_threads', '_memory', '_hub', '_route', '_calls',
+         '_file']
 
 
 class BuildAndCopy(build_ext):
@@ -22,11 +23,16 @@ class BuildAndCopy(build_ext):
             self.copy_extensions_to_source()
 
 
+def source_of(name):
+    """A .py file that has a .pxd beside it is interpreted where it is not compiled."""
+    return f'greenaio/{name}.py' if os.path.exists(f'greenaio/{name}.py') else f'greenaio/{name}.pyx'
+
+
 greenlet = importlib.util.find_spec('greenlet')
 headers = [os.path.dirname(os.path.dirname(greenlet.origin))] if greenlet else []
 
 setup(cmdclass={'build_ext': BuildAndCopy}, ext_modules=[
-    Extension(f'greenaio.{name}', [f'greenaio/{name}.pyx'], optional=True, include_dirs=headers,
+    Extension(f'greenaio.{name}', [source_of(name)], optional=True, include_dirs=headers,
               extra_compile_args=['-O3', '-fno-strict-aliasing', '-fno-semantic-interposition'])
     for name in NAMES
 ] if sys.platform == 'linux' else [])

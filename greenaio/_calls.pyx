@@ -16,7 +16,7 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EEXIST, EIO, ENXIO, errno as c_errno
+from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close as close_fd, lseek as seek
@@ -25,10 +25,12 @@ from gevent import sleep
 
 from greenaio import _fallback, _threads, alignment
 from greenaio._ends import was_thrown
-from greenaio._hub import all_drivers, all_engines, driver_if_exists
+from greenaio._handle import using
+from greenaio._hub import all_engines
 from greenaio._uninterrupted import is_uninterrupted
 
 from greenaio._engine cimport CALL, NEW, Engine, Request, close_path_fd, meetings, meetings_under_way
+from greenaio._handle cimport Handle, check_open, closing, handle_of, take
 from greenaio._hub cimport Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, scratch
 from greenaio._route cimport (
@@ -36,18 +38,36 @@ from greenaio._route cimport (
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
     path_at_hand, seek_may_wait, stat_there, unlink_there, way,
 )
-from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, pool_of
+from greenaio._threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, new_close, pool_of
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
+    #include <sys/epoll.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <unistd.h>
 
     /* The beginning of io.FileIO's object, in CPython since 3.0. */
     struct raw_file { PyObject_HEAD int fd; };
+
+    struct closing { int fd, stand_in; };
+
+    /* Close the file of a number, and put the stand-in there. Another reference to the file is closed before: only
+       close(2) tells of the error of a server. Without a number for that, the error is lost. */
+    static long replace_file(void *arg)
+    {
+        struct closing *one = arg;
+        int copy = fcntl(one->fd, F_DUPFD_CLOEXEC, 0);
+        long result = 0;
+        if (copy >= 0 && close(copy) < 0 && errno != EINTR)
+            result = -errno;
+        if (dup3(one->stand_in, one->fd, O_CLOEXEC) < 0)
+            result = -errno;
+        return result;
+    }
 
     /* Whether a writer is at the other end of the FIFO *fd*, or was since *fd* is open. Takes nothing out. */
     static inline int has_writer(int fd)
@@ -71,10 +91,12 @@ cdef extern from *:
         return poll(&one, 1, 0) < 1 || one.revents & POLLIN || !(one.revents & (POLLHUP | POLLERR));
     }
     """
+    long replace_file(void *arg) noexcept nogil
     bint has_writer(int fd)
     bint is_met(int fd)
     struct raw_file:
         int fd
+    int epoll_create1(int flags)
     long syscall(long number, ...) nogil
     const long SYS_gettid
     const long SYS_statx
@@ -157,7 +179,7 @@ cdef Pool _pool_between(Known source, Known target):
 
 cdef Known _open_file(int fd):
     """The facts known of *fd*. Raises EBADF also for a closed one whose number queued operations keep taken."""
-    _fallback.check_open(fd)
+    check_open(fd)
     return know(fd, None)
 
 
@@ -175,11 +197,13 @@ cdef bytes _encoded(path, str name=None):
 
 
 @cython.final
+@cython.no_gc_clear
 cdef class _Place:
     """Where a thread begins to look up *path*, which it may do after the working directory has changed.
 
     A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
-    which is open as long as this object. The request keeps the object, so a killed greenlet changes nothing.
+    which is open as long as this object. The number of another directory is kept as long. The request keeps the
+    object, so a killed greenlet changes nothing.
     Without a free fd, or where to open the directory would wait for a server, the path is made absolute instead, which
     differs only if the directory is renamed before the look-up.
     """
@@ -187,12 +211,18 @@ cdef class _Place:
     cdef bytes path
     cdef int dir_fd
     cdef bint _is_ours
+    cdef Handle _number
 
     def __cinit__(self, bytes path, int dir_fd):
         if path.startswith(b'/proc/thread-self/'):      # of the thread that asks
             path = b'/proc/self/task/%d/%s' % (syscall(SYS_gettid), path[len(b'/proc/thread-self/'):])
         self.path, self.dir_fd = path, dir_fd
-        if dir_fd != AT_FDCWD or path.startswith(b'/'):
+        if path.startswith(b'/'):
+            return
+        if dir_fd >= 0:
+            check_open(dir_fd)
+            self._number = take(dir_fd)
+        if dir_fd != AT_FDCWD:
             return
         cdef int fd = folder_at_hand()
         if fd >= 0:
@@ -206,6 +236,8 @@ cdef class _Place:
     def __dealloc__(self):
         if self._is_ours:
             close_path_fd(self.dir_fd)
+        if self._number is not None:
+            self._number.let_go()
 
 
 def working_directory():
@@ -227,6 +259,8 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
     flags |= O_CLOEXEC
     sys.audit('open', path, io_mode, flags)
     driver.check_caller()
+    if closing and dir_fd >= 0 and not encoded.startswith(b'/'):
+        check_open(dir_fd)
     fd = open_at_hand(encoded, dir_fd, flags, path)
     if fd >= 0:
         try:
@@ -242,15 +276,15 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
         walk.keep = place
         walk.way.opens, walk.way.flags, walk.way.permissions = True, flags, mode
         walk.way.truncates = flags & O_TRUNC != 0
-        fd = _walk(driver, walk, dir_fd, 'open', open_there)
+        fd = _walk(driver, walk, 'open', open_there)
         if fd == LEASED:
-            fd = _wait_for_lease(driver, walk, dir_fd)
+            fd = _wait_for_lease(driver, walk)
     if fd < 0:
         raise failed(fd, path)
     return fd
 
 
-cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) except? -4096:
+cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096:
     """The result of *call* at the end of *walk*. Each part of the way waits with the threads of its own device."""
     cdef Request request
     cdef Pool pool
@@ -269,7 +303,6 @@ cdef int64_t _walk(Driver driver, Walk walk, int dir_fd, str name, chain call) e
                     mine = hold_range(-1, known, 0, alignment.EVERYTHING)
             # To empty a file frees its blocks.
             request = new_chain(-1, walk, name, call, walk.way, not walk.way.truncates)
-            request.other_fd = dir_fd       # its number must not come to mean another directory
             request.gives_fd = walk.way.opens
             request.fifo = walk.arrive()
             request.file, request.range = known, mine       # for `_is_being_written`
@@ -337,7 +370,7 @@ cdef bint _has_peer(int fd) except -1:
     return has
 
 
-cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096:
+cdef int64_t _wait_for_lease(Driver driver, Walk walk) except? -4096:
     """Open the file again until the process that has a lease on it has given it up.
 
     The first attempt has told that process, which usually answers at once. Only an open that waits in the kernel
@@ -351,7 +384,7 @@ cdef int64_t _wait_for_lease(Driver driver, Walk walk, int dir_fd) except? -4096
         sleep(delay)
         delay = min(1.5 * delay, 2 * LEASE_MAX)
         walk.way.is_patient = delay > LEASE_MAX
-        fd = _walk(driver, walk, dir_fd, 'open', open_there)
+        fd = _walk(driver, walk, 'open', open_there)
         if fd == LEASED and walk.way.is_patient and not _is_lease_breaking():
             return -EAGAIN              # no thread was to be had that would have told so
     return fd
@@ -403,6 +436,8 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     encoded = _encoded(path, 'stat')
     cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
     current_driver().check_caller()
+    if closing and where >= 0 and not encoded.startswith(b'/'):
+        check_open(where)
     cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
     if fd >= 0:
         try:
@@ -422,7 +457,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     memory = scratch(sizeof(c_stat))
     walk.way.flags, walk.way.answer = flags, memory.address
     walk.keep = place, memory
-    cdef int64_t result = _walk(current_driver(), walk, where, 'stat', stat_there)
+    cdef int64_t result = _walk(current_driver(), walk, 'stat', stat_there)
     if result < 0:
         raise failed(result, path)
     return _stat_result(<c_stat *>memory.address)
@@ -439,7 +474,7 @@ def unlink(path):
     place = _Place(encoded, AT_FDCWD)
     walk = Walk(place.path, place.dir_fd, False)
     walk.keep = place
-    result = _walk(current_driver(), walk, AT_FDCWD, 'unlink', unlink_there)
+    result = _walk(current_driver(), walk, 'unlink', unlink_there)
     if result < 0:
         raise failed(result, path)
 
@@ -743,9 +778,10 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     offsets[1] = 0 if offset_dst is None else offset_dst
     known = _open_file(source)
     cdef Known other = _open_file(target)
-    result = _copy(target, other, offsets[1], lambda: new_call(
-        source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
-        target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
+    with using(source), using(target):          # also while it waits for a range of the target
+        result = _copy(target, other, offsets[1], lambda: new_call(
+            source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
+            target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
     if result < 0:
         raise failed(result, None)
     return result
@@ -787,7 +823,7 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
     other = _open_file(target)
-    with _fallback.using(source), _fallback.using(target):      # also while it waits for the socket
+    with using(source), using(target):      # also while it waits for the socket
         while True:
             result = _copy(target, other, 0, lambda: new_call(
                 source, memory, SYS_sendfile, target, source, 0 if offset is None else <long>at, count),
@@ -804,11 +840,73 @@ def close(fd, *, bint may_wait=True, bint is_forgotten=False):
     close_file(c_int(fd), may_wait, is_forgotten)
 
 
-cdef enum:
-    LEFT_MAX = 64
+# Closing -----------------------------------------------------------------------------------------
+#
+# A close may have data to write, a server to tell, or the blocks of a file without a name to free. So a thread
+# makes it. Until it is done the number must not come to mean another file: the greenlet that asked for the close
+# may be killed, and close the number again. But close(2) frees the number before it begins to wait. So the thread
+# puts a stand-in in the file's place, by dup3(2), which closes the file as close(2) does and keeps the number
+# taken. The hub closes the stand-in when the thread is done, and forgets the `Handle` in the same moment. Until
+# then the handle answers EBADF to every call.
 
-cdef int _left[LEFT_MAX]                # fds that there was no memory to close with ...
-cdef int _left_count = 0                # ... which the next close does
+cdef struct closing_file:
+    int fd
+    int stand_in
+
+
+@cython.final
+cdef class _SlowClose:
+    """The close of one number by a thread, after the last use of the number."""
+
+    cdef closing_file _file
+    cdef Pool _pool
+
+    def __call__(self, Handle handle):
+        """Begin it, and wait for nothing; for the last user of *handle*."""
+        cdef Driver driver = None
+        cdef Request request = None
+        try:
+            if get_hub_if_exists() is not None:
+                driver = current_driver()
+                request = self._request(handle)
+        except (MemoryError, OSError, RuntimeError):    # no number is free for it, or the interpreter ends
+            pass
+        finally:
+            if request is None:
+                handle.close_number()   # here and now
+        if request is not None:
+            driver.let_run(request, self._pool)
+
+    cdef int64_t wait(self, Handle handle) except? -4096:
+        """Wait for it; for the only user of *handle*. Return 0, or minus the errno."""
+        cdef Driver driver
+        cdef Request request = None
+        handle.close_with(_close_number)
+        try:
+            driver = current_driver()   # the hub may be newer than the file, and this its first wait
+            request = self._request(handle)
+        except (MemoryError, OSError, RuntimeError):
+            pass
+        finally:
+            handle.let_go()             # without a request this closes it here and now
+        return 0 if request is None else driver.perform_by_thread(request, self._pool)
+
+    cdef Request _request(self, Handle handle):
+        """The request for it, which becomes a user of *handle*. Raises OSError if no number is free."""
+        cdef Request request
+        self._file.fd = handle.fd
+        self._file.stand_in = epoll_create1(O_CLOEXEC)     # a number that reads and writes nothing
+        if self._file.stand_in < 0:
+            raise failed(-c_errno, None)
+        handle.stand_in = self._file.stand_in       # which is closed with it
+        request = new_close(self, replace_file, &self._file)
+        request.handle = handle.again()
+        handle.close_with(_close_number)
+        return request
+
+
+def _close_number(Handle handle):
+    handle.close_number()
 
 
 cdef bint _close_waits(Known known) except -1:
@@ -818,70 +916,77 @@ cdef bint _close_waits(Known known) except -1:
                                       or known.kind & (STORED | REGULAR) == STORED)
 
 
-def _driver_to_close_with():
+cdef Pool _pool_to_close(int fd, bint also_writers):
+    """The threads that close the file *fd*, or None if its close waits for nothing. Of files that are open for
+    writing and have a name this is asked if *also_writers*."""
+    cdef Known known
     try:
-        return current_driver()
-    except (OSError, RuntimeError):     # no eventfd is to be had, or the interpreter ends
+        known = know(fd, None)
+    except OSError as error:
+        if error.errno == EBADF:
+            raise
+        return None                     # xfs that is shut down tells nothing, and has nothing to wait for
+    except MemoryError:
         return None
+    if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
+        return known.device.pool()
+    return None
 
 
 cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
-    """Close *fd*. What is queued on it is submitted first.
+    """Close *fd*. Raises EBADF if it is being closed already.
 
-    A thread closes it where the close may have data to write, a server to tell, or the blocks of a file without
-    a name to free. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain
-    call instead. A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread
-    that frees a file without a name, or tells a server of the end of a reader, may close it later, and the
-    finalizer waits for nothing. A forgotten writer is closed at once: until then the file can't be executed."""
-    global _left_count
-    cdef Request request = None
+    Operations that need the number go on, and the last of them closes it. Else a thread closes it, if the close may
+    wait. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain call instead.
+    A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread that frees a
+    file without a name, or tells a server of the end of a reader, may close it later, and the finalizer waits for
+    nothing. A forgotten writer is closed at once: until then the file can't be executed."""
+    cdef _SlowClose slow = None
+    cdef Handle handle
     cdef Pool pool = None
-    cdef Known known
-    cdef bint left = False, is_used, is_slow = False
-    cdef int64_t result
-    try:
-        driver = driver_if_exists()
-        if driver is not None:
-            driver.submit_now()
-        queued = [one for other in all_drivers() for one in other.engine.queued(fd)]
-        is_used = bool(queued) or _fallback.in_use(fd)
-        hub = get_hub_if_exists()
-        may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
-        if is_used or may_wait or is_forgotten and not sys.is_finalizing():
-            try:
-                known = _open_file(fd)
-            except OSError as error:
-                if error.errno == EBADF:
-                    raise
-                known = None            # xfs that is shut down tells nothing, and has nothing to wait for
-            is_slow = known is not None and (
-                known.is_nameless
-                or (is_used or may_wait or not known.kind & WRITABLE) and _close_waits(known))
-            if is_slow and may_wait and not is_used and driver is None:
-                driver = _driver_to_close_with()    # the hub is newer than the file, and this its first wait
-            if is_slow and may_wait and not is_used and driver is not None:
-                pool = known.device.pool()
-                request = new_call(-1, None, SYS_close, fd)     # on no fd: its own number is not to stay taken
-                request.must_run = True
-    except MemoryError:                 # what is queued on it can't be asked for: the number stays taken
-        if _left_count == LEFT_MAX:
-            raise
-        _left[_left_count] = fd
-        _left_count += 1
-        left = True                     # no return from here: Cython trusts in a traceback, which needs memory
-    if left:
-        return 0
-    if _left_count:
-        _left_count -= 1
-        try:
-            close_file(_left[_left_count], False)
-        except OSError:
-            pass
-    if request is None:
-        _fallback.close(fd, queued, is_slow=is_slow)
-        return 0
+    cdef int64_t result = 0
+    check_open(fd)
     _fallback.lose(fd)
-    result = (<Driver>driver).perform_by_thread(request, pool)
-    if result < 0:
+    hub = get_hub_if_exists()
+    may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
+    handle = handle_of(fd)
+    if handle is not None or may_wait or is_forgotten and not sys.is_finalizing():
+        pool = _pool_to_close(fd, handle is not None or may_wait)
+    if pool is not None:
+        slow = _new_slow_close(pool)
+    # From here on no other thread comes between: what was asked above may have changed by now.
+    handle = handle_of(fd)
+    if handle is not None or slow is not None:
+        handle = _take_to_close(fd)
+    if handle is None:
+        result = -c_errno if close_fd(fd) < 0 else 0
+    elif handle.closing:
+        handle.let_go()
+        result = -EBADF
+    elif handle.users == 1 and slow is not None and may_wait:
+        result = slow.wait(handle)
+    else:
+        handle.close_with(_close_number if slow is None else slow)
+        handle.let_go()
+    if result < 0 and result != -EINTR:
         raise failed(result, None)
     return 0
+
+
+cdef _SlowClose _new_slow_close(Pool pool):
+    """None if there is no memory for it."""
+    cdef _SlowClose slow
+    try:
+        slow = _SlowClose.__new__(_SlowClose)
+    except MemoryError:
+        return None
+    slow._pool = pool
+    return slow
+
+
+cdef Handle _take_to_close(int fd):
+    """Take *fd*. None if there is no memory for it."""
+    try:
+        return take(fd)
+    except MemoryError:
+        return None

@@ -2,6 +2,7 @@ from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._context cimport Context
+from greenaio._handle cimport Handle
 
 cdef extern from "<sys/uio.h>":
     struct iovec:
@@ -57,7 +58,8 @@ cdef class Request:
     cdef readonly object waiter         # the greenlet parked on this very request, or None
     cdef object keep                    # whatever else must live until the kernel is done
     cdef object range                   # of the file that it changes: held for it, see `alignment`; or None
-    cdef public object closer           # keeps the fd open if it was closed meanwhile
+    cdef Handle handle                  # of the number `fd`, for as long as it needs that; or None
+    cdef Handle other                   # of `other_fd`, likewise
     cdef Py_buffer _view                # the pin on one buffer, named by `_one` ...
     cdef iovec _one
     cdef Py_buffer *_views              # ... or on many, with an iovec on the heap; NULL for one
@@ -89,6 +91,8 @@ cdef class Request:
     cpdef int ask(self) except -1
     cdef bint stop_asking(self) noexcept
     cdef bint is_declined_by(self, int64_t result) noexcept
+    cdef int hold(self) except -1
+    cdef let_go_of_numbers(self)
     cdef release(self)
 
 cdef class RequestList:
@@ -136,6 +140,7 @@ cdef class Engine(Tally):
     cdef readonly uint64_t slow_ns      # how long the last slow submission took
     cdef readonly int slow_batch        # and how many requests it had
     cdef uint64_t _reaped_ns            # when what is being reaped was done, or a little later; 0: not known
+    cdef bint _to_close                 # a request that the kernel has taken is the last to need a number
     cdef int _singly                    # so many more are offered one by one, to find who stalls
     cdef uint64_t submitted_ns          # what the clock said after the last io_submit
     cdef readonly Request culprit       # the first found of those, until the driver takes it
@@ -144,6 +149,7 @@ cdef class Engine(Tally):
     cdef void reaps(self) noexcept
     cdef void _count(self, Request request, int way, int64_t result) noexcept
     cdef void _taken(self, Request request) noexcept
+    cdef int _close_numbers(self) except -1
     cdef void _finish(self, Request request, int64_t result) noexcept
     cdef void _unqueue(self, Request request) noexcept
     cdef void _end(self, Request request, int64_t result) noexcept

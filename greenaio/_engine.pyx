@@ -53,6 +53,7 @@ from posix.unistd cimport close
 from greenaio._context cimport (
     BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, times_waited,
 )
+from greenaio._handle cimport Handle, take
 
 cdef enum:
     STALL_NS = 20000000 # io_submit took that long: it waited for a disk, or for the processor
@@ -221,6 +222,7 @@ cdef class Request:
     def __dealloc__(self):
         self._unpin()
         free(self._job)
+        self.let_go_of_numbers()        # of a request that was to go again, and was dropped
 
     cdef int pin(self, buffer) except -1:
         """Pin one buffer: writable for a read."""
@@ -278,8 +280,17 @@ cdef class Request:
             PyBuffer_Release(&views[i])
         PyMem_Free(views)
 
+    cdef int hold(self) except -1:
+        """Take the numbers that it names, so that they go on meaning the same files. Raises EBADF if a thread is
+        closing one of them."""
+        if self.handle is None and self.fd >= 0:
+            self.handle = take(self.fd)
+        if self.other is None and self.other_fd >= 0:
+            self.other = take(self.other_fd)
+        return 0
+
     cdef release(self):
-        """Let go of the buffers and all else. May run any code: take the request out of its list
+        """Let go of the buffers, the numbers and all else. May run any code: take the request out of its list
         first."""
         global _under_way
         if self._count:
@@ -300,7 +311,16 @@ cdef class Request:
         self.keep = None
         self.range = None
         self.file = None
-        self.closer = None
+        self.let_go_of_numbers()
+
+    cdef let_go_of_numbers(self):
+        """It needs them no more. This may close one of them, and run any code."""
+        cdef Handle handle = self.handle, other = self.other
+        self.handle = self.other = None
+        if handle is not None:
+            handle.let_go()
+        if other is not None:
+            other.let_go()
 
     cdef void meet(self) noexcept:
         """Have the open of a FIFO, in which a thread waits for the other end, return.
@@ -531,6 +551,7 @@ cdef class Engine(Tally):
         """NEW → PENDING. Return whether there is a batch now that is worth a `flush`."""
         if request.state != NEW:
             raise ValueError(f'enqueued twice: {request!r}')
+        request.hold()
         request.state = PENDING
         if request.share is not None and not request.admitted:
             if request.share.admitted >= request.share.limit:
@@ -548,6 +569,13 @@ cdef class Engine(Tally):
         self.pending.remove(request)
         self.in_flight.append(request)
         self.submitted += 1
+        # The kernel has the file, and needs the number no more; unless it says that it would have to wait.
+        if request.handle is not None and not request.asked:
+            if request.handle.is_last_to_close():
+                self._to_close = True       # after the flush: it may run any code
+            else:
+                request.handle.let_go()
+                request.handle = None
 
     cdef void _finish(self, Request request, int64_t result) noexcept:
         """PENDING or IN_FLIGHT → DONE; or DECLINED, if it has another way."""
@@ -812,7 +840,18 @@ cdef class Engine(Tally):
                 break
             else:                           # the head's own error: the rest knows nothing of it
                 self._finish(self.pending.first(), taken)
+        if self._to_close:
+            self._close_numbers()
         return total
+
+    cdef int _close_numbers(self) except -1:
+        """Close the numbers that were closed while a request needed them that the kernel has now."""
+        cdef Request request
+        self._to_close = False
+        for request in self.in_flight:      # it may be done already: then `release` closes the number
+            if not request.asked:
+                request.let_go_of_numbers()
+        return 0
 
     # From the kernel ------------------------------------------------------------------------
 
@@ -843,20 +882,6 @@ cdef class Engine(Tally):
         """What is finished next is done by now. Right after a submission its own look at the clock will do."""
         if self._reaped_ns == 0:
             self._reaped_ns = self.context.now()
-
-    def queued(self, int fd):
-        """The requests to which *fd* is only a number: pending, with a thread that may not have begun, or
-        perhaps on their way to one."""
-        cdef Request request
-        found = []
-        for queue in (self.pending, self.in_flight, self.lent, self.declined, self.moving,
-                      *[(<Share>share).held for share in self.shares.values()]):
-            for request in queue:
-                if fd not in (request.fd, request.other_fd):
-                    continue
-                if queue is not self.in_flight or request.asked and not request.abandoned:
-                    found.append(request)       # else the kernel has the file
-        return found
 
     def requests(self):
         """All that are not done yet, each with where it is: 'queued' (also for its next way), 'in flight', 'with a
@@ -900,6 +925,9 @@ cdef class Engine(Tally):
                 assert not request.abandoned or queue in (self.in_flight, self.lent, self.ready), (
                     f'{request!r} was abandoned, and has a way to go')
                 assert id(request) not in seen, f'{request!r} is in two lists'
+                assert (<Request>request).handle is not None or request.fd < 0 or queue is self.ready or (
+                    queue is self.in_flight and (request.abandoned or not (<Request>request).asked)), (
+                    f'{request!r} may go to another file')
                 seen.add(id(request))
         assert self.submitted == self.completed + len(self.in_flight), 'an event lost or invented'
         for share in shares:

@@ -1,7 +1,7 @@
 """The thread way: what native AIO can't do, in a gevent ThreadPool of our own.
 
-Not the hub's pool, for DNS lives in that one. `call` does one operation on an fd, `close` closes an fd that
-operations may still be queued on; `File` is what ``greenaio.File`` is where the extension was not built.
+Not the hub's pool, for DNS lives in that one. `call` does one operation on an fd; `File` is what
+``greenaio.File`` is where the extension was not built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, cast
@@ -22,17 +22,11 @@ from typing import TYPE_CHECKING, Any, cast
 from gevent import get_hub, getcurrent, spawn
 from gevent._hub_local import get_hub_if_exists
 from gevent.exceptions import BlockingSwitchOutError
-from gevent.monkey import get_original
 
 from greenaio._bell import generation, listen
 from greenaio._ends import before_destroy, thrown, was_thrown
+from greenaio._handle import Handle, check_open, file_of, handle_of, inherited, take, using
 from greenaio._uninterrupted import REFUSED, is_uninterrupted
-
-try:
-    from greenaio._threads import close_in_thread
-except ImportError:
-    def close_in_thread(fd: int) -> None:
-        get_original('_thread', 'start_new_thread')(posix.close, (fd,))
 
 if TYPE_CHECKING:
     from gevent.threadpool import ThreadPool
@@ -68,7 +62,7 @@ def warn_unclosed(source: object, stacklevel: int = 1) -> None:
 class _Job:
     """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
 
-    __slots__ = ('args', 'began', 'closer', 'fd', 'function', 'result', 'waiter')
+    __slots__ = ('args', 'began', 'fd', 'function', 'handle', 'result', 'waiter')
 
     def __init__(self, function: Callable[..., Any], fd: int, args: tuple[Any, ...]) -> None:
         self.began = monotonic_ns()
@@ -76,7 +70,7 @@ class _Job:
         self.function = function
         self.fd = fd
         self.args = args
-        self.closer: object = None
+        self.handle = take(fd) if fd >= 0 else None
         self.result: Any = None
 
     def __call__(self) -> tuple[Any, BaseException | None]:
@@ -90,7 +84,10 @@ class _Job:
 
     def end(self) -> None:
         _jobs.discard(self)
-        self.closer = self.waiter = None
+        self.waiter = None
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            handle.let_go()
 
 
 def flat(buffer: Any) -> memoryview:
@@ -99,22 +96,9 @@ def flat(buffer: Any) -> memoryview:
     return view.cast('B') if view.nbytes else memoryview(bytearray())
 
 
-class _Use:
-    """An operation of several steps on one fd, which must not come to mean another file between them."""
-
-    __slots__ = ('closer', 'fd')
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.closer: object = None
-
-
 _jobs: set[_Job] = set()
 _made = 0
-_uses: set[_Use] = set()
-_closing: set[int] = set()
-_inherited: dict[int, str | None] = {}          # numbers in use when this process was forked: their files ...
-_lost: dict[int, int] = {}      # ... and in which generation they were closed here
+_lost: dict[int, int] = {}      # inherited numbers: in which generation they were closed here
 _watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
 
 
@@ -153,19 +137,17 @@ def jobs_made() -> int:
     return _made
 
 
-def call(function: Callable[..., Any], fd: int, *args: Any, closer: object = None) -> Any:
+def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
     """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
 
-    If the greenlet is killed meanwhile, a call that has begun goes on by itself. *closer* is what keeps
-    *fd* open if it was closed since the operation was asked for.
+    If the greenlet is killed meanwhile, a call that has begun goes on by itself. A negative *fd* is no file.
     """
     global _made
     pool = _pool()
-    if closer is None:
+    if fd >= 0:
         check_open(fd)
     _made += 1
     job = _Job(function, fd, args)
-    job.closer = closer
     _jobs.add(job)
     try:
         job.result = pool.spawn(job)
@@ -293,32 +275,11 @@ def wait_for(fd: int, event: int) -> None:
     check_kept(fd, forks)
 
 
-@contextlib.contextmanager
-def using(fd: int) -> Iterator[_Use]:
-    """Keep the number *fd* taken: who closes it meanwhile closes it at the end of this. Raises EBADF for one
-    that is closed already."""
-    generation()
-    check_open(fd)
-    use = _Use(fd)
-    _uses.add(use)
-    try:
-        yield use
-    finally:
-        _uses.discard(use)
-        use.closer = None
-
-
-def in_use(fd: int) -> bool:
-    """Whether a greenlet is `using` *fd*."""
-    generation()                        # after a fork, the uses of the parent do not count
-    return any(use.fd == fd for use in _uses)
-
-
 def lose(fd: int) -> None:
     """*fd* is about to be closed: let greenlets that have waited for it since before a fork get EBADF. A loop
     that watches a closed number aborts the process."""
     now = generation()
-    if fd not in _inherited:
+    if fd not in inherited:
         return
     _lost[fd] = now
     here: Any = get_hub_if_exists()
@@ -342,61 +303,19 @@ def check_kept(fd: int, forks: int) -> None:
 def _is_kept(fd: int, forks: int) -> bool:
     if forks == generation():
         return True
-    return _lost.get(fd, 0) <= forks and (fd not in _inherited or _file_of(fd) == _inherited[fd])
+    return _lost.get(fd, 0) <= forks and (fd not in inherited or file_of(fd) == inherited[fd])
 
 
-def _file_of(fd: int) -> str | None:
-    """The name that the kernel has for the file *fd*. Not its inode: a server may be asked for that."""
-    try:
-        return posix.readlink(f'/proc/self/fd/{fd}').removesuffix(' (deleted)')
-    except OSError:
-        return None
-
-
-def check_open(fd: int) -> None:
-    """Raise EBADF for an fd that was closed, though what was queued on it keeps its number taken."""
-    if fd in _closing:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-
-class Closer:
-    """Closes an fd when the last operation that was queued on it lets go of this: in the hub, as a rule, so
-    that one which *is_slow* to close has a thread."""
-
-    __slots__ = ('fd', 'generation', 'is_slow')
-
-    def __init__(self, fd: int, is_slow: bool) -> None:
-        self.fd, self.is_slow, self.generation = fd, is_slow, generation()
-        _closing.add(fd)
-
-    def __del__(self) -> None:
-        if self.generation != generation():
-            return                      # closed with the fork, and another file may have the number
-        _closing.discard(self.fd)
-        if self.is_slow:
-            try:
-                close_in_thread(self.fd)
-                return
-            except RuntimeError:        # none to be had, or the interpreter ends
-                pass
-        posix.close(self.fd)
-
-
-def close(fd: int, pending: Sequence[Any] = (), *, may_wait: bool = False, is_slow: bool = False,
-          is_forgotten: bool = False) -> None:
-    """Close *fd*, once all that is queued on it is over: it is only a number there, and must not come
-    to mean another file. *pending* are such operations besides our own. Waits for no operation: a close that
-    *is_slow* has a thread."""
-    lose(fd)
+def close(fd: int, *, may_wait: bool = False, is_forgotten: bool = False) -> None:
+    """Close *fd*, once all operations that need its number are over. Waits for none of them."""
     check_open(fd)
-    ours: list[_Job | _Use] = [*_jobs, *_uses]
-    queued: list[Any] = [one for one in ours if one.fd == fd] + list(pending)
-    if not queued and not is_slow:
+    lose(fd)
+    if handle_of(fd) is None:
         posix.close(fd)
         return
-    closer = Closer(fd, is_slow)
-    for operation in queued:
-        operation.closer = closer
+    handle = take(fd)                   # first: its last user, a worker, may let go of it now
+    handle.close_with(Handle.close_number)
+    handle.let_go()
 
 
 def _after_fork_in_child() -> None:
@@ -405,13 +324,8 @@ def _after_fork_in_child() -> None:
         if job.result is not None:
             job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
         job.end()
-    # An operation on a number goes on in the parent, or is over: no close here waits for it.
-    for fd in {*(use.fd for use in _uses), *(fd for _, fd in _watched.values())}:
-        _inherited[fd] = _file_of(fd)
-    _uses.clear()
-    while _closing:
-        with contextlib.suppress(OSError):
-            posix.close(_closing.pop())
+    for _, fd in _watched.values():
+        inherited[fd] = file_of(fd)
 
 
 listen(_after_fork_in_child)

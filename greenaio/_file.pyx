@@ -27,6 +27,7 @@ from greenaio._calls cimport (
 )
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, Engine, Request, advance, iovec, new_request
+from greenaio._handle cimport check_open, closing, is_closing
 from greenaio._hub cimport ASK, THREAD, Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
@@ -36,6 +37,7 @@ from greenaio._route cimport (
 )
 from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
 
+from greenaio._handle import using
 from greenaio._memory import aligned_buffer
 
 cdef extern from *:
@@ -90,8 +92,6 @@ cdef extern from *:
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
-
-cdef set _closing = _fallback._closing
 
 cdef enum:
     CLOSED = -1                 # in place of an fd
@@ -228,7 +228,7 @@ cdef class File:
         cdef Request request = new_request(PREAD if reading else PWRITE, fd, offset, 0, 1)
         cdef int way = THREAD
         driver.check_caller()
-        if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or fd in _closing:
+        if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or closing and is_closing(fd):
             return None
         request.pin(buffer)
         if not reading and is_held(known):
@@ -423,8 +423,8 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
     cdef Driver driver = current_driver()
     cdef Request request
     cdef int64_t got, before
-    if _closing:
-        _fallback.check_open(fd)
+    if closing:
+        check_open(fd)
     if n < 0 or offset < 0:
         raise failed(-EINVAL, name)
     if not (fd_is_direct(fd) if known is None else known.kind & DIRECT):
@@ -564,8 +564,8 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
     cdef Request request
     cdef bint many = type(asked) is tuple
     cdef int64_t got
-    if _closing:
-        _fallback.check_open(fd)
+    if closing:
+        check_open(fd)
     if many:
         memory = _steady(asked, reading)
     else:
@@ -752,7 +752,7 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
     cdef int64_t result
     if not known.kind & EVENTS or is_ready(fd) or not os.get_blocking(fd):
         return _by_thread(driver, request, known)
-    with _fallback.using(fd) as use:
+    with using(fd):
         while not is_ready(fd):
             os.set_blocking(fd, False)
             try:
@@ -764,7 +764,6 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
             _fallback.wait_for(fd, 1)
             request = new_request(request.opcode, fd, request.offset, request.flags, 1)
             _pin(request, memory)
-        request.closer = use.closer
         return _by_thread(driver, request, known)
 
 
@@ -802,8 +801,8 @@ cdef object _sync(int fd, Known known, int opcode, name):
     cdef Driver driver = current_driver()
     cdef Request request
     cdef int64_t result
-    if _closing:
-        _fallback.check_open(fd)
+    if closing:
+        check_open(fd)
     if fd < 0:
         raise ValueError(f'file descriptor cannot be a negative integer ({fd})')
     if known is None:

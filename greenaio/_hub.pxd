@@ -44,6 +44,7 @@ cdef class Driver:
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096
     cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
+    cdef int let_run(self, Request request, Pool pool) except -1
     cdef bint _lend(self, Request request, Pool pool) except -1
     cdef int _move_declined(self) except -1
     cdef int _move(self, Request request) except -1

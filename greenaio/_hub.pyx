@@ -311,6 +311,7 @@ cdef class Driver:
 
     cdef bint _lend(self, Request request, Pool pool) except -1:
         cdef int64_t result
+        request.hold()
         cdef State before = request.state
         if pool.submit(request, self.inbox):    # no Python code ran in there, nor before it is in a list
             self.engine.lend(request)
@@ -412,6 +413,14 @@ cdef class Driver:
         request.stays = True
         self._lend(request, pool)
         self._unready(request)
+        return 0
+
+    cdef int let_run(self, Request request, Pool pool) except -1:
+        """Have a thread of *pool* make the call of *request*, and wait for nothing. From anywhere in the hub's
+        thread."""
+        self._lend(request, pool)
+        if self._sections == 0:
+            self._ask_for_pass()
         return 0
 
     cdef int64_t end(self, Request request) except? -4096:
@@ -549,6 +558,8 @@ cdef class Driver:
             request.abandoned = True
             engine.abandoned += 1
             request.meet()
+            if request._list == <void *>engine.in_flight:
+                request.let_go_of_numbers()     # the kernel has the file, and it goes no other way
 
     cdef int _submit_admitted(self) except -1:
         """A request has left its share, which let in another."""
@@ -614,12 +625,6 @@ cdef class Driver:
                 self._failed()
             finally:
                 self._ask_for_pass()
-
-    def submit_now(self):
-        """Submit what is pending without waiting for the end of the turn; from anywhere in the thread."""
-        if self.engine.pending.count and not self.closed:
-            self._flush()
-            self._ask_for_pass()
 
     cdef int _ask_for_pass(self) except -1:
         """What is ready, or was declined, needs a drain pass: the next turn of the loop has one."""

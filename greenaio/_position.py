@@ -20,7 +20,8 @@ from typing import Any
 from gevent.monkey import get_original
 
 from greenaio import alignment
-from greenaio._fallback import flat, using, wait_for
+from greenaio._fallback import flat, wait_for
+from greenaio._handle import using
 from greenaio._turn import turn_of
 
 try:

@@ -36,6 +36,7 @@ cdef bint any_busy() noexcept
 cdef Pool pool_of(device)
 cdef Pool lone_threads()
 cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept
+cdef Request new_close(keep, chain call, void *arg)
 cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_short)
 cdef Request new_call(int fd, keep, long number, long a=*, long b=*, long c=*, long d=*, long e=*, long f=*)
 cdef int as_call(Request request) except -1

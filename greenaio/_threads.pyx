@@ -24,7 +24,6 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EACCES, EAGAIN, EINTR, ENOSYS, EPERM, errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from posix.unistd cimport close as close_fd
 
 from greenaio._context cimport (
     FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns, signal_eventfd,
@@ -586,17 +585,6 @@ cdef int start_worker(void *(*work)(void *) noexcept nogil, void *arg) noexcept:
     return start_native(work, arg)
 
 
-cdef void *_close(void *number) noexcept nogil:
-    close_fd(<int><long>number)
-    return NULL
-
-
-def close_in_thread(int fd):
-    """Close *fd* in a thread of its own, without waiting for the close. Raises RuntimeError if none can be started."""
-    if start_native(_close, <void *><long>fd):
-        raise RuntimeError("can't start new thread")
-
-
 # What runs in a worker ---------------------------------------------------------------------------
 
 cdef void _unlink(pool *home, job *one) noexcept nogil:
@@ -650,7 +638,7 @@ cdef long creation_mode(long mode) noexcept nogil:
 cdef void _make_for_caller(job *one) noexcept nogil:
     global acting_for
     one.result = act_for(&one.by)
-    if one.result == 0 or one.number == SYS_close:      # which needs nothing of the caller
+    if one.result == 0 or one.kind == ON_CLOSE:     # which needs nothing of the caller
         acting_for = &one.by
         one.result = _make(one)
         acting_for = NULL
@@ -748,6 +736,15 @@ cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, l
     one.number = number
     one.kind = ON_CLOSE if number == SYS_close else LONG
     _set(one, a, b, c, d, e, f)
+    return request
+
+
+cdef Request new_close(keep, chain call, void *arg):
+    """A request for ``call(arg)``, which closes a file. It is made even if the greenlet that asks for it is killed."""
+    cdef Request request = new_call(-1, keep, CHAIN, <long>call, <long>arg)
+    request.name = 'close'
+    request.must_run = True
+    (<job *>request._job).kind = ON_CLOSE
     return request
 
 

@@ -42,6 +42,7 @@ from gevent.monkey import get_original
 from greenaio import _fallback
 from greenaio._bell import generation, listen
 from greenaio._ends import before_end, thrown
+from greenaio._handle import using
 
 Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
@@ -131,7 +132,8 @@ def _this_thread() -> _Thread:
 def _staying(fd: int) -> contextlib.ExitStack:
     """Keep *fd* the same file until this is closed: by its greenlet, or when the thread ends."""
     stays, thread = contextlib.ExitStack(), _this_thread()
-    stays.enter_context(_fallback.using(fd))
+    if fd >= 0:                         # else no number is known yet: the file is being opened
+        stays.enter_context(using(fd))
     thread.stays.add(stays)
     stays.callback(thread.stays.discard, stays)
     return stays

@@ -38,6 +38,7 @@ from greenlet import getcurrent, greenlet
 from greenaio import _fallback, _position, _turn, alignment, streams
 from greenaio._bell import generation
 from greenaio._ends import was_thrown
+from greenaio._handle import using
 from greenaio._turn import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
 from greenaio.alignment import Shielded
@@ -245,7 +246,7 @@ class FileIO(io.FileIO):
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
-        with _fallback.using(fd), _turn.turn_of(fd):
+        with using(fd), _turn.turn_of(fd):
             self._drain()
             at = self._move(fd, 0, os.SEEK_CUR)
             n = self._ahead.readinto(buffer, at)
@@ -275,7 +276,7 @@ class FileIO(io.FileIO):
                 self._behind.write_plainly(self._fd)
 
     def _drain_in_turn(self, fd: int) -> None:
-        with _fallback.using(fd), _turn.turn_of(fd):
+        with using(fd), _turn.turn_of(fd):
             if self._behind is not None:
                 self._behind.drain()
 
@@ -335,7 +336,7 @@ class FileIO(io.FileIO):
             return _position.write(fd, _fallback.flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
             return _position.write(fd, data)
-        with self._turn_with_end(), _fallback.using(fd), _turn.turn_of(fd):
+        with self._turn_with_end(), using(fd), _turn.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()      # in our turn: a reader could begin to read ahead again before
             if self._behind is None:
@@ -416,7 +417,7 @@ class FileIO(io.FileIO):
         return size
 
     def _truncate(self, fd: int, size: int) -> None:
-        with _fallback.using(fd), _turn.turn_of(fd):
+        with using(fd), _turn.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()
             _calls.ftruncate(fd, size)

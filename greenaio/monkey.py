@@ -35,6 +35,7 @@ from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 import greenaio.os
 from greenaio import _blocked, _fallback, _position, fileobject
 from greenaio._config import check_environment
+from greenaio._handle import in_use
 from greenaio._turn import can_wait
 from greenaio._uninterrupted import is_uninterrupted
 
@@ -139,7 +140,7 @@ def _is_watched(hub: Any, fd: int) -> bool:
     if _closing is None:
         return False
     _fallback.lose(fd)
-    return fd in _closing or not _fallback.in_use(fd) and bool(hub.loop.closing_fd(fd))
+    return fd in _closing or not in_use(fd) and bool(hub.loop.closing_fd(fd))
 
 
 @functools.wraps(posix.close)

@@ -123,10 +123,10 @@ def fstat(fd: int) -> _os.stat_result:
 
 
 def close(fd: int) -> None:
-    """Close *fd*. Requests queued on it are submitted first, and go on to their end.
+    """Close *fd*. Requests that are queued on it go on to their end, and the number stays taken until then.
 
     Waits for the close itself where the file was open for writing or has no name left, but not in the hub.
-    Raises OSError.
+    Raises OSError; EBADF if the number is being closed already.
     """
     _calls.close(fd)
 

@@ -21,7 +21,8 @@ import gevent
 
 from greenaio._bell import generation
 from greenaio._ends import was_thrown
-from greenaio._fallback import flat, using
+from greenaio._fallback import flat
+from greenaio._handle import using
 from greenaio.alignment import Shielded
 
 try:

@@ -23,13 +23,14 @@ from _thread import allocate_lock, get_ident
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from greenaio import _hub, config
+from greenaio import _handle, _hub, config
 from greenaio._context import Opcode
 from greenaio._engine import Request, State
 from greenaio._threads import Inbox, Pool
 from tests.support.kernel import ScriptedContext
 
 NBYTES = 64
+NUMBERS = [os.open('/', os.O_PATH) for _ in range(3)]      # a call on one of them is EBADF
 CHUNK = 500                     # seeds between two signs of progress
 SWITCHES = 100_000              # of one history: beyond, it spins
 ERRNOS = sorted(set(errno.errorcode) - {errno.EAGAIN, errno.EINTR, errno.EINPROGRESS})
@@ -337,9 +338,9 @@ class Worker(greenlet):
         history.memories[number] = weakref.ref(memory)
         if writes:
             history.writes.add(number)
-        request = Request(Opcode.PWRITE if writes else Opcode.PREAD, -1, memory, number * NBYTES,
+        opcode = Opcode.PWRITE if writes else Opcode.PREAD
+        request = Request(opcode, NUMBERS[number % 3], memory, number * NBYTES,
                           max_batch=rng.choice([1, 4, 32]))
-        request.closer = object()
         request.may_move = rng.random() < 0.7
         if request.may_move:
             request.file = Ways(history)
@@ -365,7 +366,7 @@ class Worker(greenlet):
             return
         finally:
             del history.parked[self]
-        assert request.state == State.DONE and request.closer is None
+        assert request.state == State.DONE
         del history.requests[number]
         history.end(number, result)
         wanted = history.wanted(number, writes)
@@ -458,8 +459,6 @@ class History:
             if request.state == State.DONE:
                 first = self.finals.setdefault(number, request.result)
                 assert request.result == first, f'{number} was done, and has another result'
-            elif request.state != State.NEW:
-                assert request.closer is not None, f'the fd of {number} may be another file by now'
 
     # What may happen at any time -----------------------------------------------------------
 
@@ -583,6 +582,8 @@ class History:
             raise AssertionError('it spins')
         hanging = [self.parked.get(worker) for worker in self.workers if worker]
         assert not hanging, f'for ever: {hanging}'
+        _handle._check()
+        assert not any(map(_handle.in_use, NUMBERS)), 'a number is kept for ever'
         assert self.driver.waiting == 0 and not self.loop.watcher.ref, 'the loop would never end'
         engine = self.driver.engine
         assert not any(map(len, (engine.in_flight, engine.ready, engine.pending, engine.lent, engine.declined,

@@ -10,7 +10,7 @@ import pytest
 
 import greenaio
 import greenaio.os
-from greenaio import File, _fallback, _hub, aligned_buffer, alignment
+from greenaio import File, _handle, _hub, aligned_buffer, alignment
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_program
 
@@ -466,7 +466,7 @@ def test_cost_of_a_range_does_not_grow_with_those_that_wait():
 
 def test_killed_writers_that_had_not_begun_leave_nothing(file):
     mine = hold(file, 0, 512)
-    before = len(_fallback._uses)
+    before = _handle.in_use(file.fileno())
     try:
         writers = [gevent.spawn(file.pwrite, b'odd', i % 100) for i in range(1000)]
         gevent.sleep(0)
@@ -476,7 +476,7 @@ def test_killed_writers_that_had_not_begun_leave_nothing(file):
             writer.kill()
         assert list(mine.ranges) == [mine]
         assert not list(mine.followers())
-        assert len(_fallback._uses) == before
+        assert _handle.in_use(file.fileno()) == before
         other = gevent.spawn(file.pwrite, b'elsewhere', 4096 + 7)       # overlaps nothing
         assert other.get(timeout=10) == 9
     finally:

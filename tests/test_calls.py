@@ -16,10 +16,10 @@ from gevent import socket as gsocket
 
 import greenaio
 import greenaio.os
-from greenaio import File, _fallback, _hub
+from greenaio import File, _handle, _hub
+from greenaio._handle import using
 from tests.support import missing
 from tests.support.disks import MIB, pattern
-from tests.support.leftovers import open_files
 from tests.support.processes import run, run_program, run_python
 
 
@@ -328,29 +328,22 @@ def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_
     ''', disk_folder, env={'GREENAIO_THREADS': '1'})
 
 
-@pytest.fixture
-def left_to_threads(monkeypatch):
-    """The numbers that threads of their own were asked to close."""
-    numbers, close = [], _fallback.close_in_thread
-    monkeypatch.setattr(_fallback, 'close_in_thread', lambda fd: numbers.append(fd) or close(fd))
-    return numbers
-
-
-def assert_is_closed_by_a_thread(fd, left_to_threads):
-    assert left_to_threads == [fd]
-    with gevent.Timeout(10):
-        while fd in open_files():
-            gevent.sleep(0.001)
-
-
-def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder, left_to_threads):
-    """The last of them lets go of the fd in the hub, as a rule."""
+def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder):
+    """The last of them lets go of the number in the hub, as a rule."""
+    engine = _hub.get_driver().engine
     file = File(os.path.join(disk_folder, 'written'), os.O_RDWR | os.O_CREAT)
-    fd = file.fileno()
-    with _fallback.using(fd):
+    fd, before = file.fileno(), engine.lent_total
+    with using(fd):
         file.close()
-        assert left_to_threads == []
-    assert_is_closed_by_a_thread(fd, left_to_threads)
+        os.fstat(fd)
+        assert engine.lent_total == before
+    assert engine.lent_total == before + 1
+    assert _handle.is_closing(fd)
+    with gevent.Timeout(10):
+        while _handle.is_closing(fd):
+            gevent.sleep(0.001)
+    with pytest.raises(OSError):
+        os.fstat(fd)
 
 
 def without_a_name(folder, kind):
@@ -445,13 +438,18 @@ def test_close_in_the_hub_of_a_file_without_a_name_is_the_plain_one(disk_folder)
 @pytest.mark.parametrize('make', [lambda fd: File.from_fd(fd, closefd=True),
                                   lambda fd: greenaio.open(fd, 'rb', 0), lambda fd: greenaio.open(fd, 'rb')],
                          ids=['File', 'raw', 'buffered'])
-def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, left_to_threads, make):
+def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, make):
     file = make(without_a_name(disk_folder, 'unlinked'))
-    fd = file.fileno()
+    fd, engine = file.fileno(), _hub.get_driver().engine
+    before = engine.lent_total
     with pytest.warns(ResourceWarning):
         del file
         gc.collect()
-    assert_is_closed_by_a_thread(fd, left_to_threads)
+    assert engine.lent_total == before + 1
+    with gevent.Timeout(10):
+        while _handle.is_closing(fd):
+            gevent.sleep(0.001)
+    assert outcome(os.fstat, fd)[1] == errno.EBADF
 
 
 def test_close_of_no_open_file_is_ebadf():

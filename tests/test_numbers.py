@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.support import known_fault, missing
+from tests.support import missing
 from tests.support.disks import FreezableDisk
 from tests.support.processes import run_program, run_python
 
@@ -27,7 +27,6 @@ from tests.programs.closed_twice import *
 '''
 
 
-@known_fault('a number stays open until its close has run')
 def test_number_that_is_being_closed_is_closed_for_new_calls(frozen_ext4):
     done = run_python(CLOSED_TWICE + '''
 first = gevent.spawn(outcome, greenaio.os.close, victim)
@@ -41,7 +40,6 @@ reader.join()
     assert done.stdout.split() == ['EBADF', 'EBADF', 'EBADF']
 
 
-@known_fault('each close of a number is queued, and carried out')
 def test_close_that_is_tried_again_closes_no_other_file(frozen_ext4):
     done = run_python(CLOSED_TWICE + '''
 outcome(greenaio.os.close, victim)

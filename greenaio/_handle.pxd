@@ -1,0 +1,31 @@
+# The C types of _handle.py, for its compiled form.
+
+cimport cython
+
+cdef int closing
+cdef list _handles
+
+@cython.final
+cdef class Handle:
+    cdef readonly int fd
+    cdef readonly int users
+    cdef readonly bint closing
+    cdef public int stand_in
+    cdef object _close
+
+    cpdef Handle again(self)
+    cpdef let_go(self)
+    cpdef bint is_last_to_close(self) noexcept
+    cpdef close_with(self, close)
+    cpdef close_number(self)
+    cpdef _close_numbers(self)
+
+cdef bint _forget(Handle handle) except -1
+cpdef Handle handle_of(int fd)
+@cython.locals(handle=Handle, fresh=Handle)
+cpdef Handle take(int fd)
+@cython.locals(handle=Handle)
+cpdef bint is_closing(int fd) except -1
+cpdef check_open(int fd)
+@cython.locals(handle=Handle)
+cpdef _after_fork_in_child()

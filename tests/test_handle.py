@@ -1,0 +1,146 @@
+"""The table of numbers in use, in both of its forms: compiled and interpreted."""
+
+import errno
+import importlib.util
+import os
+import pathlib
+import random
+
+import pytest
+
+from greenaio import _handle
+from greenaio._bell import _handlers
+
+
+@pytest.fixture(params=['compiled', 'interpreted'])
+def handles(request, monkeypatch):
+    if request.param == 'compiled':
+        yield _handle
+        return
+    source = pathlib.Path(_handle.__file__).with_name('_handle.py')
+    spec = importlib.util.spec_from_file_location('greenaio._interpreted', source)
+    module = importlib.util.module_from_spec(spec)
+    before = len(_handlers)
+    spec.loader.exec_module(module)
+    yield module
+    del _handlers[before:]
+
+
+@pytest.fixture
+def number():
+    fd = os.open(os.devnull, os.O_RDONLY)
+    yield fd
+    if is_open(fd):
+        os.close(fd)
+
+
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        assert error.errno == errno.EBADF
+        return False
+    return True
+
+
+def close(handle):
+    handle.close_number()
+
+
+def test_number_that_nothing_uses_has_no_handle(handles, number):
+    handle = handles.take(number)
+    assert handles.handle_of(number) is handle and handles.in_use(number)
+    assert handles.take(number) is handle and handle.users == 2
+    handle.let_go()
+    handle.let_go()
+    assert handles.handle_of(number) is None and not handles.in_use(number)
+    assert is_open(number)
+    handles._check()
+
+
+def test_last_user_closes_a_number_that_is_being_closed(handles, number):
+    with handles.using(number), handles.using(number):
+        handles.handle_of(number).close_with(close)
+        assert is_open(number)
+        with pytest.raises(OSError) as caught:
+            handles.check_open(number)
+        assert caught.value.errno == errno.EBADF
+        with pytest.raises(OSError), handles.using(number):
+            pass
+        handles.take(number).let_go()       # the next step of what began before
+        handles._check()
+    assert not is_open(number) and handles.handle_of(number) is None
+    handles.check_open(number)
+    handles._check()
+
+
+def test_number_whose_close_is_under_way_is_taken_by_no_operation(handles, number):
+    handle = handles.take(number)
+    under_way = []
+    handle.close_with(lambda one: under_way.append(one.again()))
+    handle.let_go()
+    assert under_way == [handle] and is_open(number)
+    with pytest.raises(OSError) as caught:
+        handles.take(number)
+    assert caught.value.errno == errno.EBADF
+    handles._check()
+    handle.close_with(close)
+    handle.let_go()
+    assert not is_open(number)
+    handles._check()
+
+
+@pytest.mark.parametrize('fd', [-1, -2 ** 31])
+def test_negative_number_is_ebadf(handles, fd):
+    for call in (handles.take, handles.check_open):
+        with pytest.raises(OSError) as caught:
+            call(fd)
+        assert caught.value.errno == errno.EBADF
+    assert handles.handle_of(fd) is None and not handles.in_use(fd)
+
+
+def test_a_close_by_the_parent_is_over_in_its_child(handles, number):
+    handle = handles.take(number)
+    handle.close_with(close)
+    other = os.open(os.devnull, os.O_RDONLY)
+    user = handles.take(other)
+    handles._after_fork_in_child()
+    assert not is_open(number) and is_open(other)
+    assert handles.all_handles() == [] and not handles.in_use(other)
+    again = os.open(os.devnull, os.O_RDONLY)
+    assert again == number
+    handle.let_go()
+    user.let_go()
+    handle.close_number()
+    assert is_open(again) and is_open(other)
+    handles._check()
+    os.close(again)
+    os.close(other)
+
+
+def test_any_order_of_uses_and_closes_ends_with_all_numbers_closed_once(handles):
+    chance = random.Random(17)
+    for _ in range(50):
+        numbers = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+        users = []
+        closed = set()
+        for _ in range(60):
+            fd = chance.choice(numbers)
+            if users and chance.random() < 0.5:
+                users.pop(chance.randrange(len(users))).let_go()
+            elif chance.random() < 0.8:
+                if fd not in closed:
+                    users.append(handles.take(fd))
+            elif fd not in closed:
+                closed.add(fd)
+                with handles.using(fd) as handle:
+                    handle.close_with(close)
+            assert is_open(fd) == (fd not in closed or any(user.fd == fd for user in users))
+            handles._check()
+        while users:
+            users.pop().let_go()
+        for fd in numbers:
+            assert is_open(fd) == (fd not in closed)
+            if fd not in closed:
+                os.close(fd)
+        assert handles.all_handles() == []
