@@ -106,13 +106,22 @@ def handle_of(fd: int) -> Handle | None:
     return _handles[fd] if 0 <= fd < len(_handles) else None
 
 
+def _is_open(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
 def take(fd: int) -> Handle:
     """Take the number *fd*, which keeps its file until `Handle.let_go`. For a step of an operation, which has
     asked `check_open` before. Raises EBADF if a thread is closing it, after its last use."""
     if fd < 0:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if fd >= len(_handles):
-        fcntl.fcntl(fd, fcntl.F_GETFD)  # no room for a number that is not open, which may be any
+        if not _is_open(fd):
+            return Handle(fd).again()   # there is no file to keep, and no room for any number
         _handles.extend([None] * (fd + 1 - len(_handles)))
     handle = _handles[fd]
     if handle is None:

@@ -90,6 +90,14 @@ def test_number_whose_close_is_under_way_is_taken_by_no_operation(handles, numbe
     handles._check()
 
 
+@pytest.mark.parametrize('fd', [1 << 20, 2 ** 31 - 1])
+def test_number_that_is_not_open_takes_no_room(handles, fd):
+    handle = handles.take(fd)
+    assert handles.handle_of(fd) is None and handle.users == 1
+    handle.let_go()
+    handles._check()
+
+
 @pytest.mark.parametrize('fd', [-1, -2 ** 31])
 def test_negative_number_is_ebadf(handles, fd):
     for call in (handles.take, handles.check_open):
