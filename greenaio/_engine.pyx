@@ -220,9 +220,11 @@ cdef class Request:
             self.pin(buffers)
 
     def __dealloc__(self):
-        self._unpin()
+        if self._count or self._views != NULL:
+            self._unpin()
         free(self._job)
-        self.let_go_of_numbers()        # of a request that was to go again, and was dropped
+        if self.handle is not None or self.other is not None:
+            self.let_go_of_numbers()    # of a request that was to go again, and was dropped
 
     cdef int pin(self, buffer) except -1:
         """Pin one buffer: writable for a read."""
@@ -311,7 +313,8 @@ cdef class Request:
         self.keep = None
         self.range = None
         self.file = None
-        self.let_go_of_numbers()
+        if self.handle is not None or self.other is not None:
+            self.let_go_of_numbers()
 
     cdef let_go_of_numbers(self):
         """It needs them no more. This may close one of them, and run any code."""
@@ -571,11 +574,10 @@ cdef class Engine(Tally):
         self.submitted += 1
         # The kernel has the file, and needs the number no more; unless it says that it would have to wait.
         if request.handle is not None and not request.asked:
-            if request.handle.is_last_to_close():
-                self._to_close = True       # after the flush: it may run any code
-            else:
-                request.handle.let_go()
+            if request.handle.let_go_unless_last():
                 request.handle = None
+            else:
+                self._to_close = True       # after the flush: it may run any code
 
     cdef void _finish(self, Request request, int64_t result) noexcept:
         """PENDING or IN_FLIGHT → DONE; or DECLINED, if it has another way."""
@@ -640,12 +642,12 @@ cdef class Engine(Tally):
         if not request.admitted:
             return
         request.admitted = False
-        request = share.held.popleft()
-        if request is None:
+        if share.held.count == 0:
             share.admitted -= 1
-        else:
-            request.admitted = True
-            self.pending.append(request)
+            return
+        request = share.held.popleft()
+        request.admitted = True
+        self.pending.append(request)
 
     cpdef bint withdraw(self, Request request) except -1:
         """PENDING or DECLINED → NEW, if neither the kernel nor a thread has it; return whether it was so."""

@@ -15,15 +15,20 @@ cdef class Handle:
 
     cpdef Handle again(self)
     cpdef let_go(self)
-    cpdef bint is_last_to_close(self) noexcept
+    cpdef bint let_go_unless_last(self) noexcept
     cpdef close_with(self, close)
     cpdef close_number(self)
     cpdef _close_numbers(self)
+    cpdef bint is_idle(self) noexcept
 
 cdef bint _forget(Handle handle) except -1
+@cython.locals(handle=Handle)
 cpdef Handle handle_of(int fd)
-@cython.locals(handle=Handle, fresh=Handle)
+@cython.locals(handle=Handle)
 cpdef Handle take(int fd)
+@cython.locals(handle=Handle, fresh=Handle)
+cdef Handle _add(int fd)
+cdef int _refuse() except -1
 @cython.locals(handle=Handle)
 cpdef bint is_closing(int fd) except -1
 cpdef check_open(int fd)

@@ -28,12 +28,16 @@ import fcntl
 import os
 import posix  # not os: this is the call itself, not a patched one
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from greenaio._bell import generation, listen
 
 
 class Handle:
-    """A number that is in use or being closed. Each such number has one handle, the others have none."""
+    """A number that is in use or being closed. Each such number has one handle.
+
+    Between two uses the table keeps the handle: otherwise each request would make one and free it. Such an
+    idle handle says nothing about the number, which the program may close and reuse."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -49,17 +53,18 @@ class Handle:
 
     def let_go(self) -> None:
         """One user fewer. The last one closes the number, if it is being closed. That may run any code."""
-        self.users -= 1
-        if self.users == 0:
+        if not self.let_go_unless_last():
             close, self._close = self._close, None
-            if close is not None:
-                close(self)
-            elif not self.closing:
-                _forget(self)
+            assert close is not None
+            self.users = 0
+            close(self)
 
-    def is_last_to_close(self) -> bool:
-        """Whether `let_go` would close the number now."""
-        return self.users == 1 and self._close is not None
+    def let_go_unless_last(self) -> bool:
+        """Let go, unless that would close the number now. Return whether it was done. Runs no other code."""
+        if self.users == 1 and self._close is not None:
+            return False
+        self.users -= 1
+        return True
 
     def close_with(self, close: Callable[[Handle], object]) -> None:
         """Mark the number as being closed; for one of its users. The last one calls *close*, which ends with
@@ -86,6 +91,10 @@ class Handle:
             with contextlib.suppress(OSError):
                 posix.close(self.stand_in)
 
+    def is_idle(self) -> bool:
+        """Whether no operation uses the number, and none closes it."""
+        return self.users == 0 and not self.closing
+
     def __repr__(self) -> str:
         return f'<Handle fd={self.fd} users={self.users} closing={self.closing}>'
 
@@ -103,7 +112,8 @@ def _forget(handle: Handle) -> bool:
 
 def handle_of(fd: int) -> Handle | None:
     """Return the handle of a number that is in use or being closed; else None."""
-    return _handles[fd] if 0 <= fd < len(_handles) else None
+    handle = _handles[fd] if 0 <= fd < len(_handles) else None
+    return None if handle is None or handle.is_idle() else handle
 
 
 def _is_open(fd: int) -> bool:
@@ -117,22 +127,31 @@ def _is_open(fd: int) -> bool:
 def take(fd: int) -> Handle:
     """Take the number *fd*, which keeps its file until `Handle.let_go`. For a step of an operation, which has
     asked `check_open` before. Raises EBADF if a thread is closing it, after its last use."""
-    if fd < 0:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    if fd >= len(_handles):
-        if not _is_open(fd):
-            return Handle(fd).again()   # there is no file to keep, and no room for any number
-        _handles.extend([None] * (fd + 1 - len(_handles)))
-    handle = _handles[fd]
+    handle = _handles[fd] if 0 <= fd < len(_handles) else None
     if handle is None:
-        fresh = Handle(fd)
-        handle = _handles[fd]
-        if handle is None:              # no other thread was quicker
-            handle = _handles[fd] = fresh
+        handle = _add(fd)
     if handle.closing and handle._close is None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        _refuse()
     handle.users += 1
     return handle
+
+
+def _add(fd: int) -> Handle:
+    if fd < 0:
+        _refuse()
+    if fd >= len(_handles):
+        if not _is_open(fd):
+            return Handle(fd)           # there is no file to keep, and no room for any number
+        _handles.extend([None] * (fd + 1 - len(_handles)))
+    fresh = Handle(fd)
+    handle = _handles[fd]
+    if handle is None:                  # no other thread was quicker
+        handle = _handles[fd] = fresh
+    return handle
+
+
+def _refuse() -> NoReturn:
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 @contextlib.contextmanager
@@ -164,12 +183,12 @@ def is_closing(fd: int) -> bool:
 def check_open(fd: int) -> None:
     """Raise EBADF for a number that is being closed, and for one below zero."""
     if fd < 0 or is_closing(fd):
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        _refuse()
 
 
 def all_handles() -> list[Handle]:
     """Return the handles of all numbers that are in use or being closed."""
-    return [handle for handle in _handles if handle is not None]
+    return [handle for handle in _handles if handle is not None and not handle.is_idle()]
 
 
 def _check() -> None:
@@ -202,7 +221,7 @@ def _after_fork_in_child() -> None:
             handle._close = None
             if handle.closing:
                 handle._close_numbers()
-            else:
+            elif handle.users > 0:
                 inherited[handle.fd] = file_of(handle.fd)
         _handles.pop()
     closing = 0

@@ -126,6 +126,13 @@ def test_a_close_by_the_parent_is_over_in_its_child(handles, number):
     os.close(other)
 
 
+def test_idle_number_is_not_inherited_as_one_in_use(handles, number):
+    handles.inherited.pop(number, None)
+    handles.take(number).let_go()
+    handles._after_fork_in_child()
+    assert number not in handles.inherited and is_open(number)
+
+
 def test_any_order_of_uses_and_closes_ends_with_all_numbers_closed_once(handles):
     chance = random.Random(17)
     for _ in range(50):
