@@ -19,6 +19,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
 from posix.stat cimport S_ISDIR
 
 from greenaio._calls cimport (
@@ -446,7 +447,7 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
 
 cdef bint _lacks_threads(Known known) except -1:
     """Whether a read that misses the page cache would wait for a thread. A miss starts read-ahead, which waits if the
-    queue of the device is full. *known* may be None while no threads are busy."""
+    queue of the device is full."""
     return any_busy() and known.device.pool().all_busy()
 
 
@@ -473,55 +474,82 @@ cdef int64_t _read_in_line(int fd, iovec *buffers, int count, uint64_t wanted, i
 
 
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    cdef bytes data = None              # no other code has it so far
-    cdef Filling large = None
-    cdef object keep
+    cdef bytes data
+    cdef char *memory
     cdef iovec room
     cdef int64_t got = 0, more
-    cdef Request request
-    cdef AlignedBuffer buffer
-    if n > IN_LINE_MAX:                 # then a short result is cut without a copy
-        keep = large = Filling.__new__(Filling, n)
-        room.iov_base = PyBytes_AS_STRING(<object>large._data)
-    else:
-        keep = data = PyBytes_FromStringAndSize(NULL, n)
-        room.iov_base = PyBytes_AS_STRING(data)
-    room.iov_len = n
+    cdef bint asks = True
     driver.check_caller()
     if known is None and (any_busy() or knows_block_devices()):
         known = know(fd, name)
-    if n <= IN_LINE_MAX and not _lacks_threads(known) and not (
-            known is not None and known.kind & (ANSWER | LOCKED)):
+    if n > IN_LINE_MAX:
+        return _pread_large(driver, fd, known, n, offset, name)
+    data = PyBytes_FromStringAndSize(NULL, n)       # no other code has it so far
+    memory = PyBytes_AS_STRING(data)
+    if known is not None:
+        if in_line(known, n, fd, offset):
+            got = _pread_now(driver, fd, memory, n, offset)
+            if got < 0:
+                raise failed(got, name)
+            return data if got == n else data[:got]
+        asks = not known.kind & (ANSWER | LOCKED) and not _lacks_threads(known)
+    if asks:
+        room.iov_base, room.iov_len = memory, n
         got = _read_in_line(fd, &room, 1, n, offset, RWF_NOWAIT, False, &more)
         if more >= 0 or got and more != -EAGAIN and more != -EOPNOTSUPP:
             driver.end_in_line()
             return data if got == n else data[:got]     # after an error too, as preadv: the next read tells
         if more != -EAGAIN and more != -EOPNOTSUPP:
             raise failed(more, name)
+    got = _pread_rest(driver, fd, known, data, memory, n, offset, got, name)
+    return data if got == n else data[:got]
+
+
+cdef object _pread_large(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
+    """A short result is cut without a copy."""
+    cdef Filling data = Filling.__new__(Filling, n)
+    return data.take(_pread_rest(driver, fd, known, data, PyBytes_AS_STRING(<object>data._data), n, offset, 0, name))
+
+
+cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory, Py_ssize_t n, int64_t offset,
+                         int64_t got, name) except -1:
+    """Read to *memory*, a part of *keep*, what is missing of *n* bytes, of which it has *got*. Return how many it has
+    then."""
+    cdef int64_t more
+    cdef Request request
     if known is None:
         known = know(fd, name)
+    memory += got
+    n -= got
+    offset += got
     if known.kind & EVENTS:
-        buffer = scratch(n)
-        request = new_request(PREAD, fd, offset, 0, 1)
-        request.pin(buffer)
-        got = _read_answer(driver, request, known, buffer)
-        if got < 0:
-            raise failed(got, name)
-        return PyBytes_FromStringAndSize(buffer.address, got)
-    if in_line(known, n, fd, offset + got):
-        more = vector_now(True, fd, &room, 1, offset + got, 0)
-        driver.end_in_line()
+        more = _pread_event(driver, fd, known, memory, n, offset)
+    elif in_line(known, n, fd, offset):
+        more = _pread_now(driver, fd, memory, n, offset)
     else:
-        request = new_call(fd, keep, SYS_pread64, fd, <long>room.iov_base, n - got, offset + got)
-        request.offset, request.nbytes = offset + got, n - got      # for who asks what waits
+        request = new_call(fd, keep, SYS_pread64, fd, <long>memory, n, offset)
+        request.offset, request.nbytes = offset, n      # for who asks what waits
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)
-    if more > 0:
-        got += more
-    if large is not None:
-        return large.take(got)
-    return data if got == n else data[:got]
+    return got + max(more, 0)
+
+
+cdef inline int64_t _pread_now(Driver driver, int fd, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
+    cdef iovec room
+    room.iov_base, room.iov_len = memory, n
+    return _done_in_line(driver, vector_now(True, fd, &room, 1, offset, 0))
+
+
+cdef int64_t _pread_event(Driver driver, int fd, Known known, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
+    cdef AlignedBuffer buffer = scratch(n)
+    cdef Request request = new_request(PREAD, fd, offset, 0, 1)
+    cdef int64_t got
+    request.pin(buffer)
+    got = _read_answer(driver, request, known, buffer)
+    if got > 0:
+        memcpy(memory, buffer.address, got)
+    return got
 
 
 cdef tuple _sequence(bint reading, buffers):
@@ -537,11 +565,10 @@ cdef tuple _sequence(bint reading, buffers):
 
 cdef object _asked(bint reading, buffers):
     """*buffers* as a tuple; or the only one that there is, as in most calls."""
-    if type(buffers) is not list or len(<list>buffers) != 1:
-        buffers = _sequence(reading, buffers)
-    if len(buffers) == 1:
-        return _only(buffers[0])
-    return buffers
+    if type(buffers) is list and len(<list>buffers) == 1:
+        return _only((<list>buffers)[0])
+    cdef tuple sequence = _sequence(reading, buffers)
+    return _only(sequence[0]) if len(sequence) == 1 else sequence
 
 
 cdef inline object _only(buffer):
