@@ -497,6 +497,8 @@ cdef class Device:
 
 
 cdef dict _devices = {}
+cdef Device _last = None                # of them: the one that was asked for last ...
+cdef uint64_t _last_number = 0          # ... and its number
 cdef int _mounts = -1                   # /proc/self/mountinfo
 cdef object _mounts_inode = None        # its device and inode: the number may be closed, and given out again
 cdef bint _table_is_current = False     # no mount has changed since it was read, or began to be
@@ -507,15 +509,20 @@ cdef Device device_of(uint64_t number, uint64_t mount=0):
 
     Numbers without a real device behind them are reused after an unmount, so for those the list of mounts is
     watched."""
+    global _last, _last_number
     cdef Device found
     if major(number) == 0:
         _notice_mounts()
+    if _last is not None and number == _last_number:
+        return _last
     found = _devices.get(number)
+    if found is not None and not found.is_guess:
+        _last, _last_number = found, number
+        return found
     if found is None:
         found = _devices[number] = Device(number, '')
         found.is_guess = True
-    if found.is_guess:
-        _find_out(found, mount)
+    _find_out(found, mount)             # it may notice mounts: then the next call asks again
     return found
 
 
@@ -543,11 +550,12 @@ cdef int _find_out(Device device, uint64_t mount) except -1:
 
 cdef int _notice_mounts() except -1:
     """Forget what may not be true since mounts have changed."""
-    global _table_is_current
+    global _last, _table_is_current
     if mounts_changed(_mounts):
         _table_is_current = False
         if _mounts >= 0 and _inode_of(_mounts) != _mounts_inode:
             _watch_mounts()
+        _last = None
         for known in [known for known in _devices if os.major(known) == 0]:
             del _devices[known]
     return 0
