@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import operator
 import os
 import posix  # not os: this is the call itself, not a patched one
 from collections.abc import Callable, Iterator
@@ -119,8 +120,8 @@ def handle_of(fd: int) -> Handle | None:
 def _is_open(fd: int) -> bool:
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno != errno.EBADF
     return True
 
 
@@ -159,6 +160,7 @@ def using(fd: int) -> Iterator[Handle]:
     """Keep the number *fd* the same file in this block, even if it is closed there. Raises EBADF if it is
     being closed already."""
     generation()
+    fd = operator.index(fd)
     check_open(fd)
     handle = take(fd)
     try:
