@@ -82,8 +82,7 @@ cdef extern from *:
        of its own on them: in a child, while its parent waits for the path that this fd is of. */
     static inline void close_path_fd(int fd)
     {
-        int flags = fcntl(fd, F_GETFL);
-        if (flags >= 0 && flags & O_PATH)
+        if (fcntl(fd, F_GETFL) & O_PATH)    /* -1, too, has that bit: where the kernel does not tell, close it */
             close(fd);
     }
 
