@@ -922,14 +922,13 @@ cdef Pool _pool_to_close(int fd, bint also_writers):
     cdef Known known
     try:
         known = know(fd, None)
+        if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
+            return known.device.pool()
     except OSError as error:
         if error.errno == EBADF:
-            raise
-        return None                     # xfs that is shut down tells nothing, and has nothing to wait for
+            raise                       # else xfs that is shut down tells nothing, and has nothing to wait for
     except MemoryError:
-        return None
-    if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
-        return known.device.pool()
+        pass
     return None
 
 
