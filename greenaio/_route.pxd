@@ -43,6 +43,7 @@ cdef enum:              # what `open_there` and `stat_there` say besides an errn
 
 cdef struct way:
     int folder          # O_PATH: the directory where the walk is; or AT_FDCWD
+    int copy            # the number of `folder` or `end` that is a copy of `dir_fd`, and not O_PATH; or -1
     int link            # O_PATH: the link in it that comes next; or -1
     int end             # O_PATH: where the path leads; or -1
     uint64_t device     # what the next step may have to wait for ...

@@ -961,13 +961,19 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
 
 cdef void _let_go(way *this) noexcept nogil:
     """Close all that the walk has open: a call that waits needs no fds besides its own."""
-    if this.folder >= 0:
-        close_path_fd(this.folder)
-    if this.link >= 0:
-        close_path_fd(this.link)
-    if this.end >= 0:
-        close_path_fd(this.end)
-    this.folder = this.link = this.end = -1
+    _close_place(this, this.folder)
+    _close_place(this, this.link)
+    _close_place(this, this.end)
+    this.folder = this.link = this.end = this.copy = -1
+
+
+cdef void _close_place(way *this, int fd) noexcept nogil:
+    if fd < 0:
+        return
+    if fd == this.copy:
+        close_fd(fd)
+    else:
+        close_path_fd(fd)
 
 
 cdef void _free_way(way *this) noexcept nogil:
@@ -1083,8 +1089,9 @@ cdef int _walk(way *this, bint may_wait) noexcept nogil:
         else:
             while this.ahead[0] == b'/':
                 this.ahead += 1
-            if this.folder >= 0:
-                close_fd(this.folder)
+            _close_place(this, this.folder)
+            if this.folder == this.copy:
+                this.copy = -1
             this.folder = fd
         if is_other:
             return CROSSED
@@ -1159,7 +1166,7 @@ cdef class Walk:
         self.way = this = <way *>calloc(1, sizeof(way))
         if this == NULL:
             raise MemoryError
-        this.folder = this.link = this.end = -1
+        this.folder = this.link = this.end = this.copy = -1
         this.room = this.ahead = <char *>malloc(len(path) + 1)
         if this.room == NULL:
             raise MemoryError
@@ -1195,6 +1202,7 @@ cdef class Walk:
         elif this.folder < 0:
             # The directory where the program is has no number, and needs none.
             this.folder = c_fcntl(this.dir_fd, F_DUPFD_CLOEXEC, 0) if this.dir_fd >= 0 else this.dir_fd
+            this.copy = this.folder if this.folder >= 0 else -1
         _note_place(this, this.folder if this.folder >= 0 else AT_FDCWD)
         return 0
 

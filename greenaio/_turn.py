@@ -34,7 +34,10 @@ The owner of a turn is always one of these:
     `GONE`          it was inside in another thread when the process forked: see below
     ==============  ======================================================================================
 
-No greenlet is given the turn. It is woken, looks, and takes the turn or waits on, at its place in the queue:
+No greenlet is given the turn. It is woken, looks, and takes the turn or waits on, at its place in the queue.
+Greenlets have the turn in the order in which they asked for it. A library that compresses, such as `gzip`,
+relies on that: bytes that it has compressed first must be written first. The turn of a text file *favours its
+leaver* instead:
 
     the leaver                              the first of the queue, in the same thread
     -------------------------------------   ---------------------------------------------
@@ -107,11 +110,13 @@ LEFT, GONE = _Mark(False), _Mark(True)
 class Turn:
     """Belongs to one greenlet at a time, first come, first served. The module says how to take it.
 
+    If the turn favours its leaver, a greenlet that has left it and not parked since comes first.
+
     Closers are greenlets that wait to close what the turn protects. Others that had to wait get EBADF then.
     """
 
-    __slots__ = ('__weakref__', 'closers', 'finalizing', 'guards_io', 'is_mixed', 'leaver', 'owner', 'queue',
-                 'thread')
+    __slots__ = ('__weakref__', 'closers', 'favours_leaver', 'finalizing', 'guards_io', 'is_mixed', 'leaver',
+                 'owner', 'queue', 'thread')
 
     def __init__(self, guards_io: bool = False) -> None:
         self.owner: greenlet | _Mark | None = None
@@ -121,6 +126,7 @@ class Turn:
         self.is_mixed = False           # a waiter may be of another thread than the owner or the leaver
         self.closers: list[greenlet] = []
         self.finalizing = False         # no greenlet waits any more
+        self.favours_leaver = False
         self.guards_io = guards_io
         _all_turns.add(weakref.ref(self, _all_turns.discard))   # a WeakSet takes ten times as long
 
@@ -139,8 +145,8 @@ class Turn:
         return True
 
     def _go_on(self, me: greenlet) -> bool:
-        """Take the turn again if this greenlet was the last to leave it, and no other has to come first."""
-        if self.leaver is me and not self.is_mixed:
+        """Take the turn again if it favours its leaver, this greenlet, and no other must come first."""
+        if self.favours_leaver and self.leaver is me and not self.is_mixed:
             first = self._first(None)
             if (first is None or first.vain < VAIN_MAX) and self.owner is LEFT:
                 self.owner, self.leaver, self.thread = me, None, None

@@ -758,6 +758,7 @@ class BufferedRandom(_Writes, io.BufferedRandom):
 class TextIOWrapper(_Shared, io.TextIOWrapper):
     def _io_share(self, below: Any) -> None:
         super()._io_share(below)
+        self._io_turn.favours_leaver = True     # so the pieces of a line that `print` writes stay together
         if isinstance(below, _Writes) and _raw_of(self) is not None:
             below._io_is_below_text = True
         if self.writable():
