@@ -12,4 +12,5 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=*) except -1
 cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept
 cdef bint is_held(Known known) except -1
 cdef object hold_range(int fd, Known known, start, end)
+cdef object shield_in(mine, int fd, work)
 cdef object work_in(mine, int fd, work)

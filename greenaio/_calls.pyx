@@ -16,7 +16,7 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, errno as c_errno
+from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, ESPIPE, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close as close_fd, lseek as seek
@@ -519,7 +519,16 @@ def facts(fd):
     return known.mode, file_size(number), known.kind & ANSWER != 0
 
 
-def initialize(object raw, int fd, str mode):
+cdef bint writes_at_position(int fd) except -1:
+    """Whether a file has a position, asked without the lock of it, which another process may have."""
+    try:
+        posix.pwritev(fd, [], 0)        # no byte: this calls nothing
+    except OSError as error:
+        return error.errno != ESPIPE
+    return True
+
+
+def initialize(object raw, int fd, str mode, bint is_shared=False):
     """``FileIO.__init__(raw, fd, mode, False)``, without a wait in the hub.
 
     `io.FileIO` asks for the size and goes to the end: a server may not answer, and a block device may be locked. So it
@@ -527,7 +536,8 @@ def initialize(object raw, int fd, str mode):
     cdef raw_file *memory
     cdef bint appends = 'a' in mode
     # The kernel knows that without the server.
-    cdef bint has_position = not appends or _open_file(fd).kind & LOCKED != 0 or seek(fd, 0, SEEK_CUR) >= 0
+    cdef bint has_position = (not appends or _open_file(fd).kind & LOCKED != 0
+                              or (writes_at_position(fd) if is_shared else seek(fd, 0, SEEK_CUR) >= 0))
     others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
     try:
         FileIO.__init__(raw, others[0], mode, False)
@@ -545,15 +555,16 @@ def initialize(object raw, int fd, str mode):
         except AttributeError:          # Python 3.14 does not let us
             pass
     if appends and has_position:
-        lseek(fd, 0, SEEK_END)
+        lseek(fd, 0, SEEK_END, is_shared)
 
 
-def lseek(int fd, int64_t offset, int whence):
-    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock."""
+def lseek(int fd, int64_t offset, int whence, bint is_shared=False):
+    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock. A read of
+    another process or thread may, if the position *is_shared*."""
     cdef Known known = _open_file(fd)
     cdef int64_t result
-    if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local
-            or seek_may_wait(known)):
+    if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local or seek_may_wait(known)
+            or is_shared and known.kind & STORED and not known.device.in_memory):
         result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
         if result < 0:
             raise failed(result, None)
@@ -662,15 +673,19 @@ cdef object hold_range(int fd, Known known, start, end):
                           lambda: _is_being_written(known, 0, alignment.EVERYTHING))
 
 
-cdef object work_in(mine, int fd, work):
-    """``work()``, in the range that *mine* holds and which is given back at its end; or at once if the work can't
-    begin, for want of memory."""
+cdef object shield_in(mine, int fd, work):
+    """The `Shielded` of ``work()``, in the range that *mine* holds and which is given back at its end; or at once if the
+    work can't begin, for want of memory."""
     try:
-        shield = alignment.Shielded(fd, work, mine)
+        return alignment.Shielded(fd, work, mine)
     except BaseException:
         mine.let_go()
         raise
-    return shield.get()
+
+
+cdef object work_in(mine, int fd, work):
+    """``work()``, see `shield_in`."""
+    return shield_in(mine, fd, work).get()
 
 
 cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:

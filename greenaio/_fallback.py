@@ -26,6 +26,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from greenaio._bell import generation, listen
 from greenaio._ends import before_destroy, thrown, was_thrown
 from greenaio._handle import Handle, check_open, file_of, handle_of, inherited, take, using
+from greenaio._sharing import share
 from greenaio._uninterrupted import REFUSED, is_uninterrupted
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def lose(fd: int) -> None:
     """*fd* is about to be closed: let greenlets that have waited for it since before a fork get EBADF. A loop
     that watches a closed number aborts the process."""
     now = generation()
+    share(fd)                           # the next file of that number is not known
     if fd not in inherited:
         return
     _lost[fd] = now
@@ -395,6 +397,9 @@ class File:
     def read_cached(self, buffer: Any) -> int:
         return -1
 
+    def begin_at_position(self, reading: bool, buffers: Sequence[Any]) -> Underway:
+        return Underway(posix.readv if reading else posix.writev, self.fileno(), buffers)
+
     def begin(self, reading: bool, buffer: Any, offset: int, more: bool = False) -> Any:
         return None
 
@@ -440,6 +445,38 @@ class File:
 
     def __repr__(self) -> str:
         return f'<greenaio.File name={self.name!r} fd={self._fd}>'
+
+
+class Underway:
+    """A read(2) or write(2) at the file's own position, which goes on if a greenlet that waits is killed."""
+
+    def __init__(self, function: Callable[..., int], fd: int, buffers: Sequence[Any]) -> None:
+        self._error: BaseException | None = None
+        self._work = spawn(self._run, function, fd, buffers)
+
+    def _run(self, function: Callable[..., int], fd: int, buffers: Sequence[Any]) -> int:
+        try:
+            return cast(int, call(function, fd, buffers))
+        except BaseException as error:  # not printed, but raised by `get`
+            self._error = error
+            return -1
+
+    def get(self) -> int:
+        try:
+            result = self._work.get()
+        except BaseException as error:
+            thrown(error)
+            raise
+        if self._error is not None:
+            raise self._error
+        return result
+
+    def withdraw(self) -> bool:
+        return False
+
+
+def read_cached(fd: int, buffer: Any) -> int:
+    return -1
 
 
 class Filling(bytearray):
@@ -547,8 +584,8 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
     pass                        # Python has no call for it, and none is needed
 
 
-def lseek(fd: int, offset: int, whence: int) -> int:
-    return os.lseek(fd, offset, whence)
+def lseek(fd: int, offset: int, whence: int, is_shared: bool = False) -> int:
+    return cast(int, call(posix.lseek, fd, offset, whence)) if is_shared else posix.lseek(fd, offset, whence)
 
 
 def unlink(path: StrPath) -> None:
@@ -583,7 +620,7 @@ def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
     return found
 
 
-def initialize(raw: Any, fd: int, mode: str) -> None:
+def initialize(raw: Any, fd: int, mode: str, is_shared: bool = False) -> None:
     call(lambda _: FileIO.__init__(raw, fd, mode, False), fd)
 
 

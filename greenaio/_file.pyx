@@ -12,7 +12,7 @@ import os
 import posix            # for what may be patched in os
 import stat
 
-from greenaio import _fallback, alignment
+from greenaio import _fallback, _sharing, alignment
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -23,20 +23,22 @@ from libc.string cimport memcpy
 from posix.stat cimport S_ISDIR
 
 from greenaio._calls cimport (
-    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, is_held, open_file, truncate_file,
-    work_in,
+    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, is_held, open_file, shield_in,
+    truncate_file, work_in,
 )
 from greenaio._context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._engine cimport RWF_APPEND, RWF_NOWAIT, Engine, Request, advance, iovec, new_request
+from greenaio._engine cimport (
+    IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Engine, Request, advance, iovec, new_request,
+)
 from greenaio._handle cimport check_open, closing, is_closing
 from greenaio._hub cimport ASK, THREAD, Driver, current_driver
 from greenaio._memory cimport AlignedBuffer, Filling, scratch
 from greenaio._route cimport (
     ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, REGULAR, STORED, Device, Known, c_int,
     coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know, knows_block_devices,
-    seek_may_wait, waited_in_hub,
+    seek_may_wait, swap_is_in_use, waited_in_hub,
 )
-from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call
+from greenaio._threads cimport WAITED_NS, any_busy, as_call, new_call, withdraw
 
 from greenaio._handle import using
 from greenaio._memory import aligned_buffer
@@ -93,6 +95,8 @@ cdef extern from *:
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)
+
+cdef dict _ours = _sharing.ours
 
 cdef enum:
     CLOSED = -1                 # in place of an fd
@@ -185,37 +189,13 @@ cdef class File:
 
         Return bytes read; or -1 - n when the page cache had n of them, and what follows would wait. Don't call
         it while another greenlet is about to move the position."""
-        cdef Driver driver = current_driver()
-        cdef Py_buffer view
+        return _read_cached(self._open_fd(), self._known, buffer)
+
+    def begin_at_position(self, bint reading, buffers):
+        """Have a thread read into, or write, *buffers* at the file's own position, by one read(2) or write(2).
+        Return the `Underway` that it is."""
         cdef int fd = self._open_fd()
-        cdef Known known = self._known
-        cdef unsigned int flags = 0 if known.device.in_memory or known.kind & ANSWER else RWF_NOWAIT
-        cdef iovec room
-        cdef int64_t got, last = 0
-        driver.check_caller()
-        if known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
-            return -1
-        if _lacks_threads(known):
-            return -1
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
-        if view.len > IN_LINE_MAX or is_swapped_out(known, fd, -1, view.len):
-            PyBuffer_Release(&view)
-            return -1
-        room.iov_base, room.iov_len = view.buf, view.len
-        try:
-            got = _read_in_line(fd, &room, 1, view.len, -1, flags, known.kind & ANSWER != 0, &last)
-        finally:
-            PyBuffer_Release(&view)
-        if last < 0:
-            return -1 - got
-        cdef int forks = driver.forks
-        try:
-            driver.end_in_line()
-        except BaseException:           # killed there: it has read nothing
-            if driver.forks == forks:   # else it is a copy of who read, and shares the position
-                os.lseek(fd, -got, os.SEEK_CUR)
-            raise
-        return got
+        return _begin_at_position(reading, fd, self._known, _asked(reading, buffers), self.name)
 
     def begin(self, bint reading, buffer, Py_ssize_t offset, bint more=False):
         """Ask for a read or write of *buffer*, and wait for nothing: `end` gives the result of what this
@@ -723,8 +703,9 @@ def _write_misaligned(Known known, Request asked, buffers):
     return work_in(mine, fd, work)
 
 
-def _write_in_turn(Known known, Request request):
-    """An aligned or buffered write, while some greenlet holds a part of the file."""
+cdef object _shield_in_turn(Known known, Request request):
+    """The `Shielded` of an aligned or buffered write, while some greenlet holds a part of the file. At the file's own
+    position it holds all of it, because the position may have moved when the write begins."""
     cdef bint direct = known.kind & DIRECT and not request.flags & RWF_HIPRI
     cdef uint64_t start = request.offset, end = start + request.nbytes
 
@@ -737,13 +718,125 @@ def _write_in_turn(Known known, Request request):
             mine.ranges.settled = False     # the write may still be in flight
             raise
 
-    if known.kind & APPEND or request.flags & RWF_APPEND:
+    if known.kind & APPEND or request.flags & RWF_APPEND or request.offset < 0:
         start, end = 0, alignment.EVERYTHING
     elif not direct:
         start, end = in_pages(start, end)
     mine = _hold_to(request.fd, known, start, end)
     request.range = mine
-    return work_in(mine, request.fd, work)
+    return shield_in(mine, request.fd, work)
+
+
+cdef object _write_in_turn(Known known, Request request):
+    return _shield_in_turn(known, request).get()
+
+
+# At the file's own position ----------------------------------------------------------------------
+
+cdef int64_t _read_cached(int fd, Known known, buffer) except? -4096:
+    """See `File.read_cached`. Without *known* nothing is remembered of the file, because numbers are reused."""
+    cdef Driver driver = current_driver()
+    cdef Py_buffer view
+    cdef iovec room
+    cdef int64_t got, last = 0
+    driver.check_caller()
+    if fd not in _ours:                 # another process or thread may have the lock of the position
+        return -1
+    if known is None and (any_busy() or knows_block_devices() or swap_is_in_use()):
+        known = know(fd, fd)
+    if known is None:
+        if fd_is_direct(fd):            # with RWF_NOWAIT, too, the kernel waits for the disk
+            return -1
+    elif known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
+        return -1
+    elif _lacks_threads(known):
+        return -1
+    PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+    cdef bint is_answer = known is not None and known.kind & ANSWER != 0
+    cdef unsigned int flags = 0 if is_answer or known is not None and known.device.in_memory else RWF_NOWAIT
+    if view.len > IN_LINE_MAX or known is not None and is_swapped_out(known, fd, -1, view.len):
+        PyBuffer_Release(&view)
+        return -1
+    room.iov_base, room.iov_len = view.buf, view.len
+    try:
+        got = _read_in_line(fd, &room, 1, view.len, -1, flags, is_answer, &last)
+    finally:
+        PyBuffer_Release(&view)
+    if last < 0:
+        return -1 - got
+    try:
+        driver.end_in_line()
+    except BaseException:           # killed there: it has read nothing
+        if fd in _ours:             # else there was a fork, and another process may read on
+            posix.lseek(fd, -got, os.SEEK_CUR)
+        raise
+    return got
+
+
+@cython.final
+cdef class Underway:
+    """A read(2) or write(2) at the file's own position, by a thread. The kernel moves the position when the bytes
+    have landed, and until then a call of the hub that takes the lock of the position would wait for the disk."""
+
+    cdef Driver _driver
+    cdef Request _request
+    cdef object _shield                 # instead of these two: the greenlet that works in a range
+    cdef object _asked                  # the buffers ...
+    cdef object _memory                 # ... and what stands for those that own nothing
+    cdef object _name
+    cdef int64_t _result
+
+    def get(self):
+        """Wait for it; return bytes moved. Raises OSError. If this greenlet is killed, the call goes on, and
+        another greenlet may wait for it."""
+        cdef bint reading
+        if self._shield is not None:
+            self._result = self._shield.get()
+        elif self._request is not None:
+            self._result = self._driver.end(self._request)
+        if self._result < 0:
+            raise failed(self._result, self._name)
+        reading = self._request is not None and self._request.direction == 0
+        if reading and self._memory is not self._asked:
+            if type(self._asked) is tuple:
+                _copy_back(self._memory, self._asked, self._result)
+            else:
+                _copy_back((self._memory,), (self._asked,), self._result)
+        return self._result
+
+    def withdraw(self):
+        """Whether it never happens, because no thread has begun with it. For a greenlet that was killed."""
+        if self._request is None or self._request.state != IN_FLIGHT or not withdraw(self._request):
+            return False
+        self._driver.engine.take_back(self._request)
+        self._request.release()
+        return True
+
+
+cdef object _begin_at_position(bint reading, int fd, Known known, asked, name):
+    cdef Driver driver = current_driver()
+    cdef Underway one = Underway.__new__(Underway)
+    cdef bint many = type(asked) is tuple
+    cdef Request request = new_request(_opcode(reading, many), fd, -1, 0, 1)
+    driver.check_caller()
+    if many:
+        one._memory = _steady(asked, reading)
+    else:
+        one._memory = _bounce(asked, reading) if is_ownerless(asked) else asked
+    one._asked, one._name = asked, name
+    _pin(request, one._memory)
+    if in_line(known, request.nbytes, fd, -1) or not reading and _means_its_writer(request, known):
+        one._result = _done_in_line(driver, _now(request, 0))
+        if reading and one._memory is not asked:
+            _copy_back(one._memory if many else (one._memory,), asked if many else (asked,), one._result)
+    elif not reading and is_held(known):
+        one._shield = _shield_in_turn(known, request)
+    else:
+        request.file = known
+        as_call(request)
+        one._driver, one._request = driver, request
+        driver.begin_by_thread(request, known.pool())
+    return one
 
 
 # Buffered ----------------------------------------------------------------------------------------
@@ -896,6 +989,11 @@ def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
     *flags* are ``os.RWF_*``; one that can't be honoured raises OSError (EOPNOTSUPP).
     """
     return _vectored(True, c_int(fd), None, _asked(True, buffers), offset, c_int(flags), None, BATCH_MAX)
+
+
+def read_cached(fd, buffer):
+    """`File.read_cached` of a number."""
+    return _read_cached(c_int(fd), None, buffer)
 
 
 def pwrite(fd, data, Py_ssize_t offset, /):

@@ -1,8 +1,23 @@
 """`read` and `write` at the kernel's own file position, which stays in the kernel.
 
-Others look there: gunicorn and ``sendfile`` ask ``lseek(fd, 0, SEEK_CUR)``. But a thread inside read(2) holds
-the position, and the hub's lseek would wait for it. So what takes a thread is a positional request between
-two lseeks, and greenlets that use one fd take turns. What epoll accepts waits for the loop, as gevent does.
+Other code looks at it: gunicorn and ``sendfile`` ask ``lseek(fd, 0, SEEK_CUR)``. Code that has the same open
+file may also move it, see `_sharing`. A write, and a read of a file that may be shared, is therefore one
+write(2) or read(2) in a thread: the kernel moves the position when the bytes land, and two writers lose no
+byte. A thread inside such a call has the lock of the position, and an lseek of the hub would wait for it.
+So greenlets that use one number take turns, and a turn lasts until the thread has returned:
+
+    ==========================  =====================================  ==================================
+    the greenlet                the thread                             other greenlets
+    ==========================  =====================================  ==================================
+    takes the turn, parks       is in read(2), waits for the disk      wait for the turn
+    is killed, and goes         goes on                                wait: `_Rest` has the turn now
+    .                           returns; if the file is surely ours,   the next has the turn
+                                the position is put back
+    ==========================  =====================================  ==================================
+
+An O_DIRECT file, and a file whose number only its file object knows, takes a positional request between two
+lseeks instead. Then no thread has the lock while it waits, and a killed reader has read nothing at once.
+A file that epoll accepts waits for the loop, as in gevent.
 """
 
 from __future__ import annotations
@@ -11,24 +26,32 @@ import _socket  # not socket, which may be gevent's
 import contextlib
 import errno
 import fcntl
+import operator
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gevent.monkey import get_original
 
 from greenaio import alignment
+from greenaio._ends import was_thrown
 from greenaio._fallback import flat, wait_for
 from greenaio._handle import using
-from greenaio._turn import turn_of
+from greenaio._sharing import is_ours, ours
+from greenaio._turn import turn_of, turns
+from greenaio.alignment import Shielded
 
 try:
     from greenaio import _calls, _file
+    from greenaio._file import File
+    from greenaio._memory import Filling
 except ImportError:
     from greenaio import _fallback as _calls  # type: ignore[no-redef]
     from greenaio import _fallback as _file  # type: ignore[no-redef]
+    from greenaio._fallback import File, Filling  # type: ignore[assignment]
 
 epoll = get_original('select', 'epoll')     # gevent takes it away
 
@@ -102,56 +125,163 @@ def is_pollable(fd: int) -> bool:
     return True
 
 
-def _at_position(fd: int, mode: int, event: int, call: Callable[[int], int]) -> int:
-    """Make a request at the kernel's position a positional one, and move that position on. A file
-    without a position, such as some of FUSE and tracefs, gets the call without one, and needs no turn."""
-    # The seek of a block device waits for its other readers.
-    lseek = _calls.lseek if stat.S_ISBLK(mode) else os.lseek
-    with using(fd):
-        with turn_of(fd):
-            at = _position_of(fd, lseek)
-            if at != NO_POSITION:
-                if event == WRITE and not _writes_at_position(fd):
-                    return call(NO_POSITION)
-                moved = call(at)
-                if moved and event == WRITE and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
-                    at = _calls.facts(fd)[1] - moved    # the kernel wrote at the end
-                lseek(fd, at + moved, os.SEEK_SET)
-                return moved
-        return call(NO_POSITION)
+def seek(file: File, offset: int, whence: int) -> int:
+    """lseek; by a thread where another process or thread may have the lock of the position."""
+    fd = file.fileno()
+    if file._seek_may_wait or not is_ours(fd):
+        return _calls.lseek(fd, offset, whence, not is_ours(fd))
+    return posix.lseek(fd, offset, whence)
 
 
-def _position_of(fd: int, lseek: Callable[[int, int, int], int]) -> int:
+def is_busy(fd: int) -> bool:
+    """Whether a greenlet is about to move the position of *fd*."""
+    turn = turns.get(fd)
+    return turn is not None and turn.owner is not None
+
+
+def has_position(fd: int, event: int) -> bool:
+    """Whether a file has a position, as far as one can tell without the lock of it: some of FUSE and tracefs
+    have none, and seq_files of the kernel's, such as /proc/self/comm, are written without one."""
     try:
-        return lseek(fd, 0, os.SEEK_CUR)
+        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
     except OSError as error:
-        if error.errno == errno.ESPIPE:
-            return NO_POSITION
-        raise
-
-
-def _writes_at_position(fd: int) -> bool:
-    """Whether pwrite works where lseek does: not on a seq_file of the kernel's, such as /proc/self/comm."""
-    if _calls.facts(fd)[2]:
-        try:
-            posix.pwritev(fd, [], 0)    # no byte: it asks whether it may, and calls nothing
-        except OSError as error:
-            return error.errno != errno.ESPIPE
+        return error.errno != errno.ESPIPE
     return True
 
 
+def _between_seeks(file: File, call: Callable[[int], Any]) -> Any:
+    """Make a request at the kernel's position a positional one, and move that position on. Return what
+    *call* returns, bytes or how many."""
+    at = seek(file, 0, os.SEEK_CUR)
+    result = call(at)
+    moved = len(result) if isinstance(result, bytes) else result
+    if moved:
+        seek(file, at + moved, os.SEEK_SET)
+    return result
+
+
+class _Rest:
+    """The turn with a position whose greenlet was killed while a thread reads or writes there for it.
+
+    A greenlet of its own keeps the turn until the thread has returned. No caller gets the bytes of a read, so
+    this greenlet also puts the position back, if the file is surely ours.
+    """
+
+    def __init__(self, file: File, begun: Any, reading: bool) -> None:
+        self.back = 0                   # bytes that the killed greenlet had read before, and loses, too
+        self._file, self._begun, self._reading = file, begun, reading
+        self._fd = file.fileno()
+        self._turn = turns[self._fd]
+        self._greenlet: Any = None
+        self._greenlet = Shielded(self._fd, self._work, self).greenlet
+        self._turn.owner, _rests[self._fd] = self._greenlet, self
+
+    def _work(self) -> int:
+        got: int = 0
+        try:
+            got = self._begun.get()
+        finally:
+            back = self.back + (got if self._reading else 0)
+            if back and is_ours(self._fd):
+                seek(self._file, -back, os.SEEK_CUR)
+        return got
+
+    def let_go(self) -> None:
+        if _rests.get(self._fd) is self:
+            del _rests[self._fd]
+        if self._greenlet is not None and self._turn.owner is self._greenlet:
+            self._turn.leave()
+
+
+_rests: dict[int, _Rest] = {}           # by fd
+
+
+def _in_thread(file: File, reading: bool, buffers: Sequence[Any]) -> int:
+    """One read(2) or write(2) at the position, in its turn."""
+    begun = file.begin_at_position(reading, buffers)
+    try:
+        return begun.get()
+    except BaseException as error:
+        if was_thrown(error) and not begun.withdraw():
+            with contextlib.suppress(OSError, MemoryError):     # closed: then no other call is made there
+                _Rest(file, begun, reading)
+        raise
+
+
+def go_back(file: File, n: int) -> None:
+    """Put the position back by *n* bytes that a killed greenlet had read. If another process or thread may
+    have read on, the bytes are lost, as in a killed thread."""
+    fd = file.fileno()
+    if not n or not is_ours(fd):
+        return
+    if fd in _rests:
+        _rests[fd].back += n
+    elif is_busy(fd) or file._seek_may_wait:    # a killed greenlet does not wait
+        Shielded(fd, lambda: _seek_in_turn(file, -n))
+    else:
+        _seek_back(fd, n)
+
+
+def _seek_back(fd: int, n: int) -> None:
+    with contextlib.suppress(OSError):  # a pipe has no position
+        posix.lseek(fd, -n, os.SEEK_CUR)
+
+
+def _seek_in_turn(file: File, offset: int) -> int:
+    with turn_of(file.fileno()):
+        return seek(file, offset, os.SEEK_CUR) if is_ours(file.fileno()) else 0
+
+
+def _read_stored(file: File, buffers: Sequence[Any]) -> int:
+    fd = file.fileno()
+    with using(fd):
+        if not has_position(fd, READ):
+            return file.preadv(buffers, NO_POSITION)
+        with turn_of(fd):
+            if file._seek_may_wait and stat.S_ISREG(file.kind):     # the kernel makes it up, by a wait or not
+                return file.preadv(buffers, NO_POSITION)
+            if ours.get(fd) or _is_direct(file):    # only a file object knows the number, if it is not direct
+                return int(_between_seeks(file, lambda at: file.preadv(buffers, at)))
+            return _in_thread(file, True, buffers)
+
+
+def _write_stored(file: File, buffers: Sequence[Any]) -> int:
+    fd = file.fileno()
+    with using(fd):
+        if not has_position(fd, WRITE):
+            return file.pwritev(buffers, NO_POSITION)
+        with turn_of(fd):
+            if not _is_direct(file):
+                return _in_thread(file, False, buffers)
+            n = int(_between_seeks(file, lambda at: file.pwritev(buffers, at)))
+            if n and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                seek(file, 0, os.SEEK_END)      # where the kernel wrote
+            return n
+
+
+def _is_direct(file: File) -> bool:
+    return file.alignment > 1
+
+
 def read(fd: int, n: int) -> bytes:
-    mode = _calls.facts(fd)[0]
-    data = b''
+    n = operator.index(n)
+    if not 0 <= n <= sys.maxsize or n == 0 and fd in ours:
+        return posix.read(fd, n)        # it says what is wrong
+    data: Any = None
+    if fd in ours:
+        data = Filling(n)
+        return bytes(data.take(readv(fd, [data])))
+    file = File.from_fd(fd)
+    if not is_stored(file.kind):
+        return _read_stream(fd, file.kind, n)
+    if _is_direct(file):
+        with using(fd), turn_of(fd):
+            return bytes(_between_seeks(file, lambda at: file.pread(n, at)))
+    data = Filling(n)
+    return bytes(data.take(_read_stored(file, [data])))
 
-    def reading(at: int) -> int:
-        nonlocal data
-        data = _file.pread(fd, n, at) if at != NO_POSITION or n < 0 else _read_without_position(fd, n)
-        return len(data)
 
-    if is_stored(mode):
-        _at_position(fd, mode, READ, reading)
-        return data
+def _read_stream(fd: int, mode: int, n: int) -> bytes:
     with using(fd):
         while n > 0:
             if not _wait(fd, mode, READ):
@@ -189,9 +319,36 @@ def _read_without_position(fd: int, n: int) -> bytes:
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
-    mode = _calls.facts(fd)[0]
-    if is_stored(mode):
-        return _at_position(fd, mode, READ, lambda at: _file.preadv(fd, buffers, at))
+    if fd in ours and type(buffers) in (list, tuple) and len(buffers) == 1 and memoryview(buffers[0]).nbytes:
+        return _read_one(fd, buffers[0])
+    return read_on(File.from_fd(fd), buffers)
+
+
+def _read_one(fd: int, buffer: Any) -> int:
+    """Read what the page cache has, and the rest by a thread."""
+    n = -1 if is_busy(fd) else _file.read_cached(fd, buffer)
+    if n >= 0:
+        return n
+    got = -1 - n
+    return got + read_on(File.from_fd(fd), [flat(buffer)[got:] if got else buffer], got)
+
+
+def read_on(file: File, buffers: Sequence[Any], before: int = 0) -> int:
+    """Read, after the first *before* bytes that the page cache had. An error other than a kill, and after
+    some bytes, is for the next call to find."""
+    try:
+        if is_stored(file.kind):
+            return _read_stored(file, buffers)
+        return _readv_stream(file.fileno(), file.kind, buffers)
+    except BaseException as error:
+        if was_thrown(error):
+            go_back(file, before)
+        elif before:
+            return 0
+        raise
+
+
+def _readv_stream(fd: int, mode: int, buffers: Sequence[Any]) -> int:
     with using(fd):
         while _nbytes(buffers) > 0:
             if not _wait(fd, mode, READ):
@@ -205,25 +362,22 @@ def readv(fd: int, buffers: Sequence[Any]) -> int:
 
 
 def write(fd: int, data: Any) -> int:
-    mode = _calls.facts(fd)[0]
+    return write_to(File.from_fd(fd), data)
 
-    def writing(at: int) -> int:
-        return _file.pwrite(fd, data, at) if at != NO_POSITION else _file.pwritev(fd, [data], at)
 
-    if is_stored(mode):
-        return _at_position(fd, mode, WRITE, writing)
+def write_to(file: File, data: Any) -> int:
+    if is_stored(file.kind):
+        return _write_stored(file, [data])
+    fd = file.fileno()
     with using(fd):
-        return _write_all(fd, mode, flat(data))
+        return _write_all(fd, file.kind, flat(data))
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:
-    mode = _calls.facts(fd)[0]
-
-    def writing(at: int) -> int:
-        return _file.pwritev(fd, buffers, at)
-
+    file = File.from_fd(fd)
+    mode = file.kind
     if is_stored(mode):
-        return _at_position(fd, mode, WRITE, writing)
+        return _write_stored(file, buffers)
     with using(fd):
         if _is_blocking_pipe(fd, mode) or _is_blocking_terminal(fd, mode):
             return _write_all(fd, mode, memoryview(b''.join(buffers)))

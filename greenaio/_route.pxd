@@ -124,6 +124,7 @@ cdef Known know(int fd, name)
 cdef bint knows_block_devices() noexcept
 cdef bint seek_may_wait(Known known) noexcept
 cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) except -1
+cdef bint swap_is_in_use() noexcept
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept
 cdef int64_t file_size(int fd) noexcept
 cdef unsigned int block_size(int fd) noexcept

@@ -848,14 +848,17 @@ cdef bint _swap_is_used = False
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept:
     """Whether a part of a file in memory has to come from a disk first. Where no swap is in use, which is asked
     once in a while, nothing is."""
-    global _swap_asked, _swap_is_used
-    cdef uint64_t now
     if not known.device.is_swapped or not known.kind & STORED:
         return False
-    now = monotonic_ns()
+    return swap_is_in_use() and is_out_of_memory(fd, offset, nbytes)
+
+
+cdef bint swap_is_in_use() noexcept:
+    global _swap_asked, _swap_is_used
+    cdef uint64_t now = monotonic_ns()
     if now - _swap_asked > SWAP_ASKED_NS:
         _swap_asked, _swap_is_used = now, swap_is_used()
-    return _swap_is_used and is_out_of_memory(fd, offset, nbytes)
+    return _swap_is_used
 
 
 cdef int64_t file_size(int fd) noexcept:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 from gevent import get_hub
@@ -302,12 +302,16 @@ def _after_fork_in_child() -> None:
 listen(_after_fork_in_child)
 
 
+class _Held(Protocol):
+    def let_go(self) -> None: ...
+
+
 class Shielded:
     """``work()``, in a greenlet of its own. If a greenlet that waits for it is killed, the work is finished
     all the same. *fd* stays the same file until then, even if it is closed. At its end *held* is given back;
     if this raises, the caller has to."""
 
-    def __init__(self, fd: int, work: Callable[[], int], held: _Range | None = None) -> None:
+    def __init__(self, fd: int, work: Callable[[], int], held: _Held | None = None) -> None:
         self._work, self._fd, self._forks = work, fd, generation()
         self._result = -1
         self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
@@ -315,9 +319,9 @@ class Shielded:
         try:
             if held is not None:
                 self._stays.callback(held.let_go)
-            self._greenlet = gevent.Greenlet(self._capture)
-            self._greenlet.rawlink(self._end)       # also if it is killed before it has begun
-            self._greenlet.start()
+            self.greenlet = gevent.Greenlet(self._capture)
+            self.greenlet.rawlink(self._end)       # also if it is killed before it has begun
+            self.greenlet.start()
         except BaseException:
             self._stays.close()
             raise
@@ -336,7 +340,7 @@ class Shielded:
     def get(self) -> int:
         """Wait for the result of the work, or raise its exception: once, but after a kill again."""
         try:
-            self._greenlet.join()
+            self.greenlet.join()
         except BaseException as error:
             thrown(error)
             raise

@@ -35,13 +35,11 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
-from greenaio import _fallback, _position, _turn, alignment, streams
-from greenaio._bell import generation
+from greenaio import _fallback, _position, _sharing, _turn, alignment, streams
 from greenaio._ends import was_thrown
 from greenaio._handle import using
 from greenaio._turn import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
-from greenaio.alignment import Shielded
 from greenaio.streams import ReadAhead, WriteBehind
 
 try:
@@ -117,6 +115,8 @@ class FileIO(io.FileIO):
         self._io_turn = Turn(guards_io=True)   # shared by the layers above
         self._waiting: dict[greenlet, tuple[Any, bool]] = {}
         fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
+        if not isinstance(file, int) and opener is None:
+            _sharing.ours[fd] = True
         try:
             self._take(fd, file, mode)
         except BaseException:
@@ -163,7 +163,7 @@ class FileIO(io.FileIO):
             raise TypeError('expected integer from opener')
         if fd < 0:
             raise ValueError(f'opener returned {fd}')
-        os.set_inheritable(fd, False)
+        posix.set_inheritable(fd, False)
         return fd
 
     def _take(self, fd: int, name: Any, mode: str) -> None:
@@ -172,19 +172,23 @@ class FileIO(io.FileIO):
         file = File.from_fd(fd)
         if file.kind == stat.S_IFDIR:
             raise IsADirectoryError(21, os.strerror(21), name)
-        if file.is_local and not ('a' in mode and file._seek_may_wait) or not can_wait():
+        seek_may_wait = 'a' in mode and (file._seek_may_wait or not _sharing.is_ours(fd))
+        if file.is_local and not seek_may_wait or not can_wait():
             super().__init__(fd, mode, False)   # it is not io.FileIO that closes it
         else:
-            _calls.initialize(self, fd, mode)
+            _calls.initialize(self, fd, mode, not _sharing.is_ours(fd))
         self._file, self._fd, self.name = file, fd, name
-        if file._seek_may_wait:
-            self._seek_may_wait = True
-            if type(self) is FileIO:
-                self.__class__ = _SlowFileIO
+        self._seek_may_wait = file._seek_may_wait
 
     def isatty(self) -> bool:
         """Whether it is a terminal. No other file than a character device is asked: it may be a server's."""
         return self.file.kind == stat.S_IFCHR and super().isatty()
+
+    def fileno(self) -> int:
+        """The number, which from now on is not known to this object alone."""
+        fd = super().fileno()
+        _sharing.tell(fd)
+        return fd
 
     @property
     def closefd(self) -> bool:
@@ -209,9 +213,8 @@ class FileIO(io.FileIO):
             buffer = buffer[:streams.BLOCK_MAX]     # of io's C code, which asks again: it takes a copy
         if self._ahead is not None:
             return self._wait(False, self._read_ahead, buffer)
-        turn = _turn.turns.get(self._fd)
         try:
-            n = -1 if turn is not None and turn.owner is not None else file.read_cached(buffer)
+            n = -1 if _position.is_busy(self._fd) else file.read_cached(buffer)
         except (BufferError, TypeError):
             raise TypeError('readinto() argument must be read-write bytes-like object, '
                             f'not {type(buffer).__name__}') from None
@@ -219,38 +222,19 @@ class FileIO(io.FileIO):
             return n
         n = -1 - n
         if n == 0:
-            return self._wait(False, _position.readv, [buffer])
-        forks = generation()
-        try:
-            more = self._wait(False, _position.readv, [_fallback.flat(buffer)[n:]])
-        except BaseException as error:
-            if generation() == forks and not was_thrown(error):
-                return n                # a short read, as the system call's
-            self._go_back(n, forks)
-            raise
-        return n + (more or 0)
+            return self._wait(False, self._read_on, file, buffer, 0)
+        return n + (self._wait(False, self._read_on, file, _fallback.flat(buffer)[n:], n) or 0)
 
-    def _go_back(self, n: int, forks: int) -> None:
-        """Put the position back: a killed greenlet has read nothing, not even the *n* bytes that had come. A
-        forked copy of the greenlet, for which *forks* has changed, shares the position with its original."""
-        if generation() == forks:
-            with contextlib.suppress(OSError):      # a pipe has no position
-                if self._seek_may_wait:     # a killed greenlet does not
-                    Shielded(self._fd, lambda: _calls.lseek(self._fd, -n, os.SEEK_CUR))
-                else:
-                    os.lseek(self._fd, -n, os.SEEK_CUR)
-
-    def _move(self, fd: int, offset: int, whence: int) -> int:
-        """lseek, in a turn."""
-        return (_calls.lseek if self._seek_may_wait else os.lseek)(fd, offset, whence)
+    def _read_on(self, fd: int, file: File, buffer: Any, before: int) -> int:
+        return _position.read_on(file, [buffer], before)
 
     def _read_ahead(self, fd: int, buffer: Any) -> int:
         assert self._ahead is not None
         with using(fd), _turn.turn_of(fd):
             self._drain()
-            at = self._move(fd, 0, os.SEEK_CUR)
+            at = _position.seek(self.file, 0, os.SEEK_CUR)
             n = self._ahead.readinto(buffer, at)
-            self._move(fd, at + n, os.SEEK_SET)
+            _position.seek(self.file, at + n, os.SEEK_SET)
         return n
 
     def _to_the_end(self, fd: int) -> int:
@@ -258,7 +242,7 @@ class FileIO(io.FileIO):
         for appender in list(self._end.appenders.values()):
             appender._drain()
         _calls.settle(fd)
-        return _calls.lseek(fd, 0, os.SEEK_END)
+        return _calls.lseek(fd, 0, os.SEEK_END, not _sharing.is_ours(fd))
 
     def _turn_with_end(self) -> contextlib.AbstractContextManager[None]:
         """Before that with the position: who has this waits for those of others."""
@@ -294,7 +278,7 @@ class FileIO(io.FileIO):
         return None if n is None else data.take(n)
 
     def readall(self) -> bytes | None:      # type: ignore[override]
-        size, forks = 0, generation()
+        size = 0
         self._drain()
         try:
             size = _calls.facts(self.file.fileno())[1] - self.tell()
@@ -311,8 +295,8 @@ class FileIO(io.FileIO):
             try:
                 n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
             except BaseException as error:
-                if done and was_thrown(error):
-                    self._go_back(done, forks)
+                if was_thrown(error) and self._file is not None:
+                    _position.go_back(self._file, done)
                 raise
             if not n:
                 return None if n is None and not done else data.take(done)
@@ -332,22 +316,23 @@ class FileIO(io.FileIO):
             return posix.write(self._fd, data)
 
     def _write(self, fd: int, data: Any) -> int:
+        file = self.file
         if self._piece and len(data) > self._piece:
-            return _position.write(fd, _fallback.flat(data)[:self._piece])
+            return _position.write_to(file, _fallback.flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
-            return _position.write(fd, data)
+            return _position.write_to(file, data)
         with self._turn_with_end(), using(fd), _turn.turn_of(fd):
             if self._ahead is not None:
                 self._ahead.stop()      # in our turn: a reader could begin to read ahead again before
             if self._behind is None:
                 if self._appends:
                     self._to_the_end(fd)
-                return _position.write(fd, data)
-            at = self._move(fd, 0, os.SEEK_CUR)
+                return _position.write_to(file, data)
+            at = _position.seek(self.file, 0, os.SEEK_CUR)
             if self._appends and (self._behind.is_idle or at != self._behind.end):
                 at = self._to_the_end(fd)
             n = self._behind.write(data, at)
-            self._move(fd, at + n, os.SEEK_SET)
+            _position.seek(self.file, at + n, os.SEEK_SET)
         return n
 
     def _refuse_if_held(self) -> None:
@@ -385,20 +370,38 @@ class FileIO(io.FileIO):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if whence >= os.SEEK_END:
             self._drain()
-        turn = _turn.turns.get(self._fd)
-        if turn is not None and turn.owner is not None and (    # it is about to be moved
-                self._can_wait() or is_uninterrupted() and not self._io_turn.finalizing):
-            return int(self._wait(True, self._seek_in_turn, offset, whence))
-        return self._seek(offset, whence)
-
-    def _seek_in_turn(self, fd: int, offset: int, whence: int) -> int:
-        with _turn.turn_of(fd):
-            return self._seek(offset, whence)
-
-    def _seek(self, offset: int, whence: int) -> int:
-        if not can_wait() or whence < os.SEEK_END and not self._seek_may_wait:
+        if not self._can_wait():
+            if _position.is_busy(self._fd) and is_uninterrupted() and not self._io_turn.finalizing:
+                with _turn.turn_of(self._fd):       # it is about to be moved
+                    return super().seek(offset, whence)
             return super().seek(offset, whence)
-        return _calls.lseek(self.file.fileno(), offset, whence)
+        if not _position.is_busy(self._fd) and self._seeks_at_once(whence):
+            return super().seek(offset, whence)
+        return int(self._wait(True, self._seek, offset, whence))
+
+    def _seeks_at_once(self, whence: int) -> bool:
+        """Whether a seek looks at nothing that may have to be fetched, and waits for no other call."""
+        if not _position.is_stored(self.file.kind):
+            return True
+        return whence < os.SEEK_END and not self._seek_may_wait and _sharing.is_ours(self._fd)
+
+    def _seek(self, fd: int, offset: int, whence: int) -> int:
+        with using(fd), _turn.turn_of(fd):
+            return _calls.lseek(fd, offset, whence, not _sharing.is_ours(fd))
+
+    def tell(self) -> int:
+        return self.seek(0, os.SEEK_CUR)
+
+    def seekable(self) -> bool:
+        if self._file is None or self.closed or not self._can_wait() or self._seeks_at_once(os.SEEK_CUR):
+            return super().seekable()
+        try:
+            self.tell()
+        except OSError as error:
+            if was_thrown(error):
+                raise
+            return False
+        return True
 
     def truncate(self, size: int | None = None, /) -> int:
         if not self._can_wait():
@@ -633,13 +636,6 @@ def _raw_of(layer: Any) -> FileIO | None:
 def _is_layer(file: Any) -> bool:
     """Whether *file* is cooperative down to the raw file."""
     return isinstance(file, _Shared) and _raw_of(file) is not None
-
-
-class _SlowFileIO(FileIO):
-    """One whose seek may wait. `io` asks it for its position by `tell`."""
-
-    def tell(self) -> int:
-        return self.seek(0, os.SEEK_CUR)
 
 
 class _Shared:

@@ -22,6 +22,7 @@ import posix
 import socket
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 
 import greenaio.os
-from greenaio import _blocked, _fallback, _position, fileobject
+from greenaio import _blocked, _fallback, _position, _sharing, fileobject
 from greenaio._config import check_environment
 from greenaio._handle import in_use
 from greenaio._turn import can_wait
@@ -282,11 +283,56 @@ def _copy_into(module: Any, source: Any) -> None:
         patch_item(module, name, getattr(source, name))
 
 
+# Calls that copy a number or pass it on: from then on other code may move the position of its file.
+_SHARING = (
+    ('os', 'dup'), ('os', 'dup2'), ('os', 'set_inheritable'), ('os', 'posix_spawn'), ('os', 'posix_spawnp'),
+    ('socket', 'send_fds'), ('_posixsubprocess', 'fork_exec'),
+    ('gevent.subprocess', 'Popen._execute_child'), ('subprocess', 'Popen._execute_child'),
+    ('multiprocessing.reduction', 'sendfds'),
+)
+_sharing_calls: list[tuple[Any, str, Any]] = []     # owner, name, the original
+
+
+def _watch_numbers() -> None:
+    """Have `_sharing` hear of each number that the program copies or passes on."""
+    for module, path in _SHARING:
+        *owners, name = path.split('.')
+        try:
+            owner: Any = functools.reduce(getattr, owners, sys.modules[module])
+            call = getattr(owner, name)
+        except (KeyError, AttributeError):      # not imported, or another version of it
+            continue
+        if not hasattr(call, '_greenaio_shares'):
+            setattr(owner, name, _sharing_call(call))
+            _sharing_calls.append((owner, name, call))
+    _sharing.watch(True)
+
+
+def _sharing_call(call: Any) -> Any:
+    @functools.wraps(call)
+    def sharing(*args: Any, **kwargs: Any) -> Any:
+        _sharing.share(args)
+        _sharing.share([*kwargs.values()])
+        return call(*args, **kwargs)
+
+    shares = sharing if isinstance(call, types.FunctionType) else _Builtin(sharing, call.__module__)
+    shares._greenaio_shares = True      # type: ignore[union-attr]
+    return shares
+
+
+def _stop_watching_numbers() -> None:
+    while _sharing_calls:
+        owner, name, call = _sharing_calls.pop()
+        setattr(owner, name, call)
+    _sharing.watch(False)
+
+
 def patch_os() -> None:
     """Replace in `os` the calls that `greenaio.os` has, ``lstat`` and ``umask``, by cooperative ones. Twice
     is fine."""
     check_environment()
     _calls.learn_umask()
+    _watch_numbers()
     _copy_into(os, _Os)
     for ours, names in _supported():
         names.add(ours)
@@ -470,6 +516,7 @@ def unpatch_all() -> None:
     _blocked.stop_explaining()
     _unpatch_locks()
     _unpatch_multiprocessing()
+    _stop_watching_numbers()
     if not is_patched():
         return
     for name in _Os.__implements__:

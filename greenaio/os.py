@@ -15,7 +15,7 @@ import os as _os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from greenaio import _position
+from greenaio import _position, _sharing
 
 try:
     from greenaio import _calls, _file
@@ -39,7 +39,9 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
     If the greenlet is killed before it returns, the fd is closed when it comes.
     """
-    return _calls.open(path, flags, mode, dir_fd=dir_fd)
+    fd = _calls.open(path, flags, mode, dir_fd=dir_fd)
+    _sharing.ours[fd] = False           # the program knows the number
+    return fd
 
 
 def read(fd: int, n: int, /) -> bytes:

@@ -7,7 +7,7 @@ import greenaio
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 LAYERS = {
-    '_abi': 0, '_config': 0, '_show': 0, '_fork': 0, '_bell': 0.5, '_handle': 0.7,
+    '_abi': 0, '_config': 0, '_show': 0, '_fork': 0, '_bell': 0.5, '_handle': 0.7, '_sharing': 0.6,
     '_context': 1, '_memory': 1, '_ends': 1, '_describe': 1, '_uninterrupted': 1,
     '_engine': 2, '_threads': 2.5,
     '_blocked': 2.6, 'events': 2.8, '_hub': 3,

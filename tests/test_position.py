@@ -1,7 +1,4 @@
-"""The position that an open file has in the kernel, and the turns that greenlets take with it.
-
-Each `known_fault` is one of today's code. The rebuilt handle has to make these tests pass.
-"""
+"""The position that an open file has in the kernel, and the turns that greenlets take with it."""
 
 import os
 
@@ -11,12 +8,9 @@ import pytest
 
 import greenaio
 import greenaio.os
-from tests.support import known_fault, missing
-from tests.support.disks import FreezableDisk
+from tests.support import missing
+from tests.support.disks import FreezableDisk, pattern
 from tests.support.processes import CONTROL, run_program, run_python
-
-SHARED = known_fault('a write at the position is an lseek, a positional write and an lseek; '
-                     'another writer moves the position between them')
 
 WRITERS = '''
 from tests.programs.writers import *
@@ -95,7 +89,6 @@ def lost_lines(program, folder):
     return int(run_python(WRITERS + program, os.path.join(folder, 'log')).stdout)
 
 
-@SHARED
 @pytest.mark.parametrize('program', [
     pytest.param(FORKED_WRITERS, id='forked workers'),
     pytest.param(STANDARD_OUTPUT, id='standard output'),
@@ -104,7 +97,6 @@ def test_writers_that_share_a_position_lose_no_line(folder, program):
     assert lost_lines(program, folder) == 0
 
 
-@SHARED
 @pytest.mark.parametrize('program', [
     pytest.param(SUBPROCESS, id='a subprocess'),
     pytest.param(SUBPROCESS_AND_OBJECT, id='a subprocess beside a file object'),
@@ -116,13 +108,11 @@ def test_writers_of_two_kinds_lose_no_line(disk_folder, program):
     assert lost_lines(program, disk_folder) == 0
 
 
-@SHARED
 def test_forked_readers_of_one_position_take_each_record_once(folder):
     done = run_program('forked_readers', os.path.join(folder, 'records'))
     assert int(done.stdout) == 0, f'{done.stdout.strip()} records are taken twice'
 
 
-@known_fault('lseek and preadv2(-1) of the hub wait for the lock of the position')
 @pytest.mark.parametrize('call', ['file.read(10)', 'file.seek(0)', 'greenaio.os.read(file.fileno(), 10)'])
 def test_process_that_reads_at_the_position_of_a_frozen_disk_does_not_stop_the_hub(tmp_path, call):
     """The other process has the lock of the position, inside read(2), until the disk thaws."""
@@ -143,6 +133,117 @@ def test_process_that_reads_at_the_position_of_a_frozen_disk_does_not_stop_the_h
         disk.close()
 
 
+KNOWN_TO_THE_KERNEL = [
+    'os.dup(fd)', 'os.dup2(fd, 100)', 'os.set_inheritable(fd, True)', 'socket.send_fds(one, [b"x"], [fd])',
+    'subprocess.Popen(["true"], stdin=fd).wait()', 'subprocess.run(["true"], pass_fds=[fd])',
+    'subprocess.run(["true"], stdin=file)', 'os.waitpid(os.fork() or os._exit(0), 0)', 'os.close(fd)',
+]
+
+
+@pytest.mark.parametrize('call', KNOWN_TO_THE_KERNEL)
+def test_number_is_ours_until_it_is_copied_or_passed_on(folder, call):
+    """A process that starts another program shares nothing else with it."""
+    run_python('''
+import gevent.monkey
+gevent.monkey.patch_all(greenaio=True)
+import gevent, os, socket, subprocess, sys
+gevent.get_hub()
+from greenaio._sharing import is_ours
+path = sys.argv[1]
+file, other = open(path, 'wb', 0), open(path, 'rb')
+fd = file.fileno() if 'file' in sys.argv[2] else os.open(path, os.O_RDONLY)
+one, two = socket.socketpair()
+subprocess.run(['true'])
+assert is_ours(fd) and is_ours(other.fileno())
+eval(sys.argv[2])
+assert not is_ours(fd)
+assert is_ours(other.fileno()) == ('fork' not in sys.argv[2])
+''', os.path.join(folder, 'data'), call)
+
+
+def test_number_that_the_program_knows_is_not_ours_where_no_call_is_watched(folder):
+    run_python('''
+import os, sys, greenaio
+from greenaio._sharing import is_ours
+with greenaio.open(sys.argv[1], 'wb') as file:
+    assert is_ours(file.raw._fd)
+    file.raw.tell()
+    assert not is_ours(file.fileno())
+''', os.path.join(folder, 'data'))
+
+
+# Kills -------------------------------------------------------------------------------------------
+
+def kill_reader(held_disk, fd):
+    """Kill a greenlet while a thread reads for it at the position of *fd*, of which nothing is cached."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    held_disk.hold()
+    reader = gevent.spawn(greenaio.os.read, fd, 4096)
+    gevent.sleep(0.05)
+    assert not reader.ready()
+    reader.kill()
+
+
+def test_killed_reader_of_a_number_that_is_ours_has_read_nothing(held_disk):
+    fd = greenaio.os.open(held_disk.file, os.O_RDONLY)
+    kill_reader(held_disk, fd)
+    following = gevent.spawn(greenaio.os.read, fd, 10)
+    gevent.sleep(0.05)
+    assert not following.ready()        # it takes its turn after the thread
+    held_disk.release()
+    assert following.get(timeout=10) == pattern(16)[:10]
+    greenaio.os.close(fd)
+
+
+def test_killed_reader_of_a_shared_position_loses_what_it_read(held_disk):
+    """As a killed thread: another process may have read on."""
+    fd = os.open(held_disk.file, os.O_RDONLY)
+    kill_reader(held_disk, fd)
+    following = gevent.spawn(greenaio.os.read, fd, 10)
+    held_disk.release()
+    assert following.get(timeout=10) == pattern(4112)[4096:4106]
+    os.close(fd)
+
+
+def test_killed_reader_that_no_thread_had_begun_with_loses_nothing(held_disk):
+    fd = os.open(held_disk.file, os.O_RDONLY)
+    kill_reader(held_disk, fd)
+    others = [gevent.spawn(greenaio.os.read, fd, 10) for _ in range(2)]
+    gevent.sleep(0.05)
+    gevent.killall(others)
+    held_disk.release()
+    assert greenaio.os.read(fd, 10) == pattern(4112)[4096:4106]
+    os.close(fd)
+
+
+def test_position_is_asked_for_after_the_write_of_a_killed_greenlet(held_disk):
+    """Until the thread has returned, an lseek of the hub would wait for the disk."""
+    with greenaio.open(held_disk.file, 'r+b', 0, dsync=True) as file:
+        held_disk.hold()
+        writer = gevent.spawn(file.write, bytes(4096))
+        gevent.sleep(0.05)
+        assert not writer.ready()
+        writer.kill()
+        asking = gevent.spawn(file.tell)
+        gevent.sleep(0.05)
+        assert not asking.ready()
+        held_disk.release()
+        assert asking.get(timeout=10) == 4096
+
+
+def test_thread_shows_the_position_to_the_kernel(held_disk):
+    """gunicorn and sendfile ask for it with lseek."""
+    fd = greenaio.os.open(held_disk.file, os.O_RDWR)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert len(greenaio.os.read(fd, 100)) == os.lseek(fd, 0, os.SEEK_CUR) == 100
+    assert len(greenaio.os.read(fd, 200)) + 100 == os.lseek(fd, 0, os.SEEK_CUR) == 300
+    greenaio.os.write(fd, bytes(50))
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 350
+    assert greenaio.os.readv(fd, [bytearray(50), bytearray(100)]) == 150
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 500
+    greenaio.os.close(fd)
+
+
 def test_line_that_print_makes_by_several_calls_stays_whole(disk_folder):
     """The greenlet does not park between the calls, so as with plain gevent no other line gets in."""
     path = os.path.join(disk_folder, 'lines')
@@ -160,7 +261,6 @@ def test_line_that_print_makes_by_several_calls_stays_whole(disk_folder):
     assert sorted(lines) == sorted(whole)
 
 
-@known_fault('after an append the position is set to the end of the file, which others have moved')
 def test_who_appends_is_told_where_its_own_record_ends(disk_folder):
     path = os.path.join(disk_folder, 'records')
     told = []
