@@ -53,13 +53,13 @@ cdef extern from *:
     /* The beginning of io.FileIO's object, in CPython since 3.0. */
     struct raw_file { PyObject_HEAD int fd; };
 
-    struct closing { int fd, stand_in; };
+    struct closing_file { int fd, stand_in; };
 
     /* Close the file of a number, and put the stand-in there. Another reference to the file is closed before: only
        close(2) tells of the error of a server. Without a number for that, the error is lost. */
     static long replace_file(void *arg)
     {
-        struct closing *one = arg;
+        struct closing_file *one = arg;
         int copy = fcntl(one->fd, F_DUPFD_CLOEXEC, 0);
         long result = 0;
         if (copy >= 0 && close(copy) < 0 && errno != EINTR)
@@ -96,6 +96,9 @@ cdef extern from *:
     bint is_met(int fd)
     struct raw_file:
         int fd
+    struct closing_file:
+        int fd
+        int stand_in
     int epoll_create1(int flags)
     long syscall(long number, ...) nogil
     const long SYS_gettid
@@ -103,7 +106,6 @@ cdef extern from *:
     const long SYS_preadv2
     const long SYS_pwritev2
     const long SYS_openat
-    const long SYS_close
     const long SYS_ftruncate
     const long SYS_fallocate
     const long SYS_copy_file_range
@@ -220,7 +222,7 @@ cdef class _Place:
         if path.startswith(b'/'):
             return
         if dir_fd >= 0:
-            check_open(dir_fd)
+            _check_folder(path, dir_fd)
             self._number = take(dir_fd)
         if dir_fd != AT_FDCWD:
             return
@@ -249,6 +251,13 @@ def working_directory():
     return fd
 
 
+cdef int _check_folder(bytes path, int dir_fd) except -1:
+    """Raise EBADF if *path* begins in a directory whose number is being closed."""
+    if dir_fd >= 0 and not path.startswith(b'/'):
+        check_open(dir_fd)
+    return 0
+
+
 cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None) except -1:
     """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`."""
     cdef bytes encoded = _encoded(path, 'open' if io_mode is None else None)
@@ -259,8 +268,8 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
     flags |= O_CLOEXEC
     sys.audit('open', path, io_mode, flags)
     driver.check_caller()
-    if closing and dir_fd >= 0 and not encoded.startswith(b'/'):
-        check_open(dir_fd)
+    if closing:
+        _check_folder(encoded, dir_fd)
     fd = open_at_hand(encoded, dir_fd, flags, path)
     if fd >= 0:
         try:
@@ -436,8 +445,8 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     encoded = _encoded(path, 'stat')
     cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
     current_driver().check_caller()
-    if closing and where >= 0 and not encoded.startswith(b'/'):
-        check_open(where)
+    if closing:
+        _check_folder(encoded, where)
     cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
     if fd >= 0:
         try:
@@ -863,11 +872,6 @@ def close(fd, *, bint may_wait=True, bint is_forgotten=False):
 # puts a stand-in in the file's place, by dup3(2), which closes the file as close(2) does and keeps the number
 # taken. The hub closes the stand-in when the thread is done, and forgets the `Handle` in the same moment. Until
 # then the handle answers EBADF to every call.
-
-cdef struct closing_file:
-    int fd
-    int stand_in
-
 
 @cython.final
 cdef class _SlowClose:

@@ -472,7 +472,6 @@ cdef extern from *:
     int c_raise "raise"(int number) noexcept nogil
     long syscall(long number, ...) nogil
     const long SYS_openat
-    const long SYS_close
     const long SYS_read
     const long SYS_write
     const long SYS_pread64
@@ -734,7 +733,7 @@ cdef Request new_call(int fd, keep, long number, long a=0, long b=0, long c=0, l
     if number == SYS_pread64:
         request.direction = READ
     one.number = number
-    one.kind = ON_CLOSE if number == SYS_close else LONG
+    one.kind = LONG
     _set(one, a, b, c, d, e, f)
     return request
 
@@ -758,7 +757,7 @@ cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_s
 
 
 _NAMES = {
-    SYS_openat: 'open', SYS_close: 'close', SYS_pread64: 'pread', SYS_newfstatat: 'stat', SYS_lseek: 'lseek',
+    SYS_openat: 'open', SYS_pread64: 'pread', SYS_newfstatat: 'stat', SYS_lseek: 'lseek',
     SYS_ioctl: 'ioctl', SYS_ftruncate: 'ftruncate', SYS_fallocate: 'fallocate', POSIX_FALLOCATE: 'posix_fallocate',
     SYS_copy_file_range: 'copy_file_range', SYS_sendfile: 'sendfile', SYS_readahead: 'readahead',
     SYS_sync_file_range: 'sync_file_range'}
@@ -815,8 +814,6 @@ cdef int64_t make_here(Request request) except? -4096:
             result = _make(one)
         if result != -EINTR:
             return result
-        if one.number == SYS_close:     # it is closed all the same
-            return 0
         PyErr_CheckSignals()
 
 
