@@ -109,10 +109,13 @@ def release(session: nox.Session) -> None:
 
 @nox.session(python=MAIN)
 def no_compiler(session: nox.Session) -> None:
-    """Install the sdist without a compiler; greenaio works by threads."""
+    """Install the sdist without a compiler, and again without Cython; greenaio works by threads."""
     sdist, = build(session, '--sdist').glob('*.tar.gz')
     session.install(sdist, env={'CC': '/bin/false'})
     session.chdir(session.create_tmp())
+    session.run('python', SMOKE, '--threads')
+    session.install('setuptools')
+    session.install('--no-build-isolation', '--no-deps', '--force-reinstall', '--no-cache-dir', sdist)
     session.run('python', SMOKE, '--threads')
 
 

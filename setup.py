@@ -6,6 +6,7 @@ import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
@@ -21,6 +22,12 @@ class BuildAndCopy(build_ext):
         super().run()
         if not self.inplace and os.access('greenaio', os.W_OK):
             self.copy_extensions_to_source()
+
+    def build_extension(self, extension):
+        # setuptools would take a .c file of an earlier build in place of the .pyx file.
+        if not importlib.util.find_spec('Cython'):
+            raise CompileError('Cython is not installed')
+        super().build_extension(extension)
 
 
 def source_of(name):

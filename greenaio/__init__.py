@@ -21,21 +21,10 @@ if (sys.argv[:1] == ['-m'] and sys.orig_argv[-len(sys.argv)].removeprefix('-m') 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from greenaio._config import config
+from greenaio._extension import File, aligned_buffer, native, renew_threads
 
 # Python itself would print the warnings of a program that has set up no logging.
 logging.getLogger('greenaio').addHandler(logging.NullHandler())
-
-try:
-    from greenaio._file import File
-    from greenaio._memory import aligned_buffer
-    from greenaio._threads import renew_threads
-except ImportError:
-    # No compiler, or no Linux: everything by threads. greenaio.native tells.
-    from greenaio._fallback import File, aligned_buffer, renew_threads  # type: ignore[assignment]
-
-    native = False
-else:
-    native = True
 
 if TYPE_CHECKING:
     from greenaio._stats import dump, stats

@@ -38,20 +38,12 @@ from gevent.monkey import get_original
 
 from greenaio import alignment
 from greenaio._ends import was_thrown
+from greenaio._extension import File, Filling, _calls, _file
 from greenaio._fallback import flat, wait_for
 from greenaio._handle import using
 from greenaio._sharing import is_ours, ours
 from greenaio._turn import turn_of, turns
 from greenaio.alignment import Shielded
-
-try:
-    from greenaio import _calls, _file
-    from greenaio._file import File
-    from greenaio._memory import Filling
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio import _fallback as _file  # type: ignore[no-redef]
-    from greenaio._fallback import File, Filling  # type: ignore[assignment]
 
 epoll = get_original('select', 'epoll')     # gevent takes it away
 

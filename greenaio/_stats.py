@@ -14,14 +14,11 @@ from typing import Any
 
 from greenaio import _fallback
 from greenaio._describe import describe, path_of
+from greenaio._extension import native
 
-try:
+if native:
     from greenaio import _hub, _route, _threads
     from greenaio._engine import bounds_of
-except ImportError:
-    native = False
-else:
-    native = True
 
 __all__ = ['Latency', 'Stats', 'dump', 'stats']
 

@@ -19,10 +19,7 @@ from typing import Any, NamedTuple
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-try:
-    from greenaio import _calls
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
+from greenaio._extension import _calls
 
 # linux/blkzoned.h
 BLKREPORTZONE, BLKRESETZONE = 0xC0101282, 0x40101283

@@ -20,20 +20,9 @@ import gevent
 
 from greenaio import _fallback, alignment
 from greenaio._ends import was_thrown
+from greenaio._extension import File, _calls, aligned_buffer, native
 from greenaio._zones import Zone, Zones
 from greenaio.streams import Block
-
-try:
-    from greenaio import _calls
-    from greenaio._file import File
-    from greenaio._memory import aligned_buffer
-
-    NATIVE = True
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio._fallback import File, aligned_buffer  # type: ignore[assignment]
-
-    NATIVE = False
 
 __all__ = ['BlockDevice', 'Zone']
 
@@ -73,7 +62,7 @@ class BlockDevice:
             if value is not None and (not value >= 0 or name != 'create_size' and value == 0):
                 raise ValueError(f'{name} can not be {value}')
         flags = os.O_RDONLY if readonly else os.O_RDWR
-        if direct and NATIVE:           # the threads of _fallback align nothing
+        if direct and native:           # the threads of _fallback align nothing
             flags |= os.O_DIRECT
         if create_size is not None:
             flags |= os.O_CREAT | os.O_EXCL

@@ -24,13 +24,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any, NoReturn
 
 import gevent
 
 import greenaio.os
 from greenaio import File, aligned_buffer, config
+from greenaio._extension import why_not
 from greenaio._show import PROG, table, tell, wrapped
 
 DEPTH_TRIED = 16        # requests: the least that a hub does with
@@ -211,14 +212,10 @@ def _seccomp() -> int | None:
 
 
 def _why_not_built() -> str:
-    """What Python says to the module that needs all others, and whether it is there for another Python."""
-    try:
-        import_module('greenaio._file')
-    except ImportError as error:
-        why = str(error)
+    """What Python says to the extension, and whether it is there for another Python."""
     folder = os.path.dirname(os.path.abspath(__file__))
     others = sorted(name for name in os.listdir(folder) if re.fullmatch(r'_file\..*\.so', name))
-    return f'{why}; there is {", ".join(others)}' if others else why
+    return f'{why_not}; there is {", ".join(others)}' if others else why_not
 
 
 def _number(name: str) -> int | None:

@@ -37,18 +37,11 @@ from greenlet import getcurrent, greenlet
 
 from greenaio import _fallback, _position, _sharing, _turn, alignment, streams
 from greenaio._ends import was_thrown
+from greenaio._extension import File, Filling, _calls
 from greenaio._handle import using
 from greenaio._turn import Turn, can_wait
 from greenaio._uninterrupted import is_uninterrupted
 from greenaio.streams import ReadAhead, WriteBehind
-
-try:
-    from greenaio import _calls
-    from greenaio._file import File
-    from greenaio._memory import Filling
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio._fallback import File, Filling  # type: ignore[assignment]
 
 __all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
            'TextIOWrapper', 'open']

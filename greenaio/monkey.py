@@ -36,14 +36,10 @@ from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 import greenaio.os
 from greenaio import _blocked, _fallback, _position, _sharing, fileobject
 from greenaio._config import check_environment
+from greenaio._extension import _calls
 from greenaio._handle import in_use
 from greenaio._turn import can_wait
 from greenaio._uninterrupted import is_uninterrupted
-
-try:
-    from greenaio import _calls
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
 
 __all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_multiprocessing',
            'patch_os', 'unpatch_all']

@@ -16,12 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from greenaio import _position, _sharing
-
-try:
-    from greenaio import _calls, _file
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio import _fallback as _file  # type: ignore[no-redef]
+from greenaio._extension import _calls, _file
 
 __all__ = ['close', 'copy_file_range', 'fdatasync', 'fstat', 'fsync', 'ftruncate', 'open', 'posix_fallocate',
            'pread', 'preadv', 'pwrite', 'pwritev', 'read', 'readv', 'sendfile', 'stat', 'write', 'writev']

@@ -21,17 +21,10 @@ import gevent
 
 from greenaio._bell import generation
 from greenaio._ends import was_thrown
+from greenaio._extension import File, _calls, aligned_buffer
 from greenaio._fallback import flat
 from greenaio._handle import using
 from greenaio.alignment import Shielded
-
-try:
-    from greenaio import _calls
-    from greenaio._file import File
-    from greenaio._memory import aligned_buffer
-except ImportError:
-    from greenaio import _fallback as _calls  # type: ignore[no-redef]
-    from greenaio._fallback import File, aligned_buffer  # type: ignore[assignment]
 
 DEPTH = 8                       # blocks at most, in flight or waiting for the reader
 BLOCK_MIN = 128 << 10           # bytes: smaller ones cost more than they bring

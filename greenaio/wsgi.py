@@ -19,15 +19,11 @@ from typing import Any
 from gevent import pywsgi
 
 from greenaio._ends import was_thrown
+from greenaio._extension import File
 from greenaio._turn import can_wait
 from greenaio.fileobject import FileIO
 from greenaio.os import fstat
 from greenaio.streams import ReadAhead, StrPath
-
-try:
-    from greenaio._file import File
-except ImportError:
-    from greenaio._fallback import File  # type: ignore[assignment]
 
 __all__ = ['FileWrapper', 'WSGIHandler', 'send_file', 'with_file_wrapper']
 

@@ -1,8 +1,13 @@
 """Without the extension, as after an install with no compiler: everything works, by threads."""
 
+import pathlib
+
 import pytest
 
+import greenaio
 from tests.support.processes import run_python
+
+HOUSE = pathlib.Path(greenaio.__file__).parent
 
 WITHOUT = '''
 import sys
@@ -127,5 +132,39 @@ def test_forgotten_file_warns_without_the_extension_too(data_file):
 
 def test_extension_was_built():
     """Optional for users, not for the tests."""
-    import greenaio
     assert greenaio.native
+
+
+@pytest.mark.parametrize('name', ['_calls', '_file', '_handle', '_memory'])
+def test_extension_that_lacks_a_module_is_not_used_at_all(tmp_path, name):
+    """A compiler may refuse one module, or a clone may have one of an earlier build."""
+    copy = tmp_path / 'greenaio'
+    copy.mkdir()
+    assert list(HOUSE.glob(f'{name}.*.so'))
+    for path in HOUSE.iterdir():
+        if not path.match(f'{name}.*.so'):
+            (copy / path.name).symlink_to(path)
+    run_python('''
+import sys
+sys.path.insert(0, sys.argv[1])
+import io, logging, os, warnings
+printed = io.StringIO()
+logging.basicConfig(stream=printed)
+with warnings.catch_warnings(record=True) as caught:
+    import greenaio, greenaio.block, greenaio.monkey, greenaio.os, greenaio.wsgi
+assert greenaio.__file__.startswith(sys.argv[1]) and not greenaio.native
+assert not caught and not printed.getvalue(), (caught, printed.getvalue())
+path = os.path.join(sys.argv[1], 'data')
+with open(path, 'wb') as file:
+    file.write(b'abc')
+with greenaio.File(path) as file:
+    assert file.pread(9, 1) == b'bc'
+greenaio.monkey.patch_all()
+with open(path, 'rb') as file:
+    assert file.read(9) == b'abc' and os.pread(file.fileno(), 9, 2) == b'c'
+with greenaio.block.BlockDevice(path, direct=False) as device:
+    assert bytes(device.pread(2, 0)) == b'ab'
+assert greenaio.stats().by_thread > 0
+from greenaio.doctor import examine_machine
+assert sys.argv[2] in examine_machine().extension
+''', tmp_path, name)

@@ -12,6 +12,7 @@ LAYERS = {
     '_engine': 2, '_threads': 2.5,
     '_blocked': 2.6, 'events': 2.8, '_hub': 3,
     '_fallback': 4, '_route': 4, '_sleeper': 4, 'alignment': 4.2, '_calls': 4.5, '_turn': 4.5, '_file': 5,
+    '_extension': 5.2,
     '_position': 5.5, 'streams': 5.6, 'fileobject': 5.7, '_zones': 5.5, 'block': 5.7, 'os': 6,
     '_stats': 6, '_semaphore': 6, '__init__': 6.5, 'wsgi': 7, 'monkey': 7, 'bench': 7, 'doctor': 7,
     'prometheus': 7.5, '__main__': 8,
