@@ -26,6 +26,17 @@ from greenaio._extension import File, aligned_buffer, native, renew_threads
 # Python itself would print the warnings of a program that has set up no logging.
 logging.getLogger('greenaio').addHandler(logging.NullHandler())
 
+if native:
+    from greenaio._hub import report_to
+
+    def _raise_event(hub: Any, name: str, *facts: Any) -> None:
+        # Not imported before there is an event, because `events` takes most of the time of this import.
+        from greenaio import events
+
+        events.raise_event(hub, name, *facts)
+
+    report_to(_raise_event)
+
 if TYPE_CHECKING:
     from greenaio._stats import dump, stats
     from greenaio._uninterrupted import uninterrupted

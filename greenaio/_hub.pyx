@@ -20,7 +20,6 @@ from gevent.exceptions import BlockingSwitchOutError, InvalidSwitchError
 from gevent.monkey import get_original
 
 from greenaio._config import check_environment, config
-from greenaio._describe import describe
 from greenaio._ends import before_destroy, forget, thrown
 from greenaio._uninterrupted import REFUSED, inside
 
@@ -86,6 +85,16 @@ cdef set _drivers = set()               # of all threads; close() takes one out
 cdef set _ending = set()                # engines of drivers that are closed, until the kernel is done with them
 cdef Tally _past = Tally()              # what those had done that are closed
 _warned = False
+cdef object _report = None              # what `report_to` was given
+
+
+def report_to(function):
+    """Call ``function(hub, name, *facts)`` for each fact that an operator may want to know.
+
+    It is called at once, in the middle of the driver's work: it must not run code of the program, but may have
+    the loop of *hub* call that later."""
+    global _report
+    _report = function
 
 
 cdef class _Sentinel:
@@ -607,9 +616,9 @@ cdef class Driver:
             self._tell('FileDemoted', *culprit.file.stalled(engine.culprit_ns))
         return 0
 
-    def _tell(self, name, *what):
-        """Those who subscribed to events, in the hub and not amidst what we do: they may run anything."""
-        self.hub.loop.run_callback(_notify, name, what)
+    def _tell(self, name, *facts):
+        if _report is not None:
+            _report(self.hub, name, *facts)
 
     def _on_turn_end(self):
         """The section of a hub turn ends: submit what the greenlets of this turn asked for."""
@@ -816,7 +825,7 @@ cdef class Driver:
         if self.closed or not config.stuck_after:
             return
         for request, where, ns in engine.stuck(<uint64_t><int>config.stuck_after * 1000000000):
-            self._tell('RequestStuck', *describe(_threads.operation(request), request, where), ns / 1e9)
+            self._tell('RequestStuck', request, where, ns / 1e9)
         if engine.requests():
             self._look_for_stuck()
 
@@ -967,12 +976,6 @@ cdef int _let_go(RequestList requests) except -1:
 def _log_in_greenlet(depth):
     """Not in the hub: a handler may have to wait for its lock."""
     gevent.spawn(log.info, 'native AIO is to be had again: %d requests in flight', depth)
-
-
-def _notify(name, what):
-    from greenaio import events         # not before there is one: it is most of what greenaio's import would take
-
-    events.notify(getattr(events, name)(*what))
 
 
 cdef inline _notice_fork():

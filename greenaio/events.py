@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from greenaio._blocked import explain_blocked, stop_explaining
+from greenaio._describe import describe
 
 __all__ = ['Fallback', 'FileDemoted', 'RequestStuck', 'SlowSubmit', 'explain_blocked', 'notify',
            'stop_explaining']
@@ -78,3 +80,16 @@ def notify(event: object) -> None:
         notify_all(event)
     except Exception:
         log.exception('a subscriber failed on %r', event)
+
+
+def raise_event(hub: Any, name: str, *facts: Any) -> None:
+    """Have the loop of *hub* notify the event *name* of *facts*. It calls no subscriber itself, because it is
+    called in the middle of the driver's work.
+
+    A `RequestStuck` is described here and now: later its file may be closed."""
+    if name == 'RequestStuck':
+        from greenaio._threads import operation
+
+        request, where, seconds = facts
+        facts = *describe(operation(request), request, where), seconds
+    hub.loop.run_callback(lambda: notify(globals()[name](*facts)))

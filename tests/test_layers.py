@@ -10,7 +10,7 @@ LAYERS = {
     '_abi': 0, '_config': 0, '_show': 0, '_fork': 0, '_bell': 0.5, '_handle': 0.7, '_sharing': 0.6,
     '_context': 1, '_memory': 1, '_ends': 1, '_describe': 1, '_uninterrupted': 1,
     '_engine': 2, '_threads': 2.5,
-    '_blocked': 2.6, 'events': 2.8, '_hub': 3,
+    '_blocked': 2.6, '_hub': 3, 'events': 3.5,
     '_fallback': 4, '_route': 4, '_sleeper': 4, 'alignment': 4.2, '_calls': 4.5, '_turn': 4.5, '_file': 5,
     '_extension': 5.2,
     '_position': 5.5, 'streams': 5.6, 'fileobject': 5.7, '_zones': 5.5, 'block': 5.7, 'os': 6,
