@@ -829,6 +829,21 @@ cdef class Driver:
         if engine.requests():
             self._look_for_stuck()
 
+    def _check(self):
+        """Assert all that must hold between two turns of the loop, and of the engine too.
+
+        E1: pending requests are submitted later, because a completion, a retry or the end of a section will come.
+        D1: the watcher holds the loop exactly while a greenlet is parked. A pass may hold it a little longer."""
+        cdef Engine engine = self.engine
+        engine._check()
+        if self.closed:
+            return
+        will_submit = self._retry is not None or self._turn_end is not None or self._sections or self._asked_for_pass
+        assert not engine.pending.count or engine.in_flight.count or will_submit, 'pending for ever'
+        assert self._holds_loop or not self.waiting, 'a greenlet waits, and the loop may end'
+        assert not self._holds_loop or self.waiting or self._sections, 'held without a greenlet that waits'
+        assert self._watcher is None or bool(self._watcher.ref) == self._holds_loop, 'the watcher says another thing'
+
     # Ends -----------------------------------------------------------------------------------
 
     def after_fork_in_child(self):

@@ -73,7 +73,7 @@ def driver():
     context.frozen_at = context.now()
     driver = _hub.Driver(gevent.get_hub(), context, depth=64)
     yield driver
-    driver.engine._check()
+    driver._check()
     driver.close()
 
 
@@ -94,7 +94,7 @@ def nothing_left():
         if not unfinished_work(driver) and len(open_files()) <= len(before):
             break
         gevent.sleep(0.005)
-    driver.engine._check()
+    driver._check()
     unfinished, leaked, after = unfinished_work(driver), {}, open_files()
     if len(after) > len(before):
         leaked = {fd: path for fd, path in after.items() if before.get(fd) != path}

@@ -229,7 +229,9 @@ class Loop:
         self.watcher = None
 
     def run_callback(self, function, *args):
-        self.callbacks.append((function, args))
+        callback = Callback(function, args)
+        self.callbacks.append(callback)
+        return callback
 
     def timer(self, seconds, ref=True):
         return Timer(self, seconds)
@@ -252,17 +254,31 @@ class Loop:
         kernel, now = self.history.kernel, self.history.kernel.time
         calls, self.callbacks = self.callbacks, []
         due = [timer for timer in self.timers if timer.at <= now]
-        groups = [calls, [(timer.fire, ()) for timer in due]]
+        groups = [[call.fire for call in calls], [timer.fire for timer in due]]
         if kernel.signalled and self.watcher:
-            groups.append([(self.watcher.callback, ())])
+            groups.append([self.watcher.callback])
         self.history.rng.shuffle(groups)
         for group in groups:
-            for function, args in group:
+            for fire in group:
                 try:
-                    function(*args)
+                    fire()
                 except Exception as error:      # the real one reports it, and goes on
                     self.history.errors.append(error)
         return any(groups)
+
+
+class Callback:
+    def __init__(self, function, args):
+        self.function, self.args = function, args
+
+    def stop(self):
+        self.function = None
+
+    close = stop
+
+    def fire(self):
+        if self.function is not None:
+            self.function(*self.args)
 
 
 class Timer:
@@ -460,6 +476,13 @@ class History:
                 first = self.finals.setdefault(number, request.result)
                 assert request.result == first, f'{number} was done, and has another result'
 
+    def _check_engine(self, engine):
+        """Assert that a pass will come for each request that is ready or was declined. The kernel signals its
+        completion, or the driver signals, or a section ends."""
+        kernel = self.kernel
+        assert (kernel.signalled or kernel.pending_wake or self.loop.callbacks
+                or not len(engine.ready) + len(engine.declined)), 'no pass will come'
+
     # What may happen at any time -----------------------------------------------------------
 
     def do_anything(self):
@@ -558,7 +581,8 @@ class History:
     def turn(self):
         busy = self.hub.switch()
         if not self.closed:
-            self.driver.engine._check()
+            self.driver._check()
+            self._check_engine(self.driver.engine)
             self._check()
         return busy
 
