@@ -159,8 +159,12 @@ class Turn:
             while not self._take(mine):
                 mine.wait()
             mine.go()
-        except BaseException as error:  # killed, timed out
-            mine.go()
+        except BaseException as error:  # killed, timed out, or a signal handler raised it ...
+            try:
+                mine.go()
+            except BaseException:       # ... and another one this
+                mine.go()
+                raise
             if self.owner is me:
                 self.leave()
             thrown(error)

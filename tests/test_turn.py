@@ -275,6 +275,26 @@ def test_exception_of_a_signal_handler_costs_no_greenlet_its_turn(who):
     assert 20 < place < 499
 
 
+def test_killed_waiter_leaves_the_queue_also_if_a_signal_handler_raises_there(monkeypatch):
+    class Struck(_turn._Waiter):
+        was_hit = False
+
+        def go(self):
+            if not self.was_hit:
+                self.was_hit = True
+                raise Hit
+            super().go()
+
+    monkeypatch.setattr(_turn, '_Waiter', Struck)
+    turn = Turn()
+    turn.owner = getcurrent()
+    waiter = gevent.spawn(turn.wait)
+    gevent.sleep(0)
+    waiter.kill()
+    assert isinstance(waiter.exception, Hit)
+    assert not turn.queue and not _turn._waiters
+
+
 # Several threads -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('has_hub', [True, False])
