@@ -157,10 +157,10 @@ def check_sdist(path: pathlib.Path) -> None:
 
 def check_wheel(path: pathlib.Path) -> None:
     names = set(zipfile.ZipFile(path).namelist())
-    sources = sorted(ROOT.glob('greenaio/*.pyx'))
-    for source in sources:
-        assert f'greenaio/{source.stem}.pyi' in names
-        assert any(name.startswith(f'greenaio/{source.stem}.c') and name.endswith('.so') for name in names)
+    for source in sorted(ROOT.glob('greenaio/**/*.pyx')):
+        module = source.relative_to(ROOT).with_suffix('')
+        assert f'{module}.pyi' in names
+        assert any(name.startswith(f'{module}.c') and name.endswith('.so') for name in names)
     assert 'greenaio/py.typed' in names
     rubbish = [name for name in names if name.endswith(('.c', '.pyc')) or not name.startswith('greenaio')]
     assert not rubbish, f'the wheel has {rubbish}'

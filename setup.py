@@ -10,8 +10,8 @@ from setuptools.errors import CompileError
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
-NAMES = ['_fork', '_handle', '_context', '_engine', '_threads', '_memory', '_hub', '_route', '_calls',
-         '_file']
+NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.engine', '_core.threads', '_core.memory',
+         '_core.hub', '_files.route', '_files.calls', '_files.file']
 
 
 class BuildAndCopy(build_ext):
@@ -32,7 +32,8 @@ class BuildAndCopy(build_ext):
 
 def source_of(name):
     """A .py file that has a .pxd beside it is interpreted where it is not compiled."""
-    return f'greenaio/{name}.py' if os.path.exists(f'greenaio/{name}.py') else f'greenaio/{name}.pyx'
+    path = 'greenaio/' + name.replace('.', '/')
+    return f'{path}.py' if os.path.exists(f'{path}.py') else f'{path}.pyx'
 
 
 greenlet = importlib.util.find_spec('greenlet')

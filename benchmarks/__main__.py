@@ -36,8 +36,8 @@ from benchmarks.log import log
 from benchmarks.nbd import nbd
 from benchmarks.object_server import object_server
 from benchmarks.streams import streams
-from greenaio import bench
 from greenaio.__main__ import end_on_signals, without_traceback
+from greenaio._commands import bench
 
 GROUPS = {group.__name__: group for group in (
     disk, kinds, memory, many, reads, buffered, sync, streams, log, object_server, nbd, start)}

@@ -6,7 +6,7 @@ import tempfile
 from functools import partial
 
 from benchmarks.contest import Bar, Contest
-from greenaio import bench
+from greenaio._commands import bench
 
 SIZE = 256 << 20                # bytes
 POLL_US = 100

@@ -52,16 +52,17 @@ DEFINITION = re.compile(r'^class (\w+)|^( *)def (\w+)\((?:self(?:, )?)?(.*?)\) -
 
 def _stubs() -> dict[str, tuple[str, str]]:
     """Arguments and result of what is compiled, as its stub has them: itself it tells no types, and of a
-    class nothing at all. By ``_module.Class.method``; those of ``__init__`` are the class's."""
+    class nothing at all. By ``_folder.module.Class.method``; those of ``__init__`` are the class's."""
     found = {}
-    for path in HOUSE.glob('_*.pyi'):
+    for path in HOUSE.rglob('*.pyi'):
+        module = f'{path.parent.name}.{path.stem}'
         owner = ''
         for name, indent, function, arguments, result in DEFINITION.findall(path.read_text()):
             if name:
-                owner = f'{path.stem}.{name}'
+                owner = f'{module}.{name}'
                 continue
             if not indent:
-                owner = path.stem
+                owner = module
             where = owner if function == '__init__' else f'{owner}.{function}'
             found[where] = f'({" ".join(arguments.split())})', result
     return found

@@ -21,13 +21,13 @@ if (sys.argv[:1] == ['-m'] and sys.orig_argv[-len(sys.argv)].removeprefix('-m') 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from greenaio._config import config
-from greenaio._extension import File, aligned_buffer, native, renew_threads
+from greenaio._files.extension import File, aligned_buffer, native, renew_threads
 
 # Python itself would print the warnings of a program that has set up no logging.
 logging.getLogger('greenaio').addHandler(logging.NullHandler())
 
 if native:
-    from greenaio._hub import report_to
+    from greenaio._core.hub import report_to
 
     def _raise_event(hub: Any, name: str, *facts: Any) -> None:
         # Not imported before there is an event, because `events` takes most of the time of this import.
@@ -38,18 +38,19 @@ if native:
     report_to(_raise_event)
 
 if TYPE_CHECKING:
-    from greenaio._stats import dump, stats
-    from greenaio._uninterrupted import uninterrupted
+    from greenaio._core.uninterrupted import uninterrupted
+    from greenaio._files.streams import copyfile
+    from greenaio._operate.stats import dump, stats
     from greenaio.fileobject import open
-    from greenaio.streams import copyfile
 
 __version__ = '0.1.0'
 
 __all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open',
            'renew_threads', 'stats', 'uninterrupted']
 
-_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio.streams', 'dump': 'greenaio._stats',
-                 'stats': 'greenaio._stats', 'uninterrupted': 'greenaio._uninterrupted'}
+_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio._files.streams',
+                 'dump': 'greenaio._operate.stats', 'stats': 'greenaio._operate.stats',
+                 'uninterrupted': 'greenaio._core.uninterrupted'}
 
 
 def __getattr__(name: str) -> Any:

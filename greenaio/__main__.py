@@ -22,8 +22,9 @@ from pkgutil import get_importer, read_code
 from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
-from greenaio import __version__, _config, _show
-from greenaio._show import PROG, discard, tell
+from greenaio import __version__, _config
+from greenaio._commands import show as _show
+from greenaio._commands.show import PROG, discard, tell
 
 OUTPUT = 'standard output'
 
@@ -185,7 +186,7 @@ def _main(asked: str, words: list[str]) -> int:
     if asked == 'config':
         return _print_config(arguments)
     end_on_signals()
-    code: int = import_module(f'greenaio.{asked}').main(arguments)
+    code: int = import_module(f'greenaio._commands.{asked}').main(arguments)
     return code
 
 
@@ -221,7 +222,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.description = CONFIG
         parser.add_argument('--json', action='store_true', help='for machines')
     else:
-        module = import_module(f'greenaio.{name}')
+        module = import_module(f'greenaio._commands.{name}')
         parser.description = module.__doc__
         module.add_arguments(parser)
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import gevent
 
-from greenaio import _fallback, alignment
-from greenaio._ends import was_thrown
-from greenaio._extension import File, _calls, aligned_buffer, native
-from greenaio._zones import Zone, Zones
-from greenaio.streams import Block
+from greenaio._core.ends import was_thrown
+from greenaio._files import portable as _fallback
+from greenaio._files import sectors as alignment
+from greenaio._files.extension import File, _calls, aligned_buffer, native
+from greenaio._files.streams import Block
+from greenaio._files.zones import Zone, Zones
 
 __all__ = ['BlockDevice', 'Zone']
 

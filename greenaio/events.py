@@ -10,8 +10,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from greenaio._blocked import explain_blocked, stop_explaining
-from greenaio._describe import describe
+from greenaio._core.describe import describe
+from greenaio._operate.blocked import explain_blocked, stop_explaining
 
 __all__ = ['Fallback', 'FileDemoted', 'RequestStuck', 'SlowSubmit', 'explain_blocked', 'notify',
            'stop_explaining']
@@ -88,7 +88,7 @@ def raise_event(hub: Any, name: str, *facts: Any) -> None:
 
     A `RequestStuck` is described here and now: later its file may be closed."""
     if name == 'RequestStuck':
-        from greenaio._threads import operation
+        from greenaio._core.threads import operation
 
         request, where, seconds = facts
         facts = *describe(operation(request), request, where), seconds

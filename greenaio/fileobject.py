@@ -35,13 +35,18 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
-from greenaio import _fallback, _position, _sharing, _turn, alignment, streams
-from greenaio._ends import was_thrown
-from greenaio._extension import File, Filling, _calls
-from greenaio._handle import using
-from greenaio._turn import Turn, can_wait
-from greenaio._uninterrupted import is_uninterrupted
-from greenaio.streams import ReadAhead, WriteBehind
+from greenaio._core.ends import was_thrown
+from greenaio._core.handle import using
+from greenaio._core.uninterrupted import is_uninterrupted
+from greenaio._files import portable as _fallback
+from greenaio._files import position as _position
+from greenaio._files import sectors as alignment
+from greenaio._files import sharing as _sharing
+from greenaio._files import streams
+from greenaio._files import turn as _turn
+from greenaio._files.extension import File, Filling, _calls
+from greenaio._files.streams import ReadAhead, WriteBehind
+from greenaio._files.turn import Turn, can_wait
 
 __all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
            'TextIOWrapper', 'open']

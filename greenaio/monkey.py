@@ -34,12 +34,16 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, patch_item  # type: ignore[attr-defined]
 
 import greenaio.os
-from greenaio import _blocked, _fallback, _position, _sharing, fileobject
+from greenaio import fileobject
 from greenaio._config import check_environment
-from greenaio._extension import _calls
-from greenaio._handle import in_use
-from greenaio._turn import can_wait
-from greenaio._uninterrupted import is_uninterrupted
+from greenaio._core.handle import in_use
+from greenaio._core.uninterrupted import is_uninterrupted
+from greenaio._files import portable as _fallback
+from greenaio._files import position as _position
+from greenaio._files import sharing as _sharing
+from greenaio._files.extension import _calls
+from greenaio._files.turn import can_wait
+from greenaio._operate import blocked as _blocked
 
 __all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_multiprocessing',
            'patch_os', 'unpatch_all']
@@ -460,7 +464,7 @@ def patch_multiprocessing() -> None:
     try:
         import _multiprocessing  # type: ignore[import-not-found]
 
-        from greenaio import _semaphore
+        from greenaio._files import semaphore as _semaphore
     except ImportError:                 # a platform without semaphores
         return
     _copy_into(_multiprocessing, _semaphore)
@@ -469,7 +473,7 @@ def patch_multiprocessing() -> None:
 
 def _unpatch_multiprocessing() -> None:
     module: Any = sys.modules.get('_multiprocessing')
-    if module is not None and 'greenaio._semaphore' in sys.modules:
+    if module is not None and 'greenaio._files.semaphore' in sys.modules:
         module.SemLock = get_original('_multiprocessing', 'SemLock')
         _let_connections_use(get_original('os', 'read'), get_original('os', 'write'))
 

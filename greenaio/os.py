@@ -15,8 +15,9 @@ import os as _os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from greenaio import _position, _sharing
-from greenaio._extension import _calls, _file
+from greenaio._files import position as _position
+from greenaio._files import sharing as _sharing
+from greenaio._files.extension import _calls, _file
 
 __all__ = ['close', 'copy_file_range', 'fdatasync', 'fstat', 'fsync', 'ftruncate', 'open', 'posix_fallocate',
            'pread', 'preadv', 'pwrite', 'pwritev', 'read', 'readv', 'sendfile', 'stat', 'write', 'writev']

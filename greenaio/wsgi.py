@@ -18,12 +18,12 @@ from typing import Any
 
 from gevent import pywsgi
 
-from greenaio._ends import was_thrown
-from greenaio._extension import File
-from greenaio._turn import can_wait
+from greenaio._core.ends import was_thrown
+from greenaio._files.extension import File
+from greenaio._files.streams import ReadAhead, StrPath
+from greenaio._files.turn import can_wait
 from greenaio.fileobject import FileIO
 from greenaio.os import fstat
-from greenaio.streams import ReadAhead, StrPath
 
 __all__ = ['FileWrapper', 'WSGIHandler', 'send_file', 'with_file_wrapper']
 

@@ -12,7 +12,8 @@ import tempfile
 import gevent
 import pytest
 
-from greenaio import _hub, _route
+from greenaio._core import hub as _hub
+from greenaio._files import route as _route
 from tests.support import missing
 from tests.support.disks import MIB, FreezableDisk, HeldDisk, pattern, real_disk, temporary_folder
 from tests.support.kernel import ScriptedContext

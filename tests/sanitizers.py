@@ -99,29 +99,29 @@ cdef extern from *:
 CHANGES = [
     ('setup.py', "'-O3', ", ''),
     # A request that is let go is freed, not kept for the next.
-    ('greenaio/_engine.pyx', '@cython.freelist(256)\n', ''),
+    ('greenaio/_core/engine.pyx', '@cython.freelist(256)\n', ''),
     # What the kernel was given has to be there when it is done.
-    ('greenaio/_engine.pxd', '    cdef void *_list\n\n    cdef int pin(',
+    ('greenaio/_core/engine.pxd', '    cdef void *_list\n\n    cdef int pin(',
      '    cdef void *_list\n    cdef iovec *_looked_at\n    cdef int _looked_at_count\n\n'
      '    cdef int pin('),
-    ('greenaio/_engine.pyx', '\ncdef enum:\n    STALL_NS', LOOK + '\ncdef enum:\n    STALL_NS'),
-    ('greenaio/_engine.pyx', '            self.context.stage(<uint64_t>', '''\
+    ('greenaio/_core/engine.pyx', '\ncdef enum:\n    STALL_NS', LOOK + '\ncdef enum:\n    STALL_NS'),
+    ('greenaio/_core/engine.pyx', '            self.context.stage(<uint64_t>', '''\
             free(request._looked_at)
             one.iov_base, one.iov_len = <void *><uintptr_t>address, length
             request._looked_at_count = request._count if request._iovec != NULL else address != 0
             request._looked_at = <iovec *>remembered(
                 request._iovec if request._iovec != NULL else &one, request._looked_at_count)
             self.context.stage(<uint64_t>'''),
-    ('greenaio/_engine.pyx', '        cdef bint alone = self._singly > 0\n',
+    ('greenaio/_core/engine.pyx', '        cdef bint alone = self._singly > 0\n',
      '        cdef bint alone = self._singly > 0\n        cdef iovec one\n'),
-    ('greenaio/_engine.pyx', '            self.in_flight.remove(request)\n', '''\
+    ('greenaio/_core/engine.pyx', '            self.in_flight.remove(request)\n', '''\
             self.in_flight.remove(request)
             look_at(request._looked_at, request._looked_at_count)
 '''),
-    ('greenaio/_engine.pyx', '        free(self._job)\n',
+    ('greenaio/_core/engine.pyx', '        free(self._job)\n',
      '        free(self._job)\n        free(self._looked_at)\n'),
-    ('greenaio/_threads.pyx', '\ncdef struct job:\n', LOOK + '\ncdef struct job:\n'),
-    ('greenaio/_threads.pyx', '    return -c_errno if result < 0 else result\n', '''\
+    ('greenaio/_core/threads.pyx', '\ncdef struct job:\n', LOOK + '\ncdef struct job:\n'),
+    ('greenaio/_core/threads.pyx', '    return -c_errno if result < 0 else result\n', '''\
     if result < 0:
         result = -c_errno
     if one.number == SYS_preadv2 or one.number == SYS_pwritev2:
@@ -129,23 +129,23 @@ CHANGES = [
     return result
 '''),
     # Longer than valgrind thinks that io_setup makes it.
-    ('greenaio/_context.pyx', '\ncdef enum:\n', HIDE + '\ncdef enum:\n'),
-    ('greenaio/_context.pyx', '        size = (size + PAGE - 1) & ~<size_t>(PAGE - 1)\n', '''\
+    ('greenaio/_core/context.pyx', '\ncdef enum:\n', HIDE + '\ncdef enum:\n'),
+    ('greenaio/_core/context.pyx', '        size = (size + PAGE - 1) & ~<size_t>(PAGE - 1)\n', '''\
         size = (size + PAGE - 1) & ~<size_t>(PAGE - 1)
         SHOW(<void *>self._ctx, size)
 '''),
     # Blocks are mapped, and kept.
-    ('greenaio/_memory.pyx', '\ncdef enum:\n', HIDE + '\ncdef enum:\n'),
-    ('greenaio/_memory.pyx', '        self.nbytes = nbytes\n', '''\
+    ('greenaio/_core/memory.pyx', '\ncdef enum:\n', HIDE + '\ncdef enum:\n'),
+    ('greenaio/_core/memory.pyx', '        self.nbytes = nbytes\n', '''\
         self.nbytes = nbytes
         HIDE(self._block, self._capacity)
         SHOW(self.address, nbytes)
 '''),
-    ('greenaio/_memory.pyx', '            _kept[kind][_kept_count[kind]] = self._block\n', '''\
+    ('greenaio/_core/memory.pyx', '            _kept[kind][_kept_count[kind]] = self._block\n', '''\
             HIDE(self._block, self._capacity)
             _kept[kind][_kept_count[kind]] = self._block
 '''),
-    ('greenaio/_memory.pyx', '            munmap(self._block, self._capacity)\n', '''\
+    ('greenaio/_core/memory.pyx', '            munmap(self._block, self._capacity)\n', '''\
             SHOW(self._block, self._capacity)
             munmap(self._block, self._capacity)
 '''),
@@ -153,18 +153,18 @@ CHANGES = [
 
 # What is broken, file, text, what takes its place, tests, what address and valgrind (if it can) report.
 BREAKS = [
-    ('a list that owns no reference', 'greenaio/_engine.pyx', '        Py_INCREF(request)\n', '',
+    ('a list that owns no reference', 'greenaio/_core/engine.pyx', '        Py_INCREF(request)\n', '',
      ['tests/test_engine.py'], 'heap-use-after-free', 'Invalid read'),
-    ('a byte behind the buffer', 'greenaio/_memory.pyx', 'memset(buffer.address, 0, n)',
+    ('a byte behind the buffer', 'greenaio/_core/memory.pyx', 'memset(buffer.address, 0, n)',
      'memset(buffer.address, 0, n + 1)', ['tests/test_memory.py'], 'use-after-poison', 'Invalid write'),
-    ('the iovec freed as it is submitted', 'greenaio/_engine.pyx', '        self.submitted += 1\n',
+    ('the iovec freed as it is submitted', 'greenaio/_core/engine.pyx', '        self.submitted += 1\n',
      '        self.submitted += 1\n        PyMem_Free(request._iovec)\n',
      ['tests/test_file.py', '-k', 'test_preadv_fills'], 'attempting double-free', 'Invalid free'),
-    ('buffers let go by a kill', 'greenaio/_hub.pyx',
+    ('buffers let go by a kill', 'greenaio/_core/hub.pyx',
      '        else:                           # the engine keeps it, and _drain lets go of it at its event\n',
      '        else:\n            request.release()\n',
      ['tests/test_hub.py', '-k', 'kill'], 'use-after-', 'Invalid read'),
-    ('an end of a file that overflows', 'greenaio/_file.pyx',
+    ('an end of a file that overflows', 'greenaio/_files/file.pyx',
      '<uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)',
      'request.offset + <int64_t>request.nbytes > file_size(request.fd)',
      ['tests/test_file.py', '-k', 'test_bad_arguments'], '__ubsan_handle_add_overflow', None),
@@ -194,7 +194,7 @@ def build(source: Path, mode: str) -> None:
     done = subprocess.run([sys.executable, 'setup.py', 'build_ext', '--inplace', f'-j{os.cpu_count()}'],
                           cwd=source, env={**os.environ, 'CFLAGS': flags, 'CC': 'gcc'},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    missing = [path.stem for path in (source / 'greenaio').glob('*.pyx')
+    missing = [path.stem for path in (source / 'greenaio').rglob('*.pyx')
                if not list(path.parent.glob(f'{path.stem}.*.so'))]
     if done.returncode or missing or 'WARNING: building extension' in done.stdout:
         sys.exit(f'{done.stdout}\ncould not be built: {missing}')

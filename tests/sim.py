@@ -23,10 +23,12 @@ from _thread import allocate_lock, get_ident
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from greenaio import _handle, _hub, config
-from greenaio._context import Opcode
-from greenaio._engine import Request, State
-from greenaio._threads import Inbox, Pool
+from greenaio import config
+from greenaio._core import handle as _handle
+from greenaio._core import hub as _hub
+from greenaio._core.context import Opcode
+from greenaio._core.engine import Request, State
+from greenaio._core.threads import Inbox, Pool
 from tests.support.kernel import ScriptedContext
 
 NBYTES = 64
@@ -37,7 +39,7 @@ ERRNOS = sorted(set(errno.errorcode) - {errno.EAGAIN, errno.EINTR, errno.EINPROG
 STALL = 30_000_000              # ns
 RWF_NOWAIT = 8
 DECLINING = (-errno.EAGAIN, -errno.EOPNOTSUPP)
-ASK, PLAIN, THREAD, NONE = range(4)     # `Way` in _hub.pxd
+ASK, PLAIN, THREAD, NONE = range(4)     # `Way` in _core/hub.pxd
 
 
 class Struck(BaseException):

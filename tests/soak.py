@@ -16,7 +16,7 @@ import traceback
 
 import gevent
 
-from greenaio import _hub
+from greenaio._core import hub as _hub
 from tests.faults import forks, fsx, hubs, kills, long, power_cut
 from tests.support.disks import real_disk
 

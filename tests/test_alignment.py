@@ -10,7 +10,10 @@ import pytest
 
 import greenaio
 import greenaio.os
-from greenaio import File, _handle, _hub, aligned_buffer, alignment
+from greenaio import File, aligned_buffer
+from greenaio._core import handle as _handle
+from greenaio._core import hub as _hub
+from greenaio._files import sectors as alignment
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_program
 

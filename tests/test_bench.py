@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from greenaio import bench
+from greenaio._commands import bench
 from tests.support import missing
 from tests.support.disks import pattern
 from tests.support.processes import run_python
@@ -193,7 +193,7 @@ PLOTTED = '''
 import json, sys, warnings
 warnings.simplefilter('error')
 from matplotlib.figure import Figure
-from greenaio import bench
+from greenaio._commands import bench
 
 def look(figure, *args, **kwargs):
     figure.draw_without_rendering()             # which gives each tick its label

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import greenaio
-from greenaio import _zones, block
+from greenaio import block
+from greenaio._files import zones as _zones
 from greenaio.block import BlockDevice, Zone
 from tests.support import missing
 from tests.support.disks import MIB, pattern
@@ -1006,9 +1007,6 @@ def test_readonly(image):
 
 def test_without_the_extension(tmp_path):
     run_python('''
-        import sys
-        for name in ('_file', '_calls', '_memory'):
-            sys.modules['greenaio.' + name] = None
         from greenaio.block import BlockDevice
         with BlockDevice(sys.argv[1], create_size=100_000, zone_size=4096) as device:
             device.pwrite(b'x' * 5000, 3)
@@ -1020,7 +1018,7 @@ def test_without_the_extension(tmp_path):
             assert device.zone_append(b'z', 8192) == 8192
         with BlockDevice(sys.argv[1]) as device:
             device.resize(10)
-    ''', tmp_path / 'image')
+    ''', tmp_path / 'image', extension=False)
 
 
 # Power cuts --------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from gevent import socket as gsocket
 
 import greenaio
 import greenaio.os
-from greenaio import File, _handle, _hub
-from greenaio._handle import using
+from greenaio import File
+from greenaio._core import handle as _handle
+from greenaio._core import hub as _hub
+from greenaio._core.handle import using
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run, run_program, run_python
@@ -307,7 +309,7 @@ def test_close_of_a_written_file_is_left_to_a_thread(disk_folder):
 def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_same(disk_folder):
     run_python('''
         import os, sys, gevent, greenaio.os
-        from greenaio import _threads
+        from greenaio._core import threads as _threads
         folder = sys.argv[1]
         from tests.test_threads import Plug
         file = greenaio.File(folder + '/x', os.O_WRONLY | os.O_CREAT)
@@ -412,7 +414,7 @@ def test_close_that_is_the_first_call_of_its_hub_is_left_to_a_thread(disk_folder
         os.unlink(path)
         gevent.get_hub()
         file.close()
-        assert greenaio._hub.get_driver().engine.lent_total == 1
+        assert greenaio._core.hub.get_driver().engine.lent_total == 1
     ''', disk_folder)
 
 

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from greenaio import _show, bench
+from greenaio._commands import bench
+from greenaio._commands import show as _show
 from tests.support.processes import ROOT, run_in_shell, run_python
 
 GREENAIO = (sys.executable, '-m', 'greenaio')
@@ -168,7 +169,8 @@ def test_bench_that_is_terminated_removes_its_file(disk_folder, number, status):
 
 SLOW = """
 import sys, gevent
-from greenaio import __main__, doctor
+from greenaio import __main__
+from greenaio._commands import doctor
 doctor._Examination._reads = lambda *args: gevent.sleep(60)
 sys.argv[1:] = ['doctor', sys.argv[1]]
 sys.exit(__main__.main())

@@ -184,7 +184,7 @@ def test_command_needs_none_of_what_others_need():
     ''', check=False)
     loaded = set(done.stderr.split())
     assert 'greenaio._config' in loaded
-    assert not loaded & {'greenaio.bench', 'greenaio.doctor', 'greenaio.monkey', 'rich'}
+    assert not loaded & {'greenaio._commands.bench', 'greenaio._commands.doctor', 'greenaio.monkey', 'rich'}
 
 
 def test_unknown_command_is_one_line():

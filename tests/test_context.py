@@ -12,8 +12,8 @@ from test_file import NEWER_CALLS, SECCOMP
 
 import greenaio
 from greenaio import aligned_buffer
-from greenaio._context import Context, Opcode
-from greenaio._engine import Engine, Request
+from greenaio._core.context import Context, Opcode
+from greenaio._core.engine import Engine, Request
 from tests.support.processes import contexts, run_python
 
 
@@ -56,7 +56,7 @@ def test_closing_leaves_no_fd_and_no_context():
 def test_eventfd_failing_leaves_nothing():
     run_python('''
         import os, resource, errno
-        from greenaio._context import Context
+        from greenaio._core.context import Context
         before = open('/proc/sys/fs/aio-nr').read()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -75,7 +75,7 @@ def test_pipe_stands_for_an_eventfd_that_a_sandbox_denies():
     """It has two numbers as well, a forked child has one of its own, and native AIO is refused with it."""
     run_python(SECCOMP + f"deny({NEWER_CALLS['eventfd2']}, errno.EPERM)\n" + textwrap.dedent('''
         import select
-        from greenaio._context import Context
+        from greenaio._core.context import Context
         before = os.listdir('/proc/self/fd')
         context = Context()
         def is_signalled():
@@ -221,7 +221,7 @@ def test_bad_fd_fails_alone(data_file, context):
 def test_fdsync_probe_finds_it_and_reaps_its_own_event():
     run_python('''
         import select
-        from greenaio._context import Context, Opcode
+        from greenaio._core.context import Context, Opcode
         context = Context()
         assert not context.supports(Opcode.FDSYNC)      # nobody asked the kernel yet
         context.open(16)
@@ -234,7 +234,7 @@ def test_fdsync_probe_finds_it_and_reaps_its_own_event():
 
 def test_fdsync_probe_survives_a_setup_that_fails():
     run_python('''
-        from greenaio._context import Context, Opcode
+        from greenaio._core.context import Context, Opcode
         context = Context()
         try:
             context.open(int(open('/proc/sys/fs/aio-max-nr').read()) + 1)
@@ -285,9 +285,9 @@ def test_engine_and_below_run_without_gevent():
         sys.modules['greenaio'] = house
         sys.modules['gevent'] = sys.modules['greenlet'] = None     # importing them raises
         import os
-        from greenaio._context import Context, Opcode
-        from greenaio._engine import Engine, Request
-        from greenaio._memory import aligned_buffer
+        from greenaio._core.context import Context, Opcode
+        from greenaio._core.engine import Engine, Request
+        from greenaio._core.memory import aligned_buffer
         engine = Engine(Context(), 16)
         engine.context.open(16)
         fd = os.memfd_create('x')

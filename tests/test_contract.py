@@ -16,7 +16,7 @@ import select
 import pytest
 
 from greenaio import aligned_buffer
-from greenaio._context import Context, Opcode
+from greenaio._core.context import Context, Opcode
 from tests.support.disks import pattern
 from tests.support.kernel import ScriptedContext
 

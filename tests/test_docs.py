@@ -277,7 +277,7 @@ COMMANDS = [
 def sources():
     """The text of each module, with its declarations."""
     found = {}
-    for path in sorted((ROOT / 'greenaio').iterdir()):
+    for path in sorted((ROOT / 'greenaio').rglob('*')):
         if path.suffix in ('.py', '.pyx', '.pxd'):
             found[path.stem] = found.get(path.stem, '') + path.read_text()
     return found
@@ -302,7 +302,7 @@ def test_drawings_name_what_is_there():
     for page in PAGES:
         for block in blocks(page):
             if block.language == 'none':
-                for name in re.findall(r'\w+\.(?:pyx|pxd|py)\b', block.text):
+                for name in re.findall(r'[\w/]+\.(?:pyx|pxd|py)\b', block.text):
                     assert (ROOT / 'greenaio' / name).exists(), f'{page.name}: {name}'
                 for name in re.findall(r'\b[A-Z][a-z]+[A-Z]?\w*: ', block.text):
                     assert any(f'class {name[:-2]}' in text for text in sources().values()), name

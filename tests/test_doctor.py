@@ -14,7 +14,8 @@ import pytest
 from test_fallback import WITHOUT
 from test_file import IO_SETUP, IO_SUBMIT, NEWER_CALLS, SECCOMP
 
-from greenaio import _calls, doctor
+from greenaio._commands import doctor
+from greenaio._files import calls as _calls
 from tests.support import missing
 from tests.support.disks import FreezableDisk, file_system, pattern
 from tests.support.processes import run, run_python
@@ -265,7 +266,7 @@ def test_mount_point_of_any_name_is_found(tmp_path, name):
 def test_extension_that_was_not_built_is_told(disk_folder):
     code, report = examine(disk_folder, before=WITHOUT)
     assert code == 1
-    assert not report['machine']['native'] and '_file' in report['machine']['extension']
+    assert not report['machine']['native'] and '_files.file' in report['machine']['extension']
     problem, = report['degraded']
     assert 'not built' in problem['what'] and 'pip has used the wheel' in problem['what']
     assert '--no-cache-dir' in problem['remedy']
@@ -431,7 +432,7 @@ def test_disk_that_hangs_is_a_finding(tmp_path):
     disk = FreezableDisk(str(tmp_path), size='16M')
     try:
         disk.freeze()
-        impatient = 'from greenaio import doctor\ndoctor.PATIENCE = 0.5'
+        impatient = 'from greenaio._commands import doctor\ndoctor.PATIENCE = 0.5'
         code, report = examine(disk.path, '/dev/shm', before=impatient)
     finally:
         disk.close()

@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-from greenaio._context import Opcode
-from greenaio._engine import Engine, Request, RequestList, State
+from greenaio._core.context import Opcode
+from greenaio._core.engine import Engine, Request, RequestList, State
 from tests.support.kernel import ScriptedContext
 
 PREAD, FDSYNC = Opcode.PREAD, Opcode.FDSYNC

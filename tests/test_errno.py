@@ -16,7 +16,8 @@ import gevent
 import pytest
 
 import greenaio.os
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 from greenaio.block import BlockDevice
 from tests.support import missing
 from tests.support.processes import run, run_python
@@ -149,10 +150,6 @@ def test_errno_without_the_extension(faulty):
     faulty.fail('ENOSPC')
     try:
         run_python('''
-            import sys
-            for name in ('_fork', '_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file',
-                         '_memory'):
-                sys.modules[f'greenaio.{name}'] = None
             import errno, os, greenaio
             assert not greenaio.native
             with greenaio.File(sys.argv[1], os.O_RDWR | os.O_DIRECT) as file:
@@ -164,7 +161,7 @@ def test_errno_without_the_extension(faulty):
                         assert (error.errno, error.filename) == (errno.ENOSPC, sys.argv[1]), error
                     else:
                         raise AssertionError
-        ''', faulty.path)
+        ''', faulty.path, extension=False)
     finally:
         faulty.work()
 

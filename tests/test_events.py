@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 
-from greenaio import _blocked, events
+from greenaio import events
+from greenaio._operate import blocked as _blocked
 from tests.support import missing
 from tests.support.disks import FreezableDisk
 from tests.support.processes import run_python
@@ -74,7 +75,7 @@ def test_importing_greenaio_knows_nothing_of_events():
         import sys, gevent, greenaio, greenaio.os
         print(*sys.modules)
     ''')
-    late = {'greenaio.events', 'greenaio._blocked', 'gevent.events', 'zope.event'}
+    late = {'greenaio.events', 'greenaio._operate.blocked', 'gevent.events', 'zope.event'}
     assert not late & set(done.stdout.split())
 
 
@@ -86,7 +87,8 @@ def blocked(code, *args, before=''):
         script.write(f'''
 import fcntl, os, signal, socket, subprocess, sys, threading, time
 import gevent, gevent.events
-from greenaio import _blocked, events
+from greenaio import events
+from greenaio._operate import blocked as _blocked
 {before}
 said = []
 

@@ -1,18 +1,17 @@
 """Without the extension, as after an install with no compiler: everything works, by threads."""
 
+import os
 import pathlib
+import shutil
 
 import pytest
 
 import greenaio
-from tests.support.processes import run_python
+from tests.support.processes import HIDE_EXTENSION, run_python
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 
-WITHOUT = '''
-import sys
-for name in ('_fork', '_context', '_engine', '_threads', '_hub', '_route', '_calls', '_file', '_memory'):
-    sys.modules[f'greenaio.{name}'] = None         # importing it raises ImportError
+WITHOUT = HIDE_EXTENSION + '''
 import errno, gevent, greenaio, greenaio.os, os
 assert not greenaio.native
 '''
@@ -135,15 +134,12 @@ def test_extension_was_built():
     assert greenaio.native
 
 
-@pytest.mark.parametrize('name', ['_calls', '_file', '_handle', '_memory'])
+@pytest.mark.parametrize('name', ['_files/calls', '_files/file', '_core/handle', '_core/memory'])
 def test_extension_that_lacks_a_module_is_not_used_at_all(tmp_path, name):
     """A compiler may refuse one module, or a clone may have one of an earlier build."""
-    copy = tmp_path / 'greenaio'
-    copy.mkdir()
-    assert list(HOUSE.glob(f'{name}.*.so'))
-    for path in HOUSE.iterdir():
-        if not path.match(f'{name}.*.so'):
-            (copy / path.name).symlink_to(path)
+    left_out, = HOUSE.glob(f'{name}.*.so')
+    shutil.copytree(HOUSE, tmp_path / 'greenaio', copy_function=os.symlink,
+                    ignore=shutil.ignore_patterns(left_out.name))
     run_python('''
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -165,6 +161,6 @@ with open(path, 'rb') as file:
 with greenaio.block.BlockDevice(path, direct=False) as device:
     assert bytes(device.pread(2, 0)) == b'ab'
 assert greenaio.stats().by_thread > 0
-from greenaio.doctor import examine_machine
+from greenaio._commands.doctor import examine_machine
 assert sys.argv[2] in examine_machine().extension
-''', tmp_path, name)
+''', tmp_path, name.rpartition('/')[2])

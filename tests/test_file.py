@@ -15,9 +15,10 @@ from greenlet import settrace
 
 import greenaio
 import greenaio.os
-from greenaio import File, _hub, aligned_buffer
-from greenaio._context import Opcode
-from greenaio._engine import Request, State
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
+from greenaio._core.context import Opcode
+from greenaio._core.engine import Request, State
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_python
@@ -686,7 +687,8 @@ def test_refused_setup_gives_the_same_results_by_threads_and_one_warning(data_fi
 deny({IO_SETUP}, errno.{code})
 import logging
 logging.basicConfig()           # silent without
-from greenaio import File, aligned_buffer, _hub
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 with File(sys.argv[1], os.O_RDWR | os.O_DIRECT) as file:
     for turn in range(3):
         assert len(file.pread(4096, 4096)) == 4096

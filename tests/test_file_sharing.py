@@ -14,7 +14,9 @@ from greenlet import getcurrent
 
 import greenaio
 import greenaio.os
-from greenaio import _fallback, _turn, streams
+from greenaio._files import portable as _fallback
+from greenaio._files import streams
+from greenaio._files import turn as _turn
 from greenaio.fileobject import open as open_file
 from tests.support.disks import MIB
 from tests.support.processes import run_program, run_python
@@ -147,7 +149,7 @@ def test_owner_whose_thread_has_ended():
 
 TURN_AND_THREAD = '''
 import errno, gevent, os, sys
-from greenaio import _position, _turn
+from greenaio._files import position as _position, turn as _turn
 from tests.programs.turn_and_thread import *
 '''
 

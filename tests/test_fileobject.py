@@ -30,7 +30,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
 import greenaio.os
-from greenaio import _fallback, _turn
+from greenaio._files import portable as _fallback
+from greenaio._files import turn as _turn
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 from tests.support import missing
 from tests.support.disks import MIB, pattern
@@ -55,7 +56,7 @@ def test_passes_gevents_own_tests(loop):
     # The driver is made first: these tests close some fds twice, and that may hit one of ours.
     done = subprocess.run([sys.executable, '-c', '''
 import gevent, sys, unittest
-from greenaio import _hub
+from greenaio._core import hub as _hub
 gevent.get_hub()
 _hub.get_driver()
 from tests import test_fileobject

@@ -8,7 +8,8 @@ from tests.support.processes import run_program, run_python
 
 COMMON = '''
 import errno, gevent, os, sys
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 from tests.programs.forking import *
 '''
 
@@ -70,7 +71,7 @@ def test_idle_child_robs_the_parent_of_nothing(held_disk):
 def test_inherited_waiter_in_the_child_gets_ecanceled(fork_file):
     run_python(COMMON + '''
 from tests.support.kernel import ScriptedContext
-from greenaio._engine import Request
+from greenaio._core.engine import Request
 driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
 memory = bytearray(512)
 waiter = gevent.spawn(driver.perform_request, Request(0, 3, memory))

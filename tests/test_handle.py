@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from greenaio import _handle
-from greenaio._bell import _handlers
+from greenaio._core import handle as _handle
+from greenaio._core.bell import _handlers
 
 
 @pytest.fixture(params=['compiled', 'interpreted'])
@@ -17,7 +17,7 @@ def handles(request, monkeypatch):
     if request.param == 'compiled':
         yield _handle
         return
-    source = pathlib.Path(_handle.__file__).with_name('_handle.py')
+    source = pathlib.Path(_handle.__file__).with_name('handle.py')
     spec = importlib.util.spec_from_file_location('greenaio._interpreted', source)
     module = importlib.util.module_from_spec(spec)
     before = len(_handlers)

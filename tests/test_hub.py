@@ -14,9 +14,10 @@ import pytest
 from gevent.exceptions import BlockingSwitchOutError
 from greenlet import settrace
 
-from greenaio import _hub, config
-from greenaio._context import Opcode
-from greenaio._engine import Request
+from greenaio import config
+from greenaio._core import hub as _hub
+from greenaio._core.context import Opcode
+from greenaio._core.engine import Request
 from tests.support.kernel import ScriptedContext
 from tests.support.processes import run_python
 
@@ -47,7 +48,7 @@ def test_hub_has_one_driver_made_on_first_use():
 def test_destroyed_hub_leaves_no_fd_and_no_context():
     run_python('''
         import os, time, gevent, threading
-        from greenaio import _hub
+        from greenaio._core import hub as _hub
         nr = lambda: open('/proc/self/maps').read().count('[aio]')
         fds = lambda: len(os.listdir('/proc/self/fd'))
         def work():
@@ -99,7 +100,7 @@ def test_destroyed_hub_waits_until_the_thread_that_frees_its_context_has_begun(m
 def test_thread_that_just_ends_leaves_no_context():
     run_python('''
         import os, time, gevent, threading, gc
-        from greenaio import _hub
+        from greenaio._core import hub as _hub
         nr = lambda: open('/proc/self/maps').read().count('[aio]')
         start = nr()
         closed = []
@@ -121,7 +122,7 @@ def test_thread_that_just_ends_leaves_no_context():
 def test_new_hub_of_the_thread_gets_a_new_driver():
     run_python('''
         import gevent
-        from greenaio import _hub
+        from greenaio._core import hub as _hub
         first = _hub.get_driver()
         gevent.get_hub().destroy(True)
         second = _hub.get_driver()
@@ -891,8 +892,8 @@ def test_loop_is_held_while_somebody_waits():
     run_python('''
         import gevent, time
         from tests.support.kernel import ScriptedContext
-        from greenaio import _hub
-        from greenaio._engine import Request
+        from greenaio._core import hub as _hub
+        from greenaio._core.engine import Request
         driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
         def later():
             time.sleep(0.2)
@@ -908,8 +909,8 @@ def test_loop_ends_when_only_abandoned_requests_are_left():
     run_python('''
         import gevent
         from tests.support.kernel import ScriptedContext
-        from greenaio import _hub
-        from greenaio._engine import Request
+        from greenaio._core import hub as _hub
+        from greenaio._core.engine import Request
         driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
         greenlet = gevent.spawn(driver.perform_request, Request(0, 3, bytearray(10)))
         gevent.sleep(0.01)
@@ -922,7 +923,7 @@ def test_loop_ends_when_only_abandoned_requests_are_left():
 def test_idle_driver_does_not_hold_the_loop():
     run_python('''
         import gevent
-        from greenaio import _hub
+        from greenaio._core import hub as _hub
         _hub.get_driver()
         assert gevent.get_hub().join(timeout=5) is True
     ''')

@@ -6,69 +6,78 @@ import re
 import greenaio
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
-LAYERS = {
-    '_abi': 0, '_config': 0, '_show': 0, '_fork': 0, '_bell': 0.5, '_handle': 0.7, '_sharing': 0.6,
-    '_context': 1, '_memory': 1, '_ends': 1, '_describe': 1, '_uninterrupted': 1,
-    '_engine': 2, '_threads': 2.5,
-    '_blocked': 2.6, '_hub': 3, 'events': 3.5,
-    '_fallback': 4, '_route': 4, '_sleeper': 4, 'alignment': 4.2, '_calls': 4.5, '_turn': 4.5, '_file': 5,
-    '_extension': 5.2,
-    '_position': 5.5, 'streams': 5.6, 'fileobject': 5.7, '_zones': 5.5, 'block': 5.7, 'os': 6,
-    '_stats': 6, '_semaphore': 6, '__init__': 6.5, 'wsgi': 7, 'monkey': 7, 'bench': 7, 'doctor': 7,
-    'prometheus': 7.5, '__main__': 8,
+
+# One row for each folder, each with its modules. A module imports only modules to its left in its row, and
+# modules of the rows above. `face` is the package itself: what users import.
+ORDER = {
+    'settings': '_config',
+    '_core': 'abi fork bell handle context memory ends describe uninterrupted engine threads hub',
+    '_files': 'sharing portable sleeper route sectors calls turn file extension position '
+              'streams zones semaphore',
+    '_operate': 'stats blocked',
+    'face': 'events fileobject block os __init__ wsgi monkey prometheus',
+    '_commands': 'show bench doctor',
+    'start': '__main__',
 }
-IMPORT = re.compile(r'^\s*(?:from|cimport|import)\s+(greenaio[\w.]*)(?:\s+c?import\s+(.+))?', re.M)
+PLACES = {name if folder[0] != '_' else f'{folder}.{name}': (row, place)
+          for row, (folder, names) in enumerate(ORDER.items()) for place, name in enumerate(names.split())}
+IMPORT = re.compile(r'^\s*(?:from|cimport|import)\s+(greenaio[\w.]*)(?:\s+c?import\s+\(?(.+))?', re.M)
 
 
 def sources():
-    for path in sorted(HOUSE.iterdir()):
+    for path in sorted(HOUSE.rglob('*')):
         if path.suffix in ('.py', '.pyx', '.pxd'):
-            yield path, path.read_text()
+            name = '.'.join(path.relative_to(HOUSE).with_suffix('').parts)
+            yield name.removesuffix('.__init__') if path.parent != HOUSE else name, path, path.read_text()
+
+
+def modules():
+    return [(name, path, text) for name, path, text in sources() if name not in ORDER]
 
 
 def imported(text):
     for module, names in IMPORT.findall(text):
-        if module == 'greenaio':
-            for name in re.findall(r'\w+', names.split('#')[0]):
-                if name in LAYERS:
-                    yield name
-        else:
-            yield module.split('.')[1]
+        _, _, module = module.partition('.')
+        if module in PLACES:
+            yield module
+        for name in re.findall(r'\w+', names.split('#')[0]):
+            whole = f'{module}.{name}' if module else name
+            if whole in PLACES:
+                yield whole
 
 
-def test_every_module_has_its_layer():
-    assert {path.stem for path, _ in sources()} <= set(LAYERS)
+def test_every_module_has_its_place():
+    assert {name for name, _, _ in modules()} == set(PLACES)
 
 
 def test_imports_go_strictly_down():
-    for path, text in sources():
-        for name in imported(text):
-            if name != path.stem:
-                assert LAYERS[name] < LAYERS[path.stem], f'{path.name} imports {name}'
+    arrows = {(name, other) for name, _, text in modules() for other in imported(text) if name != other}
+    assert {(name, other) for name, other in arrows if PLACES[other] >= PLACES[name]} == set()
+    assert len(arrows) > 100
 
 
 def test_only_the_context_knows_an_aio_structure():
-    for path, text in sources():
-        if path.stem not in ('_abi', '_context'):
-            assert not re.search(r'\b(iocb|io_event|aio_ring|_abi)\b', code(text)), path.name
+    for name, _, text in sources():
+        if name not in ('_core.abi', '_core.context'):
+            assert not re.search(r'\b(iocb|io_event|aio_ring|_core\.abi)\b', code(text)), name
 
 
 def test_engine_and_below_do_not_know_gevent():
-    for path, text in sources():
-        if LAYERS[path.stem] <= 2 and path.stem not in ('_ends', '_uninterrupted'):
-            assert not re.search(r'\b(gevent|greenlet)\b\.?', imports(text)), path.name
+    for name, _, text in modules():
+        if PLACES[name] <= PLACES['_core.threads'] and name not in ('_core.ends', '_core.uninterrupted'):
+            assert not re.search(r'\b(gevent|greenlet)\b\.?', imports(text)), name
 
 
 def test_one_place_parks_and_one_place_wakes():
-    for path, text in sources():
-        if path.stem == '_hub' and path.suffix == '.pyx':
+    for name, path, text in sources():
+        if name == '_core.hub' and path.suffix == '.pyx':
             switches = [line.strip() for line in text.splitlines()
                         if 'greenlet_switch(' in line and 'static' not in line
                         and 'PyObject *to)' not in line]
             assert switches == ['greenlet_switch(to)', 'greenlet_switch(<PyObject *>waiter)']
         else:
             assert 'greenlet_switch' not in text
-            assert not re.search(r'\.switch\(', text), path.name
+            assert not re.search(r'\.switch\(', text), name
 
 
 def code(text):

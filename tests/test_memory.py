@@ -6,7 +6,9 @@ import mmap
 import gevent
 import pytest
 
-from greenaio import _fallback, _memory, aligned_buffer
+from greenaio import aligned_buffer
+from greenaio._core import memory as _memory
+from greenaio._files import portable as _fallback
 from tests.support.disks import pattern
 from tests.support.processes import run_program
 

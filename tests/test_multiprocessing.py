@@ -15,7 +15,7 @@ greenaio.monkey.patch_all()
 import errno, multiprocessing, os, sys, time
 import gevent
 from gevent.exceptions import BlockingSwitchOutError
-from greenaio import _semaphore
+from greenaio._files import semaphore as _semaphore
 
 def all_of(*jobs):
     gevent.joinall(jobs, timeout=30, raise_error=True)

@@ -134,7 +134,7 @@ assert user.get() == b'x'
 def test_child_for_which_no_number_is_free_shares_no_wake_up_with_its_parent(limit):
     run_python('''
 import gevent, greenaio.os, os, resource, select, sys
-from greenaio import _hub
+from greenaio._core import hub as _hub
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 greenaio.os.stat('.')
 context = _hub.get_driver().engine.context

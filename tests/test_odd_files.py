@@ -20,7 +20,10 @@ from streaming import DATA
 
 import greenaio
 import greenaio.os
-from greenaio import File, _hub, _route, aligned_buffer, streams
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
+from greenaio._files import route as _route
+from greenaio._files import streams
 from tests.support import missing
 from tests.support.disks import FreezableDisk, pattern
 from tests.support.processes import run, run_program, run_python

@@ -19,7 +19,9 @@ from test_file import SECCOMP
 
 import greenaio
 import greenaio.os
-from greenaio import File, _hub, _threads, config
+from greenaio import File, config
+from greenaio._core import hub as _hub
+from greenaio._core import threads as _threads
 from tests.support import missing
 from tests.support.disks import is_mounted
 from tests.support.processes import run, run_program, run_python
@@ -504,7 +506,7 @@ def deny(*numbers, code):
 def test_path_from_the_root_has_nothing_to_do_with_the_working_directory(server, disk_folder, denied):
     run_python(deny(*denied, code='ENOSYS') + '''
 import gevent, greenaio.os
-from greenaio import _threads
+from greenaio._core import threads as _threads
 folder, mount = sys.argv[1:]
 os.chdir(mount)
 os.close(greenaio.os.open(f'{folder}/new', os.O_RDWR | os.O_CREAT))

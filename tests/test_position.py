@@ -148,7 +148,7 @@ import gevent.monkey
 gevent.monkey.patch_all(greenaio=True)
 import gevent, os, socket, subprocess, sys
 gevent.get_hub()
-from greenaio._sharing import is_ours
+from greenaio._files.sharing import is_ours
 path = sys.argv[1]
 file, other = open(path, 'wb', 0), open(path, 'rb')
 fd = file.fileno() if 'file' in sys.argv[2] else os.open(path, os.O_RDONLY)
@@ -164,7 +164,7 @@ assert is_ours(other.fileno()) == ('fork' not in sys.argv[2])
 def test_number_that_the_program_knows_is_not_ours_where_no_call_is_watched(folder):
     run_python('''
 import os, sys, greenaio
-from greenaio._sharing import is_ours
+from greenaio._files.sharing import is_ours
 with greenaio.open(sys.argv[1], 'wb') as file:
     assert is_ours(file.raw._fd)
     file.raw.tell()

@@ -497,7 +497,7 @@ wait_for(lambda: tasks() < at_most)                 # with its hub, a thread's o
 
 def test_renewed_often_it_keeps_no_thread_and_no_memory_of_the_old_ones(folder):
     born('''
-from greenaio import _threads
+from greenaio._core import threads as _threads
 def rounds(n):
     for i in range(n):
         greenaio.renew_threads()

@@ -11,7 +11,8 @@ from tests.support.processes import run_python
 START = '''
 import errno, os, signal, subprocess, sys, threading
 import gevent, greenaio.os
-from greenaio import File, _threads
+from greenaio import File
+from greenaio._core import threads as _threads
 folder = sys.argv[1]
 EVERY = os.sched_getaffinity(0)
 path = folder + '/file'

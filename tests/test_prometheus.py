@@ -20,7 +20,7 @@ requests = pytest.importorskip('requests')
 
 from greenaio.prometheus import COUNTERS, GAUGES, Collector  # noqa: E402
 
-has_stats = pytest.mark.skipif(importlib.util.find_spec('greenaio._stats') is None,
+has_stats = pytest.mark.skipif(importlib.util.find_spec('greenaio._operate.stats') is None,
                                reason='greenaio.stats is not there yet')
 WAYS = [(way, direction) for way in ('aio', 'thread') for direction in ('read', 'write', 'sync', 'other')]
 

@@ -14,7 +14,9 @@ import gevent
 import pytest
 
 import greenaio
-from greenaio import _calls, _hub, aligned_buffer
+from greenaio import aligned_buffer
+from greenaio._core import hub as _hub
+from greenaio._files import calls as _calls
 from greenaio.block import BlockDevice
 from tests.support import missing
 from tests.support.disks import MIB, is_mounted, make_scattered, temporary_folder

@@ -111,7 +111,8 @@ def test_handler_that_switches_while_the_driver_is_made_leaves_one_driver(data_f
 
 THREADS = '''
 import gevent, os, sys, threading, time, warnings
-from greenaio import File, _hub
+from greenaio import File
+from greenaio._core import hub as _hub
 warnings.simplefilter('ignore', DeprecationWarning)
 path, ready, ios = sys.argv[1], [], [0]
 def thread():
@@ -216,7 +217,7 @@ def test_fork_hook_that_comes_before_ours_may_do_io(data_file):
 def test_close_while_other_threads_make_and_lose_drivers(data_file, calls):
     import threading
 
-    from greenaio import _hub
+    from greenaio._core import hub as _hub
     stop = []
 
     def make_and_lose():

@@ -17,9 +17,10 @@ from gevent.events import subscribers
 from test_fallback import WITHOUT
 
 import greenaio
-from greenaio import File, _hub, aligned_buffer, config, events, monkey
-from greenaio._context import Opcode
-from greenaio._engine import Engine, Request, bounds_of
+from greenaio import File, aligned_buffer, config, events, monkey
+from greenaio._core import hub as _hub
+from greenaio._core.context import Opcode
+from greenaio._core.engine import Engine, Request, bounds_of
 from tests.support.disks import MIB, pattern
 from tests.support.kernel import ScriptedContext
 from tests.support.processes import run_python
@@ -277,7 +278,7 @@ def test_buckets_of_the_histogram_leave_no_gap_and_stay_narrow():
 
 
 def test_percentiles_and_coarse_buckets_say_the_same():
-    latency = greenaio._stats._latency(*tally_of([1000] * 90 + [1_000_000] * 10))
+    latency = greenaio._operate.stats._latency(*tally_of([1000] * 90 + [1_000_000] * 10))
     assert latency.count == 100
     assert latency.p50 == pytest.approx(1e-6, rel=0.07)
     assert latency.p90 == pytest.approx(1e-6, rel=0.07)
@@ -287,7 +288,7 @@ def test_percentiles_and_coarse_buckets_say_the_same():
     assert latency.buckets[0] == (1024 / 1e9, 90)
     assert latency.buckets[-1] == (2**36 / 1e9, 100)
     assert dict(latency.buckets)[2**19 / 1e9] == 90 and dict(latency.buckets)[2**20 / 1e9] == 100
-    nothing = greenaio._stats._latency(*tally_of([]))
+    nothing = greenaio._operate.stats._latency(*tally_of([]))
     assert nothing.count == 0 and math.isnan(nothing.p50) and math.isnan(nothing.max)
 
 

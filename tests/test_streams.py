@@ -15,7 +15,9 @@ import pytest
 from test_file import SECCOMP
 
 import greenaio
-from greenaio import _fallback, _hub, streams
+from greenaio._core import hub as _hub
+from greenaio._files import portable as _fallback
+from greenaio._files import streams
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_python

@@ -10,8 +10,9 @@ import threading
 import gevent
 import pytest
 
-from greenaio import File, _hub, aligned_buffer
-from greenaio._engine import Request, State
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
+from greenaio._core.engine import Request, State
 from tests.support.disks import MIB, file_system
 from tests.support.kernel import ScriptedContext
 from tests.support.processes import run_python

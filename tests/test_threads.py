@@ -13,7 +13,10 @@ import pytest
 from greenlet import settrace
 
 import greenaio.os
-from greenaio import File, _hub, _route, _threads, config
+from greenaio import File, config
+from greenaio._core import hub as _hub
+from greenaio._core import threads as _threads
+from greenaio._files import route as _route
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_program, run_python
@@ -156,7 +159,7 @@ def test_large_read_is_copied_by_a_thread(data_file, engine):
 
 ONE_THREAD = '''
 import os, sys, gevent, greenaio.os
-from greenaio import _hub, _threads
+from greenaio._core import hub as _hub, threads as _threads
 folder = sys.argv[1]
 from tests.test_threads import Plug
 plug = Plug(folder, 1)

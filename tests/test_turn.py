@@ -11,8 +11,9 @@ from gevent.event import Event
 from greenlet import getcurrent
 
 import greenaio
-from greenaio import _sleeper, _turn
-from greenaio._turn import LEFT, Turn, taking
+from greenaio._files import sleeper as _sleeper
+from greenaio._files import turn as _turn
+from greenaio._files.turn import LEFT, Turn, taking
 from tests.support.processes import run_python
 
 native_sleep = gevent.monkey.get_original('time', 'sleep')
@@ -377,7 +378,7 @@ def test_loop_with_nothing_but_a_waiter_goes_on():
 TWO_THREADS = '''
 import errno, gevent, os, sys, threading
 from gevent.monkey import get_original
-from greenaio import _sleeper, _turn
+from greenaio._files import sleeper as _sleeper, turn as _turn
 from tests.programs.turn_and_thread import file, native_sleep, start
 is_file, how, waiter = sys.argv[2] == 'file', sys.argv[3], sys.argv[4]
 turn = _turn.Turn(guards_io=is_file)
@@ -441,7 +442,7 @@ def test_forked_child_takes_the_turn_from_a_greenlet_of_another_thread(disk_fold
     """Its waiters, whose originals go on waiting in the parent, take it when they hear of the fork."""
     run_python('''
 import gevent, os, sys, threading
-from greenaio import _sleeper, _turn
+from greenaio._files import sleeper as _sleeper, turn as _turn
 native_sleep = gevent.monkey.get_original('time', 'sleep')
 turn, owns = _turn.Turn(), threading.Event()
 

@@ -11,8 +11,10 @@ from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio
 import greenaio.os
-from greenaio import _position, _turn, alignment
-from greenaio._uninterrupted import inside, is_uninterrupted
+from greenaio._core.uninterrupted import inside, is_uninterrupted
+from greenaio._files import position as _position
+from greenaio._files import sectors as alignment
+from greenaio._files import turn as _turn
 from tests.support import missing
 from tests.support.disks import pattern
 from tests.support.processes import run_program, run_python

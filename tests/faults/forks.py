@@ -16,7 +16,8 @@ import time
 
 import gevent
 
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 from tests.faults import long
 from tests.support.disks import MIB, pattern
 

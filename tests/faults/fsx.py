@@ -14,7 +14,8 @@ import sys
 
 import gevent
 
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 from tests.faults import long
 
 MOST = 512 * 1024               # bytes of the file

@@ -16,7 +16,9 @@ import threading
 
 import gevent
 
-from greenaio import File, _hub, _threads, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
+from greenaio._core import threads as _threads
 from tests.faults import long
 from tests.support.disks import MIB, pattern
 from tests.support.processes import contexts

@@ -16,7 +16,8 @@ import gevent
 import pytest
 from test_block import SHUTDOWN, loop_device, unmount
 
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 from tests.support import missing
 from tests.support.disks import MIB, FreezableDisk, pattern
 from tests.support.processes import aio_nr, run, run_program, run_python
@@ -253,7 +254,8 @@ def test_no_memory_for_a_context():
         logging.disable()
         os.environ['GREENAIO_DEPTH'] = '60000'
         import gevent, greenaio
-        from greenaio import File, _hub
+        from greenaio import File
+        from greenaio._core import hub as _hub
         with tempfile.NamedTemporaryFile(dir='/var/tmp') as data:
             data.write(bytes(1 << 20)); data.flush(); os.fsync(data.fileno())
             with open('/proc/self/statm') as statm:

@@ -25,7 +25,10 @@ import pytest
 from greenlet import greenlet
 
 import greenaio.os
-from greenaio import File, _fallback, _hub, _threads, aligned_buffer, copyfile, monkey
+from greenaio import File, aligned_buffer, copyfile, monkey
+from greenaio._core import hub as _hub
+from greenaio._core import threads as _threads
+from greenaio._files import portable as _fallback
 from greenaio.block import BlockDevice
 from tests.support.disks import MIB, pattern, temporary_folder
 from tests.support.processes import contexts, run_python, side_by_side

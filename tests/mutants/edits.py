@@ -16,7 +16,7 @@ A mutant is a text file, ``NAME.mutant``, which breaks one promise of the code::
 First stands the promise that is broken, then the tests of which at least one must fail, then the edits.
 
 A line with ``@`` names the place of an edit: a function (``Class.method``, ``function``), a file
-(``greenaio/_hub.pyx``), or both, with a space between them, if two files have a function of that name.
+(``greenaio/_core/hub.pyx``), or both, with a space between them, if two files have a function of that name.
 Lines with ``-`` are removed, lines with ``+`` are added, lines with a space stay. Removed and staying
 lines are the anchor: the place must have them exactly once, one after the other. Keep the anchor short;
 one line is enough for most.

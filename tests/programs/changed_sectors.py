@@ -10,7 +10,7 @@ import gevent
 from gevent.event import Event
 
 import greenaio
-from greenaio import alignment
+from greenaio._files import sectors as alignment
 
 with open('data', 'wb') as file:
     file.write(bytes(8192))

@@ -5,7 +5,8 @@ import sys
 
 import gevent
 
-from greenaio import File, _hub
+from greenaio import File
+from greenaio._core import hub as _hub
 
 path, number = sys.argv[1:]
 with open(path, 'rb') as data:

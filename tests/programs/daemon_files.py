@@ -7,7 +7,7 @@ import warnings
 import gevent
 
 import greenaio.os
-from greenaio import _hub
+from greenaio._core import hub as _hub
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 gevent.get_hub()

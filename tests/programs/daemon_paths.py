@@ -9,7 +9,7 @@ import warnings
 import gevent
 
 import greenaio.os
-from greenaio import _fallback
+from greenaio._files import portable as _fallback
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 os.chdir(sys.argv[1])

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 
-from greenaio import alignment
+from greenaio._files import sectors as alignment
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 has_range, has_lock, is_over = threading.Event(), threading.Event(), threading.Event()

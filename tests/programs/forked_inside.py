@@ -35,7 +35,7 @@ with greenaio.uninterrupted():
     child = gevent.os.fork()
     told = [can_wait()]
 told.append(can_wait())
-told.append(len(greenaio._uninterrupted.inside))
+told.append(len(greenaio._core.uninterrupted.inside))
 if child == 0:
     os._exit(7 if told == [False, True, 0] else 1)
 assert os.waitpid(child, 0)[1] == 7 << 8

@@ -8,7 +8,7 @@ import time
 import gevent
 
 import greenaio.os
-from greenaio import _hub
+from greenaio._core import hub as _hub
 
 fifo = sys.argv[1] + '/fifo'
 os.mkfifo(fifo)

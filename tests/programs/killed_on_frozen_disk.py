@@ -8,7 +8,8 @@ from typing import Any
 
 import gevent
 
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 
 path, freeze, thaw = sys.argv[1:]
 hub, engine = gevent.get_hub(), _hub.get_driver().engine

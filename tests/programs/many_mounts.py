@@ -9,7 +9,7 @@ import sys
 import gevent
 
 import greenaio.os
-from greenaio import _route
+from greenaio._files import route as _route
 
 libc = ctypes.CDLL(None, use_errno=True)
 folder = sys.argv[1].encode()

@@ -6,7 +6,8 @@ import threading
 
 import gevent
 
-from greenaio import File, aligned_buffer, alignment
+from greenaio import File, aligned_buffer
+from greenaio._files import sectors as alignment
 
 file = File(sys.argv[1], os.O_RDWR | os.O_DIRECT)
 count = 60

@@ -9,7 +9,7 @@ import gevent
 from gevent.event import Event
 
 import greenaio
-from greenaio import _turn
+from greenaio._files import turn as _turn
 
 file = open('data', 'w+b', buffering=0)     # noqa: SIM115
 file.write(bytes(100))

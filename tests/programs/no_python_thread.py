@@ -24,7 +24,7 @@ import gevent
 
 import greenaio
 import greenaio.os
-from greenaio import _zones
+from greenaio._files import zones as _zones
 from greenaio.block import BlockDevice
 from greenaio.fileobject import FileObject
 

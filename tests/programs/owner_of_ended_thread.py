@@ -6,7 +6,7 @@ import threading
 
 import gevent
 
-from greenaio import _turn
+from greenaio._files import turn as _turn
 from greenaio.fileobject import open as open_file
 
 turn = _turn.Turn()

@@ -6,7 +6,7 @@ import sys
 import gevent
 
 import greenaio.os
-from greenaio import _position
+from greenaio._files import position as _position
 
 reader, writer = os.pipe()
 

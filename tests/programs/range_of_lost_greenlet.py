@@ -7,7 +7,8 @@ import warnings
 
 import gevent
 
-from greenaio import File, aligned_buffer, alignment
+from greenaio import File, aligned_buffer
+from greenaio._files import sectors as alignment
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 path, how = sys.argv[1:]

@@ -14,7 +14,8 @@ import greenlet
 from gevent.exceptions import BlockingSwitchOutError
 
 import greenaio.os
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 
 path, mode = sys.argv[1:]
 with open(path, 'rb') as file:

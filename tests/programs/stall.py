@@ -9,7 +9,8 @@ from collections.abc import Callable
 import gevent
 from gevent import subprocess  # what freezes the disk must not stop the hub itself
 
-from greenaio import File, _hub
+from greenaio import File
+from greenaio._core import hub as _hub
 
 path, healthy, freeze, thaw, frozen = *sys.argv[1:5], float(sys.argv[5])
 MANY = 4 * 128                  # four times what a device's queue holds

@@ -12,7 +12,8 @@ import gevent
 
 import greenaio
 import greenaio.os
-from greenaio import File, _hub, aligned_buffer
+from greenaio import File, aligned_buffer
+from greenaio._core import hub as _hub
 
 path, which, code, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 sweep = ctypes.CDLL(os.environ['LD_PRELOAD'])

@@ -8,7 +8,7 @@ import gevent
 
 import greenaio
 import greenaio.os
-from greenaio import _route
+from greenaio._files import route as _route
 
 folder = sys.argv[1]
 for i in range(3):

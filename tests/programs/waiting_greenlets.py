@@ -5,8 +5,8 @@ import sys
 
 import gevent
 
-from greenaio import _hub
-from greenaio._engine import Request
+from greenaio._core import hub as _hub
+from greenaio._core.engine import Request
 from tests.support.kernel import ScriptedContext
 
 

@@ -7,7 +7,7 @@ import errno
 from collections import deque
 from typing import Any
 
-from greenaio._context import Context
+from greenaio._core.context import Context
 
 BATCH_MAX = 32                  # requests in one io_submit
 PEEK_MAX = 64                   # events copied out at once

@@ -15,6 +15,10 @@ import textwrap
 ROOT = pathlib.Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / 'examples'
 PROGRAMS = ROOT / 'tests' / 'programs'
+COMPILED = ['.'.join(path.relative_to(ROOT).with_suffix('').parts)
+            for path in sorted(ROOT.glob('greenaio/*/*.pyx'))]
+# What a program begins with that shall find none of the compiled modules: importing one raises ImportError.
+HIDE_EXTENSION = f'import sys\nsys.modules.update(dict.fromkeys({COMPILED}))\n'
 CONTROL = PROGRAMS / 'control.py'       # how long the machine itself stood still
 
 
@@ -37,12 +41,14 @@ def contexts():
         return sum('[aio]' in line for line in maps)
 
 
-def run_python(code, *args, **kwargs):
-    """Run *code* in a fresh interpreter; return the finished process, its output as text.
+def run_python(code, *args, extension=True, **kwargs):
+    """Run *code* in a fresh interpreter; return the finished process, its output as text. Without *extension*
+    greenaio is there as after an install with no compiler.
 
     A program of more than 24 lines is a file of ``tests/programs``, for `run_program`.
     """
-    return _run_interpreter(['-c', textwrap.dedent(code)], args, **kwargs)
+    code = ('' if extension else HIDE_EXTENSION) + textwrap.dedent(code)
+    return _run_interpreter(['-c', code], args, **kwargs)
 
 
 def run_program(name, *args, **kwargs):

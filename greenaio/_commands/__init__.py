@@ -1,0 +1,1 @@
+"""The commands of ``python -m greenaio``, and how they print."""

@@ -1,0 +1,118 @@
+"""How a hub ends, and how a wait ended.
+
+gevent has no hook that runs before a hub is destroyed: `before_destroy` adds one. Nor does it tell of the
+end of a thread, which leaves the hub as it is: `before_end` calls in both cases.
+
+A wait ends in one of two ways. The awaited operation answers, with a result or an error. Or another greenlet
+throws an exception into the waiting one: a kill, a Timeout, a close of the file. The class of the exception
+says nothing: ``Timeout(1, OSError(ENOSPC, ...))`` is a Timeout. So the code that parks marks the exception
+that is thrown into it, and the layers above ask for the mark.
+
+    ==================================  =============================  ==========================
+    code that parks a greenlet          an answer                      an exception thrown into it
+    ==================================  =============================  ==========================
+    `Driver._park`                      a number, in the request       marked
+    `_fallback.call`, `shielded`        returned by the job            marked
+    `_fallback.wait_for`, `Turn.wait`   none                           marked
+    ==================================  =============================  ==========================
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from gevent.exceptions import BlockingSwitchOutError
+from gevent.monkey import get_original
+
+from greenaio._core.bell import generation, is_forked
+
+_THROWN = object()
+
+
+def thrown(error: BaseException) -> BaseException:
+    """Mark *error*, which was thrown into a greenlet that waited; return it."""
+    object.__setattr__(error, '_greenaio_thrown', _THROWN)
+    return error
+
+
+def was_thrown(error: BaseException) -> bool:
+    """Whether *error* ended or prevented a wait: the operation has no answer, and nothing may be dropped."""
+    return (error.__dict__.get('_greenaio_thrown') is _THROWN or not isinstance(error, Exception)
+            or isinstance(error, BlockingSwitchOutError))
+
+
+def before_destroy(hub: Any, function: Callable[[], object]) -> None:
+    """Call *function* once, when ``hub.destroy()`` is called and before it begins."""
+    functions = hub.__dict__.get('_greenaio_before_destroy')
+    if functions is None:
+        functions = hub._greenaio_before_destroy = []
+        hub.destroy = _Destroy(hub)
+    functions.append(function)
+
+
+def forget(hub: Any, function: Callable[[], object]) -> None:
+    """Don't call *function* after all."""
+    functions = hub.__dict__.get('_greenaio_before_destroy', ())
+    if function in functions:
+        functions.remove(function)
+
+
+class _ThreadEnd:
+    """Lives in a thread-local, so that the end of the thread comes here."""
+
+    def __init__(self) -> None:
+        self.generation = generation()
+        self.functions: list[Callable[[], object]] = []
+
+    def __del__(self) -> None:
+        # In a forked child Python ends the other threads before any hook. They hold what they held for ever.
+        if sys is None or sys.is_finalizing() or is_forked() or generation() != self.generation:
+            return
+        for function in list(self.functions):
+            function()
+
+
+_local = get_original('_thread', '_local')()
+
+
+def before_end(hub: Any, function: Callable[[], object]) -> None:
+    """`before_destroy` for *hub*, the one of this thread; also when its thread ends. *function* may be called
+    twice."""
+    before_destroy(hub, function)
+    end = getattr(_local, 'end', None)
+    if end is None:
+        end = _local.end = _ThreadEnd()
+    if function not in end.functions:       # of an earlier hub of this thread
+        end.functions.append(function)
+
+
+def forget_end(hub: Any, function: Callable[[], object]) -> None:
+    """Don't call *function* after all. In the thread that called `before_end`."""
+    forget(hub, function)
+    end = getattr(_local, 'end', None)
+    if end is not None and function in end.functions:
+        end.functions.remove(function)
+
+
+class _Destroy:
+    """Stands before ``Hub.destroy`` on one hub, and does not keep that hub alive."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = weakref.ref(hub)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hub = self._hub()
+        if hub is None:
+            return None
+        hub.__dict__.pop('destroy', None)
+        _call_all(hub)
+        return hub.destroy(*args, **kwargs)
+
+
+def _call_all(hub: Any) -> None:
+    # Not in the frame that destroys the hub: in a thread, gevent keeps that one and its variables for ever.
+    for function in hub.__dict__.pop('_greenaio_before_destroy', ()):
+        function()

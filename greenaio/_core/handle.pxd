@@ -1,0 +1,36 @@
+# The C types of _core/handle.py, for its compiled form.
+
+cimport cython
+
+cdef int closing
+cdef list _handles
+
+@cython.final
+cdef class Handle:
+    cdef readonly int fd
+    cdef readonly int users
+    cdef readonly bint closing
+    cdef public int stand_in
+    cdef object _close
+
+    cpdef Handle again(self)
+    cpdef let_go(self)
+    cpdef bint let_go_unless_last(self) noexcept
+    cpdef close_with(self, close)
+    cpdef close_number(self)
+    cpdef _close_numbers(self)
+    cpdef bint is_idle(self) noexcept
+
+cdef bint _forget(Handle handle) except -1
+@cython.locals(handle=Handle)
+cpdef Handle handle_of(int fd)
+@cython.locals(handle=Handle)
+cpdef Handle take(int fd)
+@cython.locals(handle=Handle, fresh=Handle)
+cdef Handle _add(int fd)
+cdef int _refuse() except -1
+@cython.locals(handle=Handle)
+cpdef bint is_closing(int fd) except -1
+cpdef check_open(int fd)
+@cython.locals(handle=Handle)
+cpdef _after_fork_in_child()

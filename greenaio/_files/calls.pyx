@@ -1,0 +1,1011 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The system calls on files that are neither a read nor a write, each by a thread of its device.
+
+Any of them may wait for a disk: a path that is not cached, a journal that is full, a close that has pages to
+write. In line go only those on files that have no disk.
+"""
+
+import os
+import posix            # for what may be patched in os
+import sys
+from io import FileIO
+
+from gevent._hub_local import get_hub_if_exists
+from greenlet import getcurrent
+
+cimport cython
+from cpython.number cimport PyIndex_Check
+from cpython.ref cimport PyObject
+from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, ESPIPE, errno as c_errno
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
+from posix.unistd cimport close as close_fd, lseek as seek
+
+from gevent import sleep
+
+from greenaio._core import threads as _threads
+from greenaio._files import portable as _fallback, sectors as alignment
+from greenaio._core.ends import was_thrown
+from greenaio._core.handle import using
+from greenaio._core.hub import all_engines
+from greenaio._core.uninterrupted import is_uninterrupted
+
+from greenaio._core.engine cimport CALL, NEW, Engine, Request, close_path_fd, meetings, meetings_under_way
+from greenaio._core.handle cimport Handle, check_open, closing, handle_of, take
+from greenaio._core.hub cimport Driver, current_driver
+from greenaio._core.memory cimport AlignedBuffer, scratch
+from greenaio._files.route cimport (
+    ANSWER, APPEND, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
+    path_at_hand, seek_may_wait, stat_there, unlink_there, way,
+)
+from greenaio._core.threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, new_close, pool_of
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <poll.h>
+    #include <sys/epoll.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* The beginning of io.FileIO's object, in CPython since 3.0. */
+    struct raw_file { PyObject_HEAD int fd; };
+
+    struct closing_file { int fd, stand_in; };
+
+    /* Close the file of a number, and put the stand-in there. Another reference to the file is closed before: only
+       close(2) tells of the error of a server. Without a number for that, the error is lost. */
+    static long replace_file(void *arg)
+    {
+        struct closing_file *one = arg;
+        int copy = fcntl(one->fd, F_DUPFD_CLOEXEC, 0);
+        long result = 0;
+        if (copy >= 0 && close(copy) < 0 && errno != EINTR)
+            result = -errno;
+        if (dup3(one->stand_in, one->fd, O_CLOEXEC) < 0)
+            result = -errno;
+        return result;
+    }
+
+    /* Whether a writer is at the other end of the FIFO *fd*, or was since *fd* is open. Takes nothing out. */
+    static inline int has_writer(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        int ends[2], has;
+        if (poll(&one, 1, 0) == 1)
+            return 1;
+        if (pipe2(ends, O_CLOEXEC) < 0)
+            return 0;                   /* look again later */
+        has = tee(fd, ends[1], 1, SPLICE_F_NONBLOCK) != 0;     /* EAGAIN: a writer that has written nothing */
+        close(ends[0]);
+        close(ends[1]);
+        return has;
+    }
+
+    /* Whether something is at the other end of a FIFO, or has left something to read. */
+    static inline int is_met(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        return poll(&one, 1, 0) < 1 || one.revents & POLLIN || !(one.revents & (POLLHUP | POLLERR));
+    }
+    """
+    long replace_file(void *arg) noexcept nogil
+    bint has_writer(int fd)
+    bint is_met(int fd)
+    struct raw_file:
+        int fd
+    struct closing_file:
+        int fd
+        int stand_in
+    int epoll_create1(int flags)
+    long syscall(long number, ...) nogil
+    const long SYS_gettid
+    const long SYS_statx
+    const long SYS_preadv2
+    const long SYS_pwritev2
+    const long SYS_openat
+    const long SYS_ftruncate
+    const long SYS_fallocate
+    const long SYS_copy_file_range
+    const long SYS_sendfile
+    const long SYS_newfstatat
+    const long SYS_lseek
+    const long SYS_ioctl
+    const long SYS_readahead
+    const long SYS_sync_file_range
+    const int SYNC_FILE_RANGE_WRITE
+    const int SEEK_CUR
+    const int SEEK_END
+    const int SEEK_DATA
+    const int SEEK_HOLE
+    const int AT_EMPTY_PATH
+    const int AT_SYMLINK_NOFOLLOW
+    const int O_CLOEXEC
+    const int O_NOFOLLOW
+    const int O_PATH
+    const int O_CREAT
+    const int O_EXCL
+    const int O_TRUNC
+    const int O_ACCMODE
+    const int O_WRONLY
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    struct c_stat "stat":
+        uint64_t st_dev
+        uint64_t st_ino
+        unsigned int st_mode
+        uint64_t st_nlink
+        unsigned int st_uid
+        unsigned int st_gid
+        uint64_t st_rdev
+        int64_t st_size
+        long st_blksize
+        int64_t st_blocks
+        timespec st_atim
+        timespec st_mtim
+        timespec st_ctim
+
+
+cdef enum:
+    LONELY = -5002              # as GO_ON: the FIFO is open, but nothing is at its other end; open it again
+
+LEASE_MIN = 0.001               # seconds between two attempts to open a file that has a lease; more each time, up to ...
+LEASE_MAX = 0.25                # ... this; then a thread waits
+
+
+cdef dict _held = alignment._held
+
+cdef enum:
+    PAGE = 4096                 # bytes
+    RWF_APPEND = 16
+
+
+cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0,
+                   long d=0) except? -4096:
+    """The answer of a system call that a thread of *device* makes, or minus its errno."""
+    return current_driver().perform_by_thread(new_call(fd, keep, number, a, b, c, d), device.pool())
+
+
+cdef Pool _pool_between(Known source, Known target):
+    """The threads for a call that reads from *source* and writes to *target*, of which either may hang: they hold up
+    no call that uses only one of the two."""
+    if not target.kind & STORED or target.device.number == source.device.number or target.device.in_memory:
+        return source.device.pool()
+    if source.device.in_memory:
+        return target.device.pool()
+    return pool_of((source.device.number, target.device.number))
+
+
+cdef Known _open_file(int fd):
+    """The facts known of *fd*. Raises EBADF also for a closed one whose number queued operations keep taken."""
+    check_open(fd)
+    return know(fd, None)
+
+
+# Paths -------------------------------------------------------------------------------------------
+
+cdef bytes _encoded(path, str name=None):
+    """Errors name the call *name* of `os` from Python 3.13 on; None for `io`."""
+    cdef bytes encoded
+    found = os.fsencode(path)
+    encoded = found if type(found) is bytes else bytes(memoryview(found))   # of a subclass
+    if b'\0' in encoded:
+        raise ValueError('embedded null byte' if name is None or sys.version_info < (3, 13)
+                         else f'{name}: embedded null character in path')
+    return encoded
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class _Place:
+    """Where a thread begins to look up *path*, which it may do after the working directory has changed.
+
+    A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
+    which is open as long as this object. The number of another directory is kept as long. The request keeps the
+    object, so a killed greenlet changes nothing.
+    Without a free fd, or where to open the directory would wait for a server, the path is made absolute instead, which
+    differs only if the directory is renamed before the look-up.
+    """
+
+    cdef bytes path
+    cdef int dir_fd
+    cdef bint _is_ours
+    cdef Handle _number
+
+    def __cinit__(self, bytes path, int dir_fd):
+        if path.startswith(b'/proc/thread-self/'):      # of the thread that asks
+            path = b'/proc/self/task/%d/%s' % (syscall(SYS_gettid), path[len(b'/proc/thread-self/'):])
+        self.path, self.dir_fd = path, dir_fd
+        if path.startswith(b'/'):
+            return
+        if dir_fd >= 0:
+            _check_folder(path, dir_fd)
+            self._number = take(dir_fd)
+        if dir_fd != AT_FDCWD:
+            return
+        cdef int fd = folder_at_hand()
+        if fd >= 0:
+            self.dir_fd, self._is_ours = fd, True
+        elif path:
+            try:
+                self.path = os.path.join(posix.getcwdb(), path)
+            except OSError:             # no path leads there: the look-up will say so
+                pass
+
+    def __dealloc__(self):
+        if self._is_ours:
+            close_path_fd(self.dir_fd)
+        if self._number is not None:
+            self._number.let_go()
+
+
+def working_directory():
+    """Return a new O_PATH fd of the working directory. Audit hooks don't see it: the program opens nothing.
+    Raises OSError where a server would have to be asked whether the directory may be searched."""
+    cdef int fd = folder_at_hand()
+    if fd < 0:
+        raise failed(fd, None)
+    return fd
+
+
+cdef int _check_folder(bytes path, int dir_fd) except -1:
+    """Raise EBADF if *path* begins in a directory whose number is being closed."""
+    if dir_fd >= 0 and not path.startswith(b'/'):
+        check_open(dir_fd)
+    return 0
+
+
+cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None) except -1:
+    """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`."""
+    cdef bytes encoded = _encoded(path, 'open' if io_mode is None else None)
+    cdef Driver driver = current_driver()
+    cdef _Place place
+    cdef Walk walk
+    cdef int64_t fd
+    flags |= O_CLOEXEC
+    sys.audit('open', path, io_mode, flags)
+    driver.check_caller()
+    if closing:
+        _check_folder(encoded, dir_fd)
+    fd = open_at_hand(encoded, dir_fd, flags, path)
+    if fd >= 0:
+        try:
+            driver.end_in_line()
+        except BaseException:           # killed there
+            close_fd(fd)
+            raise
+        return fd
+    place = _Place(encoded, dir_fd)
+    fd = LONELY
+    while fd == LONELY:
+        walk = Walk(place.path, place.dir_fd, not flags & O_NOFOLLOW and flags & (O_CREAT | O_EXCL) != O_CREAT | O_EXCL)
+        walk.keep = place
+        walk.way.opens, walk.way.flags, walk.way.permissions = True, flags, mode
+        walk.way.truncates = flags & O_TRUNC != 0
+        fd = _walk(driver, walk, 'open', open_there)
+        if fd == LEASED:
+            fd = _wait_for_lease(driver, walk)
+    if fd < 0:
+        raise failed(fd, path)
+    return fd
+
+
+cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096:
+    """The result of *call* at the end of *walk*. Each part of the way waits with the threads of its own device."""
+    cdef Request request
+    cdef Pool pool
+    cdef Known known
+    cdef int64_t result = GO_ON
+    cdef bint is_fifo
+    cdef int met
+    while result == GO_ON:
+        pool = walk.go_on()
+        known, mine = walk.truncated(), None
+        try:
+            if known is not None:
+                walk.way.stops_at_end = bool(_held)
+                if walk.way.is_over and is_held(known):
+                    walk.arrive()
+                    mine = hold_range(-1, known, 0, alignment.EVERYTHING)
+            # To empty a file frees its blocks.
+            request = new_chain(-1, walk, name, call, walk.way, not walk.way.truncates)
+            request.gives_fd = walk.way.opens
+            request.fifo = walk.arrive()
+            request.file, request.range = known, mine       # for `_is_being_written`
+            is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
+            result = driver.perform_by_thread(request, pool)
+            if request.state == NEW:
+                result = _open_without_thread(request, walk.way)
+        except BaseException:
+            if mine is not None:
+                mine.ranges.settled = False     # it may still be emptied
+            raise
+        finally:
+            if mine is not None:
+                mine.let_go()
+        if is_fifo and result >= 0 and meetings() != met and not _has_peer(<int>result):
+            result = LONELY
+    return result
+
+
+cdef int64_t _open_without_thread(Request request, way *this) except? -4096:
+    """Open what may wait for ever, where no thread can be started: the hub may not wait there.
+
+    A FIFO is opened with O_NONBLOCK, as often as it takes for the other end to be there. A file that has a lease
+    is LEASED, and tried again. A device that may wait is opened all the same."""
+    cdef int fifo = request.fifo
+    cdef int64_t fd = -ENXIO
+    cdef double delay = LEASE_MIN
+    if fifo < 0:
+        return LEASED if this.is_patient else make_here(request)
+    if this.flags & O_CREAT and this.flags & O_EXCL:
+        return -EEXIST
+    try:
+        while True:
+            if fd == -ENXIO:            # of a writer: no process reads there
+                fd = open_fd_again(fifo, this.flags & ~(O_CREAT | O_NOFOLLOW))
+            if fd < 0 and fd != -ENXIO:
+                return fd
+            if fd >= 0 and (this.flags & O_ACCMODE == O_WRONLY or has_writer(<int>fd)):
+                break
+            sleep(delay)
+            delay = min(1.5 * delay, LEASE_MAX)
+    except BaseException:
+        if fd >= 0:
+            close_fd(<int>fd)
+        raise
+    finally:
+        request.fifo = -1
+        close_fd(fifo)
+    return fd
+
+
+cdef bint _has_peer(int fd) except -1:
+    """Whether the other end of the FIFO *fd* is open; if not, close *fd*. For an open that may have met only
+    `Request.meet`, because another greenlet that waited for the same FIFO was killed during the open."""
+    cdef bint has = False
+    cdef double delay = LEASE_MIN
+    try:
+        while meetings_under_way() and delay < LEASE_MAX:       # they end when their threads have returned
+            sleep(delay)
+            delay *= 1.5
+        has = is_met(fd)
+    finally:
+        if not has:
+            close_fd(fd)
+    return has
+
+
+cdef int64_t _wait_for_lease(Driver driver, Walk walk) except? -4096:
+    """Open the file again until the process that has a lease on it has given it up.
+
+    The first attempt has told that process, which usually answers at once. Only an open that waits in the kernel
+    hears of the answer, and nothing calls its thread back when the greenlet is killed: the thread stays there until
+    the kernel takes the lease away, after ``/proc/sys/fs/lease-break-time``. So the greenlet first tries for most
+    of a second, and then has a thread wait that is no disk's. The thread also gets the true answer of a file system
+    that says EAGAIN for another reason."""
+    cdef int64_t fd = LEASED
+    cdef double delay = LEASE_MIN
+    while fd == LEASED:
+        sleep(delay)
+        delay = min(1.5 * delay, 2 * LEASE_MAX)
+        walk.way.is_patient = delay > LEASE_MAX
+        fd = _walk(driver, walk, 'open', open_there)
+        if fd == LEASED and walk.way.is_patient and not _is_lease_breaking():
+            return -EAGAIN              # no thread was to be had that would have told so
+    return fd
+
+
+cdef bint _is_lease_breaking() except -1:
+    """Whether any process is asked to give up a lease, as far as the kernel tells."""
+    try:
+        with FileIO('/proc/locks') as locks:
+            return any(b' LEASE ' in line and b' BREAKING ' in line for line in locks.readall().splitlines())
+    except OSError:                     # without /proc
+        return True
+
+
+def open(path, flags, mode=0o777, *, dir_fd=None, io_mode=None):
+    return open_file(os.fspath(path), c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd),
+                     io_mode)
+
+
+def open_here(path, int flags, int mode, *, io_mode=None):
+    """`open` that blocks this thread."""
+    cdef bytes encoded = _encoded(path)
+    cdef int64_t fd
+    flags |= O_CLOEXEC
+    sys.audit('open', path, io_mode, flags)
+    fd = make_here(new_call(-1, encoded, SYS_openat, AT_FDCWD, <long><char *>encoded, flags, mode))
+    if fd < 0:
+        raise failed(fd, path)
+    return fd
+
+
+def stat(path, *, dir_fd=None, follow_symlinks=True):
+    cdef bytes encoded
+    cdef int flags = 0 if follow_symlinks else AT_SYMLINK_NOFOLLOW
+    if PyIndex_Check(path):
+        if dir_fd is not None:
+            raise ValueError("stat: can't specify dir_fd without matching path")
+        if not follow_symlinks:
+            raise ValueError('stat: cannot use fd and follow_symlinks together')
+        if c_int(path) < 0:
+            return posix.stat(path)     # which has an error of its own for that
+        try:
+            return fstat(path)
+        except OSError as error:
+            if not was_thrown(error):
+                error.filename = path
+            raise
+    path = os.fspath(path)
+    encoded = _encoded(path, 'stat')
+    cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
+    current_driver().check_caller()
+    if closing:
+        _check_folder(encoded, where)
+    cdef int fd = path_at_hand(encoded, where, 0 if follow_symlinks else O_NOFOLLOW, path)
+    if fd >= 0:
+        try:
+            found = posix.fstat(fd)
+        finally:
+            close_fd(fd)
+        current_driver().end_in_line()
+        return found
+    cdef _Place place = _Place(encoded, where)
+    cdef Walk walk = Walk(place.path, place.dir_fd, follow_symlinks)
+    cdef AlignedBuffer memory
+    walk.go_on()
+    if walk.is_in_memory():
+        if walk.way.error:
+            raise failed(walk.way.error, path)
+        return posix.fstat(walk.way.end)
+    memory = scratch(sizeof(c_stat))
+    walk.way.flags, walk.way.answer = flags, memory.address
+    walk.keep = place, memory
+    cdef int64_t result = _walk(current_driver(), walk, 'stat', stat_there)
+    if result < 0:
+        raise failed(result, path)
+    return _stat_result(<c_stat *>memory.address)
+
+
+def unlink(path):
+    """`os.unlink`."""
+    cdef bytes encoded = _encoded(os.fspath(path), 'unlink')
+    cdef _Place place
+    cdef Walk walk
+    cdef int64_t result
+    sys.audit('os.remove', path, -1)
+    current_driver().check_caller()
+    place = _Place(encoded, AT_FDCWD)
+    walk = Walk(place.path, place.dir_fd, False)
+    walk.keep = place
+    result = _walk(current_driver(), walk, 'unlink', unlink_there)
+    if result < 0:
+        raise failed(result, path)
+
+
+def fstat(fd):
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
+    if in_line(known, 0) or known.device.is_local:
+        return posix.fstat(number)
+    cdef AlignedBuffer memory = scratch(sizeof(c_stat))
+    cdef int64_t result = _call(number, known.device, memory, SYS_newfstatat, number, <long><char *>b'',
+                                <long>memory.address, AT_EMPTY_PATH)
+    if result < 0:
+        raise failed(result, None)
+    return _stat_result(<c_stat *>memory.address)
+
+
+cdef object _stat_result(c_stat *st):
+    atime, mtime, ctime = _ns(st.st_atim), _ns(st.st_mtim), _ns(st.st_ctim)
+    return os.stat_result(
+        (st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid, st.st_size,
+         st.st_atim.tv_sec, st.st_mtim.tv_sec, st.st_ctim.tv_sec),
+        {'st_atime': _seconds(st.st_atim), 'st_mtime': _seconds(st.st_mtim),
+         'st_ctime': _seconds(st.st_ctim), 'st_atime_ns': atime, 'st_mtime_ns': mtime,
+         'st_ctime_ns': ctime, 'st_blksize': st.st_blksize, 'st_blocks': st.st_blocks,
+         'st_rdev': st.st_rdev})
+
+
+cdef object _ns(timespec when):
+    return <object>when.tv_sec * 1000000000 + when.tv_nsec
+
+
+cdef double _seconds(timespec when) noexcept:
+    return <double>when.tv_sec + 1e-9 * when.tv_nsec
+
+
+def facts(fd):
+    """The st_mode and st_size of *fd*, as far as the kernel has them in memory, and whether the kernel makes up what
+    it reads as: asks nothing that could wait."""
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
+    return known.mode, file_size(number), known.kind & ANSWER != 0
+
+
+cdef bint writes_at_position(int fd) except -1:
+    """Whether a file has a position, asked without the lock of it, which another process may have."""
+    try:
+        posix.pwritev(fd, [], 0)        # no byte: this calls nothing
+    except OSError as error:
+        return error.errno != ESPIPE
+    return True
+
+
+def initialize(object raw, int fd, str mode, bint is_shared=False):
+    """``FileIO.__init__(raw, fd, mode, False)``, without a wait in the hub.
+
+    `io.FileIO` asks for the size and goes to the end: a server may not answer, and a block device may be locked. So it
+    gets another file, which has a position if *fd* has one, and the number *fd* afterwards."""
+    cdef raw_file *memory
+    cdef bint appends = 'a' in mode
+    # The kernel knows that without the server.
+    cdef bint has_position = (not appends or _open_file(fd).kind & LOCKED != 0
+                              or (writes_at_position(fd) if is_shared else seek(fd, 0, SEEK_CUR) >= 0))
+    others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
+    try:
+        FileIO.__init__(raw, others[0], mode, False)
+        memory = <raw_file *><PyObject *>raw
+        if memory.fd != others[0]:      # the objects of `io` are others than we know
+            FileIO.__init__(raw, fd, mode, False)
+            return
+        memory.fd = fd
+    finally:
+        for other in others:
+            posix.close(other)
+    if hasattr(raw, '_blksize'):        # what the buffers above it are to have
+        try:
+            raw._blksize = block_size(fd)
+        except AttributeError:          # Python 3.14 does not let us
+            pass
+    if appends and has_position:
+        lseek(fd, 0, SEEK_END, is_shared)
+
+
+def lseek(int fd, int64_t offset, int whence, bint is_shared=False):
+    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock. A read of
+    another process or thread may, if the position *is_shared*."""
+    cdef Known known = _open_file(fd)
+    cdef int64_t result
+    if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local or seek_may_wait(known)
+            or is_shared and known.kind & STORED and not known.device.in_memory):
+        result = _call(fd, known.device, None, SYS_lseek, fd, offset, whence)
+        if result < 0:
+            raise failed(result, None)
+        return result
+    return os.lseek(fd, offset, whence)
+
+
+cdef struct extent:
+    int64_t nbytes
+    int64_t is_data
+
+
+cdef struct survey:             # what `_find_extents` gets, and finds
+    int fd
+    int64_t offset
+    int64_t end
+    int room                    # extents
+    extent *found
+
+
+cdef int64_t _next_border(int fd, int64_t offset, int64_t end, int whence) noexcept nogil:
+    """Where the next data or the next hole begins, *end* at most; or minus the errno. A server may say anything."""
+    cdef int64_t found = seek(fd, offset, whence) if offset < end else end
+    if found < 0:
+        return end if c_errno == ENXIO else -c_errno    # nothing comes any more
+    return min(max(found, offset), end)
+
+
+cdef long _find_extents(void *arg) noexcept nogil:
+    """In a thread: list the extents from `survey.offset` on. Return how many; or minus the errno, if there is none
+    before an error."""
+    cdef survey this = (<survey *>arg)[0]
+    cdef int64_t offset = this.offset
+    cdef int64_t border
+    cdef int n = 0
+    cdef int steps = 0
+    cdef bint is_data = False
+    while offset < this.end and n < this.room and steps < 2 * this.room:
+        border = _next_border(this.fd, offset, this.end, SEEK_HOLE if is_data else SEEK_DATA)
+        if border < 0:
+            return n if n else border
+        if border > offset:
+            this.found[n].nbytes, this.found[n].is_data = border - offset, is_data
+            n += 1
+        offset = border
+        is_data = not is_data
+        steps += 1
+    return n if n or offset >= this.end else -EIO
+
+
+def extents(int fd, int64_t offset, int64_t end):
+    """Return lengths in bytes, and whether there is data, from *offset* to *end*, or less far if there are many. A hole
+    reads as zeros. Moves the file's own position. Raises OSError."""
+    cdef int room = _fallback.EXTENTS_MAX
+    cdef AlignedBuffer memory = scratch(sizeof(survey) + room * sizeof(extent))
+    cdef survey *this = <survey *>memory.address
+    cdef Device device = _open_file(fd).device
+    this.fd, this.offset, this.end, this.room = fd, offset, end, room
+    this.found = <extent *>(memory.address + sizeof(survey))
+    cdef int64_t n = current_driver().perform_by_thread(
+        new_chain(fd, memory, 'lseek', _find_extents, this, False), device.pool())
+    if n < 0:
+        raise failed(n, None)
+    return [(this.found[i].nbytes, this.found[i].is_data != 0) for i in range(n)]
+
+
+def ioctl(int fd, unsigned long number, bytes argument):
+    """Return what ``ioctl(fd, number, argument)`` makes of the bytes of its *argument*. Raises OSError."""
+    cdef AlignedBuffer memory = scratch(len(argument))
+    memcpy(memory.address, <char *>argument, len(argument))
+    cdef int64_t result = _call(fd, _open_file(fd).device, memory, SYS_ioctl, fd, number, <long>memory.address)
+    if result < 0:
+        raise failed(result, None)
+    return memory.address[:memory.nbytes]
+
+
+# The umask of the process, which threads are told of.
+learn_umask, umask = _threads.learn_umask, _threads.umask
+
+
+def errors_of_newer_calls():
+    """Return the errno of each newer system call that has a substitute here, by name. They are made with arguments
+    that no kernel accepts, so the errno is EBADF, EFAULT or EINVAL, unless the call is denied or not known."""
+    return {name: c_errno if syscall(number, -1, NULL, NULL, NULL, NULL, NULL) < 0 else 0 for name, number in (
+        ('statx', SYS_statx), ('preadv2', SYS_preadv2), ('pwritev2', SYS_pwritev2), ('openat2', 437),
+        ('copy_file_range', SYS_copy_file_range), ('cachestat', 451), ('statmount', 457))}
+
+
+# Ranges that greenlets hold, see `alignment` -------------------------------------------------------
+
+cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept:
+    """What a buffered write changes: the page cache reads and writes back whole pages."""
+    return start & ~<uint64_t>(PAGE - 1), (end + PAGE - 1) & ~<uint64_t>(PAGE - 1)
+
+
+cdef bint is_held(Known known) except -1:
+    """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
+    request that follows being in a list of its engine, where `_is_being_written` finds it."""
+    return bool(_held) and (known.device.number, known.inode) in _held
+
+
+cdef object hold_range(int fd, Known known, start, end):
+    """Wait for the range. *fd* stays the same file until then."""
+    return alignment.hold(fd, (known.device.number, known.inode), start, end,
+                          lambda: _is_being_written(known, start, end),
+                          lambda: _is_being_written(known, 0, alignment.EVERYTHING))
+
+
+cdef object shield_in(mine, int fd, work):
+    """The `Shielded` of ``work()``, in the range that *mine* holds and which is given back at its end; or at once if the
+    work can't begin, for want of memory."""
+    try:
+        return alignment.Shielded(fd, work, mine)
+    except BaseException:
+        mine.let_go()
+        raise
+
+
+cdef object work_in(mine, int fd, work):
+    """``work()``, see `shield_in`."""
+    return shield_in(mine, fd, work).get()
+
+
+cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
+    """Whether a write to this range of the file is under way that took no turn, in any thread here, or a call that
+    changes its length. It may be one of a thread that has ended, and with that gave its range back."""
+    cdef Request request
+    cdef Known other
+    cdef uint64_t low, high
+    for engine in all_engines():
+        for request in (<Engine>engine).writes():
+            if type(request.file) is not Known or request.range is not None and not request.range.over:
+                continue                # or its range, which is ours or does not overlap
+            other = request.file
+            if other.inode and other.inode != known.inode or other.device.number != known.device.number:
+                continue                # without an inode it may be any file there: see `Walk.truncated`
+            if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND:
+                return True
+            low, high = request.offset, <uint64_t>request.offset + request.nbytes
+            if request.opcode == CALL:
+                high = alignment.EVERYTHING
+            elif not other.kind & DIRECT:
+                low, high = in_pages(low, high)
+            if low < end and start < high:
+                return True
+    return False
+
+
+def settle(int fd):
+    """Wait until no write to the file *fd* is under way in this process, of a killed greenlet either: then it ends where
+    it seems to. Until the caller waits again, no other greenlet of this thread writes there."""
+    cdef Known known = know(fd, None)
+    if is_held(known) or _is_being_written(known, 0, alignment.EVERYTHING):
+        hold_range(fd, known, 0, alignment.EVERYTHING).let_go()
+
+
+def _in_turn(int fd, Known known, int64_t start, work):
+    """``work(range)``, which changes the file from *start* on, with that held if some greenlet holds a part of it."""
+    if not is_held(known):
+        return work(None)
+
+    def finish():
+        try:
+            return work(mine)
+        except BaseException:
+            mine.ranges.settled = False     # the call may still be under way
+            raise
+
+    mine = hold_range(fd, known, max(0, start), alignment.EVERYTHING)
+    return work_in(mine, fd, finish)
+
+
+cdef int64_t _change(Request request, Known known, int64_t start, mine, Pool pool=None) except? -4096:
+    """The answer of a call that changes the file from *start* on, where the range *mine* is held, or None."""
+    request.file, request.offset, request.range = known, start, mine    # so `_is_being_written` finds it
+    return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)
+
+
+# Descriptors -------------------------------------------------------------------------------------
+
+def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
+    """With *is_told* audit hooks see it, as they see that of `os` and not that of a file object."""
+    cdef int number = c_int(fd)
+    cdef Known known
+    cdef int64_t result
+    if is_told:
+        sys.audit('os.truncate', number, length)
+    known = _open_file(number)
+    if in_line(known, max(0, file_size(number) - length)):      # to free memory takes time, too
+        result = make_here(new_call(number, None, SYS_ftruncate, number, length))
+    else:
+        result = _in_turn(number, known, length, lambda mine: truncate_file(number, known, length, mine))
+    if result < 0:
+        raise failed(result, None)
+
+
+cdef int64_t truncate_file(int fd, Known known, int64_t length, mine=None) except? -4096:
+    """0, or minus the errno. *mine* is the range that is held."""
+    return _change(new_call(fd, None, SYS_ftruncate, fd, length), known, length, mine)
+
+
+def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
+    cdef int number = c_int(fd)
+    cdef Known known = _open_file(number)
+    cdef int64_t result
+    result = _in_turn(number, known, offset, lambda mine: _change(
+        new_call(number, None, POSIX_FALLOCATE, number, offset, length), known, offset, mine))
+    if result < 0:
+        raise failed(result, None)
+
+
+cdef int64_t fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t length) except? -4096:
+    """0, or minus the errno."""
+    return _call(fd, device, None, SYS_fallocate, fd, mode, offset, length)
+
+
+def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None):
+    cdef int source = c_int(src), target = c_int(dst)
+    cdef Known known
+    cdef AlignedBuffer memory = scratch(16)
+    cdef Py_ssize_t *offsets = <Py_ssize_t *>memory.address
+    cdef int64_t result
+    if count < 0:
+        raise ValueError('negative value for \'count\' not allowed')
+    offsets[0] = 0 if offset_src is None else offset_src
+    offsets[1] = 0 if offset_dst is None else offset_dst
+    known = _open_file(source)
+    cdef Known other = _open_file(target)
+    with using(source), using(target):          # also while it waits for a range of the target
+        result = _copy(target, other, offsets[1], lambda: new_call(
+            source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
+            target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
+    if result < 0:
+        raise failed(result, None)
+    return result
+
+
+cdef int64_t _copy(int target, Known other, int64_t start, make, int source, Known known) except? -4096:
+    """The answer of the call from ``make()``, which copies from *source* to *target*, from *start* on."""
+    cdef Pool pool = _pool_between(known, other)
+    cdef Request one
+
+    def work(mine):
+        cdef Request request = make()
+        request.fd, request.other_fd = target, source
+        return _change(request, other, start, mine, pool)
+
+    if other.kind & STORED:
+        return _in_turn(target, other, start, work)
+    one = make()
+    one.other_fd = target
+    return current_driver().perform_by_thread(one, pool)
+
+
+def readahead(int fd, int64_t offset, Py_ssize_t count):
+    """Have the page cache read what is likely to be asked for. Best effort: no error."""
+    _call(fd, _open_file(fd).device, None, SYS_readahead, fd, offset, count)
+
+
+def start_writing(int fd, int64_t offset, int64_t nbytes):
+    """Have the page cache begin to write what is dirty there. Best effort: fsync tells of errors."""
+    _call(fd, _open_file(fd).device, None, SYS_sync_file_range, fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
+
+
+def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
+    cdef int target = c_int(out_fd), source = c_int(in_fd)
+    cdef Known known, other
+    cdef AlignedBuffer memory = scratch(8)
+    cdef Py_ssize_t *at = <Py_ssize_t *>memory.address
+    cdef int64_t result
+    at[0] = 0 if offset is None else offset
+    known = _open_file(source)
+    other = _open_file(target)
+    with using(source), using(target):      # also while it waits for the socket
+        while True:
+            result = _copy(target, other, 0, lambda: new_call(
+                source, memory, SYS_sendfile, target, source, 0 if offset is None else <long>at, count),
+                source, known)
+            if result != -EAGAIN:
+                break
+            _fallback.wait_for(target, 2)       # a non-blocking socket that is full, as gevent's are
+    if result < 0:
+        raise failed(result, None)
+    return result
+
+
+def close(fd, *, bint may_wait=True, bint is_forgotten=False):
+    close_file(c_int(fd), may_wait, is_forgotten)
+
+
+# Closing -----------------------------------------------------------------------------------------
+#
+# A close may have data to write, a server to tell, or the blocks of a file without a name to free. So a thread
+# makes it. Until it is done the number must not come to mean another file: the greenlet that asked for the close
+# may be killed, and close the number again. But close(2) frees the number before it begins to wait. So the thread
+# puts a stand-in in the file's place, by dup3(2), which closes the file as close(2) does and keeps the number
+# taken. The hub closes the stand-in when the thread is done, and forgets the `Handle` in the same moment. Until
+# then the handle answers EBADF to every call.
+
+@cython.final
+cdef class _SlowClose:
+    """The close of one number by a thread, after the last use of the number."""
+
+    cdef closing_file _file
+    cdef Pool _pool
+
+    def __call__(self, Handle handle):
+        """Begin it, and wait for nothing; for the last user of *handle*."""
+        cdef Driver driver = None
+        cdef Request request = None
+        try:
+            if get_hub_if_exists() is not None:
+                driver = current_driver()
+                request = self._request(handle)
+        except (MemoryError, OSError, RuntimeError):    # no number is free for it, or the interpreter ends
+            pass
+        finally:
+            if request is None:
+                handle.close_number()   # here and now
+        if request is not None:
+            driver.let_run(request, self._pool)
+
+    cdef int64_t wait(self, Handle handle) except? -4096:
+        """Wait for it; for the only user of *handle*. Return 0, or minus the errno."""
+        cdef Driver driver
+        cdef Request request = None
+        handle.close_with(_close_number)
+        try:
+            driver = current_driver()   # the hub may be newer than the file, and this its first wait
+            request = self._request(handle)
+        except (MemoryError, OSError, RuntimeError):
+            pass
+        finally:
+            handle.let_go()             # without a request this closes it here and now
+        return 0 if request is None else driver.perform_by_thread(request, self._pool)
+
+    cdef Request _request(self, Handle handle):
+        """The request for it, which becomes a user of *handle*. Raises OSError if no number is free."""
+        cdef Request request
+        self._file.fd = handle.fd
+        self._file.stand_in = epoll_create1(O_CLOEXEC)     # a number that reads and writes nothing
+        if self._file.stand_in < 0:
+            raise failed(-c_errno, None)
+        handle.stand_in = self._file.stand_in       # which is closed with it
+        request = new_close(self, replace_file, &self._file)
+        request.handle = handle.again()
+        handle.close_with(_close_number)
+        return request
+
+
+def _close_number(Handle handle):
+    handle.close_number()
+
+
+cdef bint _close_waits(Known known) except -1:
+    """Whether closing the file, which has a name, may write data or ask a server."""
+    return not in_line(known, 0) and (known.kind & WRITABLE or not known.device.is_local
+                                      # the last close of a block device writes what others have left dirty
+                                      or known.kind & (STORED | REGULAR) == STORED)
+
+
+cdef Pool _pool_to_close(int fd, bint also_writers):
+    """The threads that close the file *fd*, or None if its close waits for nothing. Of files that are open for
+    writing and have a name this is asked if *also_writers*."""
+    cdef Known known
+    try:
+        known = know(fd, None)
+        if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
+            return known.device.pool()
+    except OSError as error:
+        if error.errno == EBADF:
+            raise                       # else xfs that is shut down tells nothing, and has nothing to wait for
+    except MemoryError:
+        pass
+    return None
+
+
+cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
+    """Close *fd*. Raises EBADF if it is being closed already.
+
+    Operations that need the number go on, and the last of them closes it. Else a thread closes it, if the close may
+    wait. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain call instead.
+    A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread that frees a
+    file without a name, or tells a server of the end of a reader, may close it later, and the finalizer waits for
+    nothing. A forgotten writer is closed at once: until then the file can't be executed."""
+    cdef _SlowClose slow = None
+    cdef Handle handle
+    cdef Pool pool = None
+    cdef int64_t result = 0
+    check_open(fd)
+    _fallback.lose(fd)
+    hub = get_hub_if_exists()
+    may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
+    handle = handle_of(fd)
+    if handle is not None or may_wait or is_forgotten and not sys.is_finalizing():
+        pool = _pool_to_close(fd, handle is not None or may_wait)
+    if pool is not None:
+        slow = _new_slow_close(pool)
+    # From here on no other thread comes between: what was asked above may have changed by now.
+    handle = handle_of(fd)
+    if handle is not None or slow is not None:
+        handle = _take_to_close(fd)
+    if handle is None:
+        result = -c_errno if close_fd(fd) < 0 else 0
+    elif handle.closing:
+        handle.let_go()
+        result = -EBADF
+    elif handle.users == 1 and slow is not None and may_wait:
+        result = slow.wait(handle)
+    else:
+        handle.close_with(_close_number if slow is None else slow)
+        handle.let_go()
+    if result < 0 and result != -EINTR:
+        raise failed(result, None)
+    return 0
+
+
+cdef _SlowClose _new_slow_close(Pool pool):
+    """None if there is no memory for it."""
+    cdef _SlowClose slow
+    try:
+        slow = _SlowClose.__new__(_SlowClose)
+    except MemoryError:
+        return None
+    slow._pool = pool
+    return slow
+
+
+cdef Handle _take_to_close(int fd):
+    """Take *fd*. None if there is no memory for it."""
+    try:
+        return take(fd)
+    except MemoryError:
+        return None

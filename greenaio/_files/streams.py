@@ -1,0 +1,442 @@
+"""Sequential reading ahead of the reader, writing behind the writer, and copying: several requests in flight.
+
+The page cache does that for buffered files. With O_DIRECT nobody does, so a file opened with ``direct=True``
+has a `ReadAhead` and a `WriteBehind`. Each holds at most `DEPTH` blocks of `BLOCK_MIN` to `BLOCK_MAX` bytes:
+1 MiB for who reads or writes little at a time, 8 MiB at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posix
+import stat
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+
+from greenaio._core.bell import generation
+from greenaio._core.ends import was_thrown
+from greenaio._core.handle import using
+from greenaio._files.extension import File, _calls, aligned_buffer
+from greenaio._files.portable import flat
+from greenaio._files.sectors import Shielded
+
+DEPTH = 8                       # blocks at most, in flight or waiting for the reader
+BLOCK_MIN = 128 << 10           # bytes: smaller ones cost more than they bring
+BLOCK_MAX = 1 << 20             # bytes: larger ones bring nothing
+SEQUENTIAL = 2                  # reads in order before it begins
+COPY_BLOCK = 4 << 20            # bytes: of a copy, what one thread does before it tells how far it is
+COPY_AHEAD = 8 << 20            # bytes: of a copy, what is read ahead
+
+NEW = os.O_WRONLY | os.O_CREAT
+# Of copy_file_range, which sandboxes, security modules and file systems refuse with any of these. Reads and
+# writes may do, or say what is wrong.
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES,
+               errno.EBADF, errno.EIO, errno.ENOENT, errno.ENOTTY, errno.EOVERFLOW, errno.ETXTBSY)
+
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+def block_size(nbytes: int) -> int:
+    """How large the blocks are for somebody who reads or writes *nbytes* at a time."""
+    return min(max(1 << max(nbytes - 1, 0).bit_length(), BLOCK_MIN), BLOCK_MAX)
+
+
+class Block:
+    """A request that is under way, and its memory. Of several that are made at once, all but the last may say
+    that there is *more*: they go to the kernel together."""
+
+    __slots__ = ('_begun', '_file', '_generation', '_rest', 'data', 'memory', 'offset', 'reading')
+
+    def __init__(self, file: File, reading: bool, memory: Any, nbytes: int, offset: int,
+                 more: bool = False, *, held_back: bool = False) -> None:
+        self.memory, self.data, self.offset, self.reading = memory, memory[:nbytes], offset, reading
+        self._file = file
+        self._generation = generation()
+        self._begun: Any = None
+        self._rest: Shielded | None = None
+        try:
+            if not held_back:
+                self._begun = file.begin(reading, self.data, offset, more)
+        except (OSError, RuntimeError):
+            pass                        # `end` will say why
+
+    @property
+    def leaves_hole(self) -> bool:
+        """Whether some of its bytes are neither written nor under way: it was not begun, or has failed."""
+        if self._begun is None:
+            return True                 # `end` writes it
+        result = self._begun[1].result
+        return result is not None and result != -errno.ECANCELED and bool(result < len(self.data))
+
+    def forget_failure(self) -> None:
+        """Have `end` write the block again: the error is of the past."""
+        if self.leaves_hole:
+            self._begun = None
+
+    def end(self) -> int:
+        """Wait for it; return bytes moved. Do it now if it could not be begun, or if another hub began it.
+
+        After a kill or an error `end` may be called again. After a kill it waits for the same request, so no
+        abandoned write lands on top of a later one. After an error it writes the block again."""
+        done = -errno.ECANCELED if self._begun is None else self._file.end(self._begun)
+        self._begun = None
+        if done < 0 and done != -errno.ECANCELED:
+            raise OSError(-done, os.strerror(-done), self._file.name)
+        if self.reading:
+            return done if done >= 0 else self._file.preadv([self.data], self.offset)
+        if self._generation != generation():    # forked: it is the parent's, and this memory is wiped
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._file.name)
+        return done if done == len(self.data) else self._write_rest(max(done, 0))
+
+    def _write_rest(self, done: int) -> int:
+        def work() -> int:
+            at = done
+            while at < len(self.data):
+                n = self._file.pwrite(self.data[at:], self.offset + at)
+                if n == 0:
+                    raise OSError(errno.EIO, 'no progress in a write')
+                at += n
+            return at
+
+        if self._rest is None:
+            self._rest = Shielded(self._file.fileno(), work)
+        try:
+            written = self._rest.get()
+        except BaseException as error:
+            if not was_thrown(error):
+                self._rest = None
+            raise
+        self._rest = None
+        return written
+
+
+class ReadAhead:
+    """Reads of a `File` in order, with up to *depth* blocks under way ahead of them.
+
+    It begins after some reads in order, with one block, doubles with each that is used up, and stops at a
+    read from elsewhere. What others write meanwhile may be missed by as much as is read ahead.
+    """
+
+    def __init__(self, file: File, depth: int = DEPTH, eager: bool = False) -> None:
+        self._file = file
+        self._depth = depth
+        self._eager = eager             # begin with the first read
+        self._blocks: deque[Block] = deque()
+        self._head: Any = None          # the block that is being read: its memory, as far as it was filled
+        self._used: Any = None          # all of its memory, for the next request: new memory is zeroed
+        self._head_offset = 0
+        self._window = 1
+        self._in_order = 0
+        self._position = 0              # where a read in order would begin
+        self._end = 0                   # what is asked for ends here
+        self._size = BLOCK_MIN
+        self._generation = generation()
+
+    def readinto(self, buffer: Any, position: int) -> int:
+        """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
+        view = flat(buffer)
+        if position != self._position or self._generation != generation():
+            self.stop()                 # in a forked child this memory is wiped
+            self._in_order = 0
+            self._generation = generation()
+        self._in_order += 1
+        try:
+            n = self._from_blocks(view, position)
+            if n == 0 and len(view):
+                self.stop()             # the end; or nothing was read ahead
+                n = self._file.preadv([view], position)
+                self._end = position + n
+        except BaseException:           # an error; or killed, and a block is lost
+            self.stop()
+            raise
+        self._position = position + n
+        if n == len(view) and (self._in_order >= SEQUENTIAL or self._eager):
+            self._size = max(self._size, block_size(len(view)))
+            self._ask_for_more()
+        return n
+
+    def _from_blocks(self, view: memoryview, position: int) -> int:
+        """What is read ahead already; 0 when nothing is."""
+        done = 0
+        while done < len(view):
+            begin = position + done - self._head_offset
+            if self._head is None or begin >= len(self._head):
+                if not self._take_next(position + done):
+                    break
+                continue
+            n = min(len(view) - done, len(self._head) - begin)
+            view[done:done + n] = self._head[begin:begin + n]
+            done += n
+        return done
+
+    def _take_next(self, position: int) -> bool:
+        """Have the next block at hand, and one more asked for in the memory of the last."""
+        if not self._blocks or self._blocks[0].offset != position:
+            return False
+        block = self._blocks.popleft()
+        n = block.end()
+        used, self._used = self._used, block.memory
+        self._head, self._head_offset = block.data[:n], block.offset
+        self._window = min(2 * self._window, self._depth)
+        self._ask_for_more(used)
+        return n > 0
+
+    def _ask_for_more(self, used: Any = None) -> None:
+        while len(self._blocks) < self._window:
+            # To whole blocks first, so that all that follow are aligned.
+            nbytes = self._size - self._end % self._size
+            memory = used if used is not None and len(used) == nbytes else aligned_buffer(nbytes)
+            used = None
+            self._blocks.append(Block(self._file, True, memory, nbytes, self._end))
+            self._end += nbytes
+
+    def stop(self) -> None:
+        """Forget what was read ahead; what is under way keeps its memory until it is done."""
+        self._blocks.clear()
+        self._head = self._used = None
+        self._window = 1
+
+
+class WriteBehind:
+    """Writes of a `File` in order, done while the writer goes on.
+
+    An error is raised by a later `write`, at the latest by `drain`. The failed block and all later ones are
+    kept, at most *depth* of them, as `io` keeps the bytes that its buffer could not write. Each later call
+    writes the failed block again first, and raises again if that fails: no new block is sent before it has
+    succeeded. So the file has no hole once `drain` has returned, and a disk that was full loses nothing once
+    it has room again. Only blocks that were in flight together with the failed one may be on the disk before
+    it.
+
+    If a greenlet is killed here, nothing is lost either: the next one waits for the same request.
+    """
+
+    def __init__(self, file: File, depth: int = DEPTH) -> None:
+        self._file = file
+        self._depth = depth
+        self._blocks: deque[Block] = deque()
+        self._memory: Any = None        # being filled, for `_begin`
+        self._begin = self._filled = 0
+        self._holds_back = False        # the oldest block failed, or is waited for: nothing is sent after it
+        self._generation = generation()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to `drain`; as in a forked child, where it is the parent's to write."""
+        if self._generation != generation():
+            self._generation = generation()
+            self._blocks.clear()
+            self._memory, self._filled, self._holds_back = None, 0, False
+        return not self._blocks and not self._filled
+
+    @property
+    def end(self) -> int:
+        """Where a write in order would begin."""
+        return self._begin + self._filled
+
+    def write(self, data: Any, position: int) -> int:
+        """Take bytes-like *data* for *position*; return how many were taken: all, or fewer if there is an
+        error, which the next call raises."""
+        view = flat(data)
+        self.is_idle                    # noqa: B018  # looks for a fork
+        if position != self.end:
+            self.drain()                # blocks that overlap would have no order
+        done = 0
+        while done < len(view):
+            if self._memory is None:
+                try:
+                    self._make_room()
+                except Exception as error:
+                    if done and not was_thrown(error):
+                        return done
+                    raise
+                self._memory = aligned_buffer(block_size(len(view)))
+                self._begin = position + done
+            room = len(self._memory) - self._begin % len(self._memory) - self._filled
+            n = min(room, len(view) - done)
+            self._memory[self._filled:self._filled + n] = view[done:done + n]
+            self._filled += n
+            done += n
+            if n == room:
+                self._send()
+        return done
+
+    def _make_room(self) -> None:
+        """Wait until a block may be taken."""
+        while self._blocks and (self._holds_back or len(self._blocks) >= self._depth):
+            self._settle()
+
+    def _send(self) -> None:
+        memory, n, self._memory, self._filled = self._memory, self._filled, None, 0
+        if n:
+            self._begin += n
+            self._holds_back = self._holds_back or self._has_hole()
+            self._blocks.append(
+                Block(self._file, False, memory, n, self._begin - n, held_back=self._holds_back))
+
+    def _settle(self) -> None:
+        """Wait for the oldest block; raise its error. It stays the oldest until it is known to be written."""
+        self._holds_back = True
+        self._blocks[0].forget_failure()    # there may be room by now
+        self._blocks[0].end()
+        self._blocks.popleft()
+        self._holds_back = self._has_hole()
+
+    def _has_hole(self) -> bool:
+        return any(block.leaves_hole for block in self._blocks)
+
+    def write_plainly(self, fd: int) -> None:
+        """Write all that is not known to be written, by calls that block: for a caller that can't park."""
+        self._holds_back = True         # what is still in memory is not sent, only taken into the row
+        self._send()
+        while self._blocks:
+            block, done = self._blocks[0], 0
+            while done < len(block.data):
+                done += posix.pwrite(fd, block.data[done:], block.offset + done)
+            self._blocks.popleft()
+        self._holds_back = False
+
+    def drain(self) -> None:
+        """Wait until all is written. Raises the OSError of the first block that is not, and keeps it."""
+        while self._blocks or self._filled:
+            if not self._holds_back:
+                self._send()            # beside those that are under way
+            if self._blocks:
+                self._settle()
+
+
+# Copying -----------------------------------------------------------------------------------------
+
+def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
+             progress: Callable[[int, int], object] | None = None) -> StrPath:
+    """Copy the contents of the file *src* to *dst*, and return that, as ``shutil.copyfile`` does.
+
+    The kernel copies, in threads, while it reads ahead and begins to write back. *progress* is called with
+    the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
+    """
+    sys.audit('shutil.copyfile', src, dst)
+    src = os.fspath(src)
+    with _directory_of_the_call(src, os.fspath(dst)) as here:
+        one = _checked(src, here)
+        if not follow_symlinks and _is_link(src, here):
+            _refuse_same(one, src, dst, here)
+            os.symlink(posix.readlink(src, dir_fd=here), os.fspath(dst),    # type: ignore[type-var, arg-type]
+                       dir_fd=here)
+            return dst
+        with File(src, dir_fd=here) as source:
+            if source.kind == stat.S_IFDIR:     # before the target is emptied
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
+            with _open_target(dst, one, src, here) as target:
+                _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
+    return dst
+
+
+@contextlib.contextmanager
+def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
+    """An fd of the directory in which relative *paths* begin: later it may be another. None where that makes
+    no difference, without a free fd, or where a server has to be asked: then each look-up asks it in a
+    thread."""
+    here = None
+    with contextlib.suppress(OSError):
+        if not all(map(os.path.isabs, paths)):
+            here = _calls.working_directory()
+    try:
+        yield here
+    finally:
+        if here is not None:
+            _calls.close(here, may_wait=False)  # not before an open that is with a thread
+
+
+def _open_target(dst: StrPath, one: os.stat_result | None, src: StrPath, here: int | None) -> File:
+    """The file *dst*, emptied. *one* is the stat of *src*, which must be another file."""
+    try:
+        # There is nothing to look at first, and that costs nothing.
+        return File(dst, NEW | os.O_EXCL, dir_fd=here)
+    except FileExistsError as error:
+        if was_thrown(error):
+            raise
+        _refuse_same(one, src, dst, here)
+        return File(dst, NEW | os.O_TRUNC, dir_fd=here)
+    except IsADirectoryError as error:
+        if was_thrown(error) or _checked(dst, here):
+            raise
+        # The kernel takes a name that ends in a slash for a directory, which is not there: say that.
+        raise FileNotFoundError(f'Directory does not exist: {os.fsdecode(dst)}') from error
+
+
+def _is_link(name: StrPath, here: int | None) -> bool:
+    try:
+        return stat.S_ISLNK(_calls.stat(name, dir_fd=here, follow_symlinks=False).st_mode)
+    except OSError as error:
+        if was_thrown(error):
+            raise
+        return False
+
+
+def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath, here: int | None) -> None:
+    import shutil  # it imports archives and compression
+
+    other = _checked(dst, here)
+    if one and other and os.path.samestat(one, other):
+        raise shutil.SameFileError(f'{src!r} and {dst!r} are the same file') from None
+
+
+def _checked(name: StrPath, here: int | None) -> os.stat_result | None:
+    import shutil
+
+    try:
+        found = _calls.stat(name, dir_fd=here)
+    except OSError as error:
+        if was_thrown(error):
+            raise
+        return None                     # opening it will say why
+    if stat.S_ISFIFO(found.st_mode):    # opening it would wait for somebody
+        raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
+    return found
+
+
+def _copy(source: File, target: File, size: int, progress: Callable[[int, int], object]) -> None:
+    done = 0
+    ahead: Any = None
+    with using(source.fileno()), using(target.fileno()):
+        try:
+            while True:
+                if size > COPY_BLOCK and (ahead is None or ahead.ready()):
+                    ahead = gevent.spawn(_calls.readahead, source.fileno(), done + COPY_BLOCK, COPY_AHEAD)
+                n = _copy_block(source, target, done)
+                if n == 0:
+                    return
+                if size > COPY_BLOCK:   # else it costs more than it brings
+                    _calls.start_writing(target.fileno(), done, n)
+                done += n
+                progress(done, max(size, done))
+                if source.is_local and 0 < _calls.facts(source.fileno())[1] <= done:
+                    return              # of others, and in /proc, the length says little
+        finally:
+            if ahead is not None:
+                ahead.kill(block=False)
+
+
+def _copy_block(source: File, target: File, offset: int) -> int:
+    try:
+        n = _calls.copy_file_range(source.fileno(), target.fileno(), COPY_BLOCK, offset, offset)
+    except OSError as error:
+        if was_thrown(error):
+            raise
+        if error.errno not in CANNOT_COPY:
+            error.filename, error.filename2 = source.name, target.name  # either may be meant
+            raise
+        n = 0
+    if n:
+        return n
+    # At the end; or these file systems can't, or say 0 of files whose length they don't know, as /proc does.
+    data = source.pread(COPY_BLOCK, offset)
+    done = 0
+    while done < len(data):
+        done += target.pwrite(data[done:], offset + done)
+    return done

@@ -1,0 +1,493 @@
+"""The turn: greenlets that use one file object, or one position of a file, do so one after the other.
+
+The uncontended turn is one comparison and one assignment, so callers take it and give it back themselves::
+
+    me, owner = getcurrent(), turn.owner
+    if owner is None:
+        turn.owner = me
+    elif owner is me:
+        return work()                   # it has the turn already, and keeps it
+    try:
+        if owner is not None:
+            turn.wait()
+        return work()
+    finally:
+        if turn.owner is me:            # a forked child may have taken it
+            if not turn.queue:
+                turn.owner = None
+            else:
+                try:
+                    turn.leave()
+                finally:
+                    if turn.owner is me:
+                        turn.leave()
+
+There is no call between a look and the assignment that depends on it. Another thread, or a signal handler,
+could use the turn there. An exception that a signal handler raises at any call leaves the turn to the next.
+
+The owner of a turn is always one of these:
+
+    ==============  ======================================================================================
+    None            the turn is free, and no greenlet waits
+    a greenlet      it is inside, running or parked
+    `LEFT`          the `leaver` has left, and greenlets wait: the next of them is woken, and takes the turn
+    `GONE`          it was inside in another thread when the process forked: see below
+    ==============  ======================================================================================
+
+No greenlet is given the turn. It is woken, looks, and takes the turn or waits on, at its place in the queue.
+Greenlets have the turn in the order in which they asked for it. A library that compresses, such as `gzip`,
+relies on that: bytes that it has compressed first must be written first. The turn of a text file *favours its
+leaver* instead:
+
+    the leaver                              the first of the queue, in the same thread
+    -------------------------------------   ---------------------------------------------
+    LEFT; its hub will wake the first
+    wants the turn again: it has not
+    parked, so it goes on
+    LEFT; its hub will wake the first
+    parks
+                                            woken: takes the turn
+
+So the pieces of a line that `print` writes stay together. A greenlet that has just come waits behind the
+queue. One that parks only inside its turn would come first for ever: the first of the queue waits no more
+once it was woken `VAIN_MAX` times in vain.
+
+A waiter of another thread need not wait until the leaver parks, because the leaver may be about to join that
+thread without its hub. So with waiters of several threads the first of each is woken. Of these, the first of
+the queue takes the turn, or, if that one is of the leaver's own thread, whichever of the others comes first.
+The leaver waits behind them.
+
+A thread without a hub, a hub, and a greenlet inside `uninterrupted` keep their whole thread waiting. They go
+before the waiters of their own thread, and are refused if the owner is a greenlet of that thread.
+
+Some owners can never leave, because their thread ended, their hub was destroyed, or they stayed with the
+parent in a fork. Then the next takes the turn. Not if the turn *guards_io*: the objects of `io` have locks of
+their own, which are held for ever then, so a greenlet that wants the turn gets EOWNERDEAD. Waiters that can
+never go on are taken out of the queue.
+
+A signal handler runs on top of a greenlet, which may be inside a turn, or may be waiting for one. A waiter
+below a handler that waits for something else is passed over until it is back. If the owner waits, perhaps by
+way of others, for a turn that the caller has, waiting would never end: `wait` raises RuntimeError, as `io`
+does for reentrant calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from gevent._fileobjectcommon import cancel_wait_ex
+from gevent._hub_local import get_hub_if_exists
+from gevent.exceptions import BlockingSwitchOutError
+from gevent.hub import Hub
+from greenlet import getcurrent, greenlet
+
+from greenaio._core.bell import generation, listen
+from greenaio._core.ends import before_end, thrown
+from greenaio._core.uninterrupted import inside, thread_of
+from greenaio._files.portable import check_kept
+from greenaio._files.sleeper import NativeSleeper, Sleeper
+
+VAIN_MAX = 16                   # wakes of the first in the queue that find the turn taken again by its leaver
+
+
+class _Mark:
+    """Stands for the owner of a turn where that is no greenlet that could go on."""
+
+    parent = None
+
+    def __init__(self, dead: bool) -> None:
+        self.dead = dead
+
+
+LEFT, GONE = _Mark(False), _Mark(True)
+
+
+class Turn:
+    """Belongs to one greenlet at a time, first come, first served. The module says how to take it.
+
+    If the turn favours its leaver, a greenlet that has left it and not parked since comes first.
+
+    Closers are greenlets that wait to close what the turn protects. Others that had to wait get EBADF then.
+    """
+
+    __slots__ = ('__weakref__', 'closers', 'favours_leaver', 'finalizing', 'guards_io', 'is_mixed', 'leaver',
+                 'owner', 'queue', 'thread')
+
+    def __init__(self, guards_io: bool = False) -> None:
+        self.owner: greenlet | _Mark | None = None
+        self.queue: list[_Waiter] = []  # in a loop over it, other threads may change it
+        self.leaver: greenlet | None = None     # the last that left the turn while others waited ...
+        self.thread: Any = None                 # ... and its thread
+        self.is_mixed = False           # a waiter may be of another thread than the owner or the leaver
+        self.closers: list[greenlet] = []
+        self.finalizing = False         # no greenlet waits any more
+        self.favours_leaver = False
+        self.guards_io = guards_io
+        _all_turns.add(weakref.ref(self, _all_turns.discard))   # a WeakSet takes ten times as long
+
+    def wait(self) -> bool:
+        """Wait until this greenlet has the turn; return False if it had it already. Raises OSError (EBADF)
+        when another closes what the turn protects, or (EOWNERDEAD); RuntimeError if it would never end."""
+        generation()                    # the owner may have stayed with the parent
+        me = getcurrent()
+        if self.owner is me:
+            return False
+        if not self._go_on(me):
+            self._stand_in_line(me)
+        if self.closers and me not in self.closers:
+            self.leave()
+            raise thrown(cancel_wait_ex())
+        return True
+
+    def _go_on(self, me: greenlet) -> bool:
+        """Take the turn again if it favours its leaver, this greenlet, and no other must come first."""
+        if self.favours_leaver and self.leaver is me and not self.is_mixed:
+            first = self._first(None)
+            if (first is None or first.vain < VAIN_MAX) and self.owner is LEFT:
+                self.owner, self.leaver, self.thread = me, None, None
+        return self.owner is me
+
+    def _stand_in_line(self, me: greenlet) -> None:
+        mine = _Waiter(self, me)
+        try:
+            mine.come()
+            while not self._take(mine):
+                mine.wait()
+            mine.go()
+        except BaseException as error:  # killed, timed out, or a signal handler raised it ...
+            try:
+                mine.go()
+            except BaseException:       # ... and another one this
+                mine.go()
+                raise
+            if self.owner is me:
+                self.leave()
+            thrown(error)
+            raise
+
+    def _take(self, mine: _Waiter) -> bool:
+        """Take the turn if it is there for *mine*; return whether. Raises what would end the wait."""
+        me, owner = mine.greenlet, self.owner
+        if owner is not None and owner is not LEFT and owner is not me:
+            self._look_after_owner(mine)
+        if self.owner is None:
+            self.owner = me
+        elif self.owner is LEFT and self._is_next(mine) and self.owner is LEFT:
+            self.owner, self.leaver, self.thread = me, None, None
+        return self.owner is me
+
+    def _look_after_owner(self, mine: _Waiter) -> None:
+        """Let *mine* wait only for an owner that will leave."""
+        owner = self.owner
+        if owner is None or owner is LEFT:
+            return
+        if _is_gone(owner):
+            self._pass_over(owner)
+        elif mine.is_native and thread_of(owner) is mine.thread:
+            # It cannot go on while we are here, as in a forked child before its hub runs: let it be.
+            _refuse_if_stuck(mine.greenlet)
+            self.owner = mine.greenlet
+        elif sys.is_finalizing():
+            self._pass_over(owner)      # other threads do not go on
+        elif not mine.vain and mine.waits_for_ever():
+            raise RuntimeError('reentrant call: the owner of the turn with this file waits for another file, '
+                               'whose turn this greenlet has')
+
+    def _pass_over(self, owner: greenlet | _Mark) -> None:
+        """Let the turn go on without *owner*, which never leaves it."""
+        if self.guards_io:
+            other = self._first(None)
+            if other is not None:
+                other.sleeper.wake()    # it is told the same
+            raise OSError(errno.EOWNERDEAD, 'a thread or its hub ended while it used this file')
+        if self.owner is owner:
+            self.owner = LEFT
+            self.wake_next()
+
+    def _is_next(self, mine: _Waiter) -> bool:
+        """Whether *mine* may take the turn, which its owner has left."""
+        first = self._first(mine)
+        if first is mine or first is None or sys.is_finalizing():
+            return True
+        if first.thread is mine.thread:
+            return mine.is_native
+        return first.thread is self.thread
+
+    def _first(self, mine: _Waiter | None) -> _Waiter | None:
+        """The first in the queue that could take the turn at once: *mine*, or one that is parked."""
+        for one in self.queue:
+            if one is mine or one.sleeper.is_parked:
+                return one
+        return None
+
+    def refuse_if_stuck(self) -> None:
+        """Raise BlockingSwitchOutError where `wait` would, and wait for nothing."""
+        me, owner = getcurrent(), self.owner
+        if isinstance(owner, greenlet) and owner is not me and thread_of(owner) is thread_of(me):
+            _refuse_if_stuck(me)
+
+    def stay_in_child(self, here: Any) -> None:
+        """In a forked child, whose only thread is *here*: the others stayed with the parent."""
+        if isinstance(self.owner, greenlet) and thread_of(self.owner) is not here:
+            self.owner = GONE
+        self.queue = [waiter for waiter in self.queue if waiter.thread is here]
+        self.wake_next()
+
+    def leave(self) -> None:
+        """Let the next have the turn; for its owner."""
+        if not self.queue:
+            self.owner = None
+            return
+        me = getcurrent()
+        self.thread = thread_of(me)
+        self.leaver = me
+        self.owner = LEFT
+        try:
+            self.wake_next()
+        except BaseException:           # a signal handler raised it
+            self.wake_next()
+            raise
+
+    def wake_next(self) -> None:
+        """Wake the first in the queue, if its turn has come; with waiters of several threads, the first of
+        each. Those before it that are not parked will look by themselves, but may be about to park."""
+        if self.owner is not LEFT:
+            return
+        if self.is_mixed:
+            self._wake_threads()
+        else:
+            for one in self.queue:
+                one.sleeper.wake()
+                if one.sleeper.is_parked:
+                    break
+        if not self.queue and self.owner is LEFT:
+            self.owner = self.leaver = self.thread = None
+
+    def _wake_threads(self) -> None:
+        self.is_mixed = False           # a waiter that comes from now on sets it again
+        woken = set()
+        for one in self.queue:
+            if one.thread is not self.thread:
+                self.is_mixed = True
+            if one.thread not in woken or one.is_native:
+                one.sleeper.wake()
+                if one.sleeper.is_parked:
+                    woken.add(one.thread)
+
+
+class _Waiter:
+    """A greenlet in the queue of a turn."""
+
+    __slots__ = ('greenlet', 'is_native', 'outer', 'sleeper', 'thread', 'turn', 'vain')
+
+    def __init__(self, turn: Turn, one: greenlet) -> None:
+        self.turn, self.greenlet, self.thread = turn, one, thread_of(one)
+        self.is_native = not can_wait()
+        self.sleeper: Sleeper | NativeSleeper = NativeSleeper() if self.is_native else Sleeper()
+        self.vain = 0                   # how often it was woken, and did not get the turn
+        self.outer: _Waiter | None = None       # the same greenlet, below a signal handler
+
+    def come(self) -> None:
+        turn, owner = self.turn, self.turn.owner
+        self.outer = _waiters.get(self.greenlet)
+        _waiters[self.greenlet] = self
+        if self.is_native:
+            _blocked[self.thread] = self
+        turn.queue.append(self)
+        thread = turn.thread if owner is LEFT or owner is None else thread_of(owner)
+        if thread is not self.thread or turn.queue[0].thread is not self.thread:
+            turn.is_mixed = True
+
+    def wait(self) -> None:
+        self.sleeper.wait()
+        self.vain += 1
+
+    def go(self) -> None:
+        """Out of the queue; twice is fine."""
+        if _waiters.get(self.greenlet) is self:
+            if self.outer is None:
+                _waiters.pop(self.greenlet, None)
+            else:
+                _waiters[self.greenlet] = self.outer
+        if self.is_native:
+            _blocked.pop(self.thread, None)
+        with contextlib.suppress(ValueError):
+            self.turn.queue.remove(self)
+        self.turn.wake_next()
+
+    def waits_for_ever(self) -> bool:
+        """Whether the owner waits for a turn that this greenlet has, or a greenlet whose thread this blocks,
+        perhaps by way of others."""
+        owner = self.turn.owner
+        for _ in range(len(_waiters)):
+            if not isinstance(owner, greenlet):
+                return False
+            other = _waiters.get(owner) or _blocked.get(thread_of(owner))
+            if other is None or not other.sleeper.is_parked:
+                return False
+            owner = other.turn.owner
+            if owner is self.greenlet or self.is_native and self._blocks(owner):
+                return True
+        return False
+
+    def _blocks(self, owner: greenlet | _Mark | None) -> bool:
+        return owner is not None and thread_of(owner) is self.thread
+
+
+def _is_gone(one: greenlet | _Mark) -> bool:
+    """Whether it never goes on: its thread has ended, or its hub was destroyed."""
+    if one.dead:
+        return True
+    hub: Any = one.parent
+    if not isinstance(hub, Hub):
+        return False
+    end = hub.__dict__.get('_greenaio_turns')
+    return hub.loop is None or end is not None and end.is_over
+
+
+def _refuse_if_stuck(me: greenlet) -> None:
+    """For *me*, which keeps the greenlet that has the turn from going on."""
+    if get_hub_if_exists() is me:
+        raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
+    if me in inside and not _is_fresh_child:
+        raise BlockingSwitchOutError(
+            'a parked greenlet is using the file, and can\'t go on inside greenaio.uninterrupted()')
+
+
+_all_turns: set[weakref.ref[Turn]] = set()
+_waiters: dict[greenlet, _Waiter] = {}  # of all threads; of a greenlet below signal handlers, the newest
+_blocked: dict[Any, _Waiter] = {}       # by thread: a waiter that keeps the whole thread
+_attended: Any = None                   # the hub for which `_attend` was called last
+_is_fresh_child = False
+
+
+class _End:
+    """Ends the turns of a hub that is destroyed, or whose thread ends: its greenlets never go on."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = weakref.ref(hub)
+        self.is_over = False
+
+    def __call__(self) -> None:
+        global _attended
+        self.is_over = True             # from here on, new waiters see it themselves
+        hub = self._hub()
+        if hub is _attended:
+            _attended = None
+        for waiter in _all_waiters():
+            if isinstance(waiter.sleeper, Sleeper) and waiter.sleeper.hub is hub:
+                waiter.go()
+        _let_others_look()
+
+
+def _let_others_look() -> None:
+    """Wake the waiters of turns whose owners are gone."""
+    for waiter in _all_waiters():
+        owner = waiter.turn.owner
+        if owner is None or owner is LEFT or _is_gone(owner):
+            waiter.sleeper.wake()
+
+
+def _all_waiters() -> list[_Waiter]:
+    found: list[_Waiter] = []
+    for waiter in list(_waiters.values()):      # in one go: other threads add and take out
+        inner: _Waiter | None = waiter
+        while inner is not None:
+            found.append(inner)
+            inner = inner.outer
+    return found
+
+
+def _attend(hub: Any) -> None:
+    """Hear of the end of *hub*, the one of this thread: before a greenlet of it is parked in its turn."""
+    global _attended
+    if hub is not None and '_greenaio_turns' not in hub.__dict__:
+        hub._greenaio_turns = end = _End(hub)
+        before_end(hub, end)
+    _attended = hub
+
+
+def can_wait() -> bool:
+    """Whether the caller is a greenlet whose hub can serve others while it waits.
+
+    Not inside `uninterrupted`. Not in a forked child before its hub has run for another reason: between fork
+    and exec, as in `gevent.subprocess`, it would run the parent's greenlets there.
+    """
+    if _is_fresh_child or sys.is_finalizing():
+        return False
+    hub: Any = get_hub_if_exists()
+    if hub is None:
+        return False
+    if hub is not _attended:
+        _attend(hub)
+    me = getcurrent()
+    return me is not hub and not (inside and me in inside)
+
+
+def _after_fork_in_child() -> None:
+    global _is_fresh_child
+    here = thread_of(getcurrent())
+    for waiter in _all_waiters():
+        if waiter.thread is not here:
+            _waiters.pop(waiter.greenlet, None)
+    _blocked.clear()
+    for ref in list(_all_turns):
+        turn = ref()
+        if turn is not None:
+            turn.stay_in_child(here)
+    hub = get_hub_if_exists()
+    if hub is not None and hub.loop is not None:
+        _is_fresh_child = True
+        hub.loop.run_callback(_hub_runs)
+    _let_others_look()
+
+
+def _hub_runs() -> None:
+    global _is_fresh_child
+    _is_fresh_child = False
+
+
+listen(_after_fork_in_child)
+
+turns: dict[int, Turn] = {}             # by fd; a number that was used once will be used again
+
+
+@contextlib.contextmanager
+def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
+    """One greenlet at a time; its owner may take the turn again. Raises EBADF if a forked child has closed
+    *fd* while a copy of this greenlet waited there."""
+    hub = get_hub_if_exists()
+    if hub is not _attended:
+        _attend(hub)
+    me, owner = getcurrent(), turn.owner
+    if owner is None:
+        turn.owner = me
+    elif owner is me:
+        yield
+        return
+    try:
+        if owner is not None:
+            forks = generation()
+            turn.wait()
+            check_kept(fd, forks)
+        yield
+    finally:
+        if turn.owner is me:
+            if not turn.queue:
+                turn.owner = None
+            else:
+                try:
+                    turn.leave()
+                finally:
+                    if turn.owner is me:
+                        turn.leave()
+
+
+def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
+    """One greenlet at a time, for each fd."""
+    return taking(turns.get(fd) or turns.setdefault(fd, Turn()), fd)
