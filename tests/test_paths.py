@@ -440,6 +440,24 @@ def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
         server.process.send_signal(signal.SIGCONT)
 
 
+def test_number_goes_to_no_other_file_while_a_server_is_told_of_its_close(server):
+    fd = greenaio.os.open(os.path.join(server.mount, 'data'), os.O_RDONLY)
+    hangs = f'{server.control}-flush'
+    with open(hangs, 'w'):
+        pass
+    try:
+        closing = gevent.spawn(greenaio.os.close, fd)
+        gevent.sleep(0.1)               # the thread is in its call
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(16)]
+        assert not closing.ready()
+        assert fd not in others
+    finally:
+        os.unlink(hangs)
+    closing.get(timeout=10)
+    for other in others:                # the end of the close has closed none of them
+        os.close(other)
+
+
 @pytest.mark.parametrize('forgets', ['greenlet', 'hub'])
 @pytest.mark.parametrize('make', [lambda path: greenaio.File(path, os.O_RDONLY),
                                   lambda path: greenaio.open(path, 'rb', 0),
