@@ -10,8 +10,8 @@ from setuptools.errors import CompileError
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
-NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.engine', '_core.threads', '_core.memory',
-         '_core.hub', '_files.route', '_files.calls', '_files.file']
+NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.tally', '_core.engine',
+         '_core.threads', '_core.hub', '_files.route', '_files.calls', '_files.file']
 
 
 class BuildAndCopy(build_ext):

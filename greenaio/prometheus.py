@@ -16,28 +16,11 @@ from prometheus_client.registry import REGISTRY, CollectorRegistry
 from prometheus_client.registry import Collector as _Collector
 
 import greenaio
+from greenaio._core.counters import COUNTERS
 
 __all__ = ['Collector']
 
-# Fields of `greenaio.stats()`: what they are called here, and what they are.
-GAUGES = {
-    'hubs': ('greenaio_hubs', 'Hubs that do I/O.'),
-    'in_flight': ('greenaio_requests_in_flight', 'Requests that the kernel has.'),
-    'pending': ('greenaio_requests_pending', 'Requests that wait for a batch, or for room in the queues.'),
-    'with_threads': ('greenaio_requests_with_threads', 'System calls that threads have or are to have.'),
-    'blocked': ('greenaio_hubs_blocked', 'Hubs whose native AIO context is full.'),
-    'waiting': ('greenaio_greenlets_waiting', 'Greenlets that wait for a request.'),
-}
-COUNTERS = {
-    'submitted': ('greenaio_requests_submitted', 'Requests that the kernel took.'),
-    'completed': ('greenaio_requests_completed', 'Requests that the kernel has answered.'),
-    'batches': ('greenaio_batches_submitted', 'Calls of io_submit that took any.'),
-    'in_line': ('greenaio_operations_in_line', 'Operations that were over at once: cached, or in memory.'),
-    'by_thread': ('greenaio_requests_by_thread', 'System calls that threads made.'),
-    'abandoned': ('greenaio_requests_abandoned', 'Requests whose greenlet was killed or timed out.'),
-    'slow_submits': ('greenaio_slow_submits', 'Calls of io_submit that held their hub.'),
-    'demoted': ('greenaio_files_demoted', 'Files that were sent to threads for a while because of that.'),
-}
+FAMILIES = {'gauge': GaugeMetricFamily, 'counter': CounterMetricFamily}
 DURATION = 'greenaio_request_duration_seconds'
 
 
@@ -54,19 +37,16 @@ class Collector(_Collector):
 
     def describe(self) -> Iterator[Metric]:
         """Yield each metric without a value; for the registry, which wants to know their names."""
-        for name, text in GAUGES.values():
-            yield GaugeMetricFamily(name, text)
-        for name, text in COUNTERS.values():
-            yield CounterMetricFamily(name, text)
+        for counter in COUNTERS:
+            yield FAMILIES[counter.kind](f'greenaio_{counter.metric}', counter.help)
         yield _durations()
 
     def collect(self) -> Iterator[Metric]:
         """Yield each metric as it is now. From any thread; waits for nothing."""
         stats: Any = greenaio.stats()
-        for field, (name, text) in GAUGES.items():
-            yield GaugeMetricFamily(name, text, getattr(stats, field))
-        for field, (name, text) in COUNTERS.items():
-            yield CounterMetricFamily(name, text, getattr(stats, field))
+        for counter in COUNTERS:
+            family = FAMILIES[counter.kind]
+            yield family(f'greenaio_{counter.metric}', counter.help, getattr(stats, counter.name))
         durations = _durations()
         for labels, latency in stats.latency.items():
             buckets = [(str(bound), float(count)) for bound, count in latency.buckets]

@@ -259,10 +259,10 @@ def test_pipe_waits_in_the_loop_both_ways():
 
     job = gevent.spawn(drain)
     gevent.sleep(0.01)                      # it waits, and the hub does not
-    lent = _hub.get_driver().engine.lent_total
+    lent = _hub.get_driver().engine.by_thread
     assert greenaio.os.write(writer, data) == len(data)
     assert job.get(timeout=10) == data
-    assert _hub.get_driver().engine.lent_total == lent
+    assert _hub.get_driver().engine.by_thread == lent
     os.close(writer)
     assert greenaio.os.read(reader, 10) == b''
     os.close(reader)
@@ -290,15 +290,15 @@ def test_close_of_a_written_file_is_left_to_a_thread(disk_folder):
     path = os.path.join(disk_folder, 'written')
     file = File(path, os.O_WRONLY | os.O_CREAT)
     file.pwrite(b'x', 0)
-    fd, before = file.fileno(), engine.lent_total
+    fd, before = file.fileno(), engine.by_thread
     file.close()
-    assert engine.lent_total == before + 1
+    assert engine.by_thread == before + 1
     with pytest.raises(OSError):
         os.fstat(fd)
     fd = os.open(path, os.O_RDONLY)
-    before = engine.lent_total
+    before = engine.by_thread
     greenaio.os.close(fd)
-    assert engine.lent_total == before
+    assert engine.by_thread == before
     fd = os.open(path, os.O_WRONLY)
     gevent.get_hub().loop.run_callback(greenaio.os.close, fd)
     gevent.sleep(0.01)
@@ -334,12 +334,12 @@ def test_close_that_had_to_wait_for_others_takes_a_thread_too(disk_folder):
     """The last of them lets go of the number in the hub, as a rule."""
     engine = _hub.get_driver().engine
     file = File(os.path.join(disk_folder, 'written'), os.O_RDWR | os.O_CREAT)
-    fd, before = file.fileno(), engine.lent_total
+    fd, before = file.fileno(), engine.by_thread
     with using(fd):
         file.close()
         os.fstat(fd)
-        assert engine.lent_total == before
-    assert engine.lent_total == before + 1
+        assert engine.by_thread == before
+    assert engine.by_thread == before + 1
     assert _handle.is_closing(fd)
     with gevent.Timeout(10):
         while _handle.is_closing(fd):
@@ -397,9 +397,9 @@ def test_close_of_a_file_without_a_name_is_left_to_a_thread(folder, kind, close)
         os.close(fd)
         pytest.skip('io takes no O_PATH')
     engine = _hub.get_driver().engine
-    before = engine.lent_total
+    before = engine.by_thread
     close(fd)
-    assert engine.lent_total == before + 1
+    assert engine.by_thread == before + 1
     with pytest.raises(OSError):
         os.fstat(fd)
 
@@ -414,7 +414,7 @@ def test_close_that_is_the_first_call_of_its_hub_is_left_to_a_thread(disk_folder
         os.unlink(path)
         gevent.get_hub()
         file.close()
-        assert greenaio._core.hub.get_driver().engine.lent_total == 1
+        assert greenaio._core.hub.get_driver().engine.by_thread == 1
     ''', disk_folder)
 
 
@@ -424,9 +424,9 @@ def test_close_of_a_small_file_in_memory_without_a_name_takes_no_thread():
     os.unlink(path)
     os.write(fd, b'spooled')
     engine = _hub.get_driver().engine
-    before = engine.lent_total
+    before = engine.by_thread
     greenaio.os.close(fd)
-    assert engine.lent_total == before
+    assert engine.by_thread == before
 
 
 def test_close_in_the_hub_of_a_file_without_a_name_is_the_plain_one(disk_folder):
@@ -443,11 +443,11 @@ def test_close_in_the_hub_of_a_file_without_a_name_is_the_plain_one(disk_folder)
 def test_finalizer_leaves_the_close_of_a_file_without_a_name_to_a_thread(disk_folder, make):
     file = make(without_a_name(disk_folder, 'unlinked'))
     fd, engine = file.fileno(), _hub.get_driver().engine
-    before = engine.lent_total
+    before = engine.by_thread
     with pytest.warns(ResourceWarning):
         del file
         gc.collect()
-    assert engine.lent_total == before + 1
+    assert engine.by_thread == before + 1
     with gevent.Timeout(10):
         while _handle.is_closing(fd):
             gevent.sleep(0.001)
@@ -489,7 +489,7 @@ def test_cached_path_is_opened_and_asked_about_without_a_thread(folder):
     os.symlink('cached', path + '-link')
     time.sleep(0.05)                    # or its access time is due each time, in this tick of the clock
     os.stat(path), os.stat(path + '-link'), os.lstat(path + '-link'), os.path.exists(path + '-not')
-    before = engine.lent_total
+    before = engine.by_thread
     for name in (path, path + '-link', os.fsencode(path)):
         fd = greenaio.os.open(name, os.O_RDONLY)
         assert os.read(fd, 10) == b'here'
@@ -505,7 +505,7 @@ def test_cached_path_is_opened_and_asked_about_without_a_thread(folder):
             call()
         assert caught.value.filename == path + '-not'
     # tmpfs remembers nothing that is not there
-    assert engine.lent_total == before + (1 if folder.startswith('/dev/shm') else 0)
+    assert engine.by_thread == before + (1 if folder.startswith('/dev/shm') else 0)
     with pytest.raises(OSError, match='symbolic links') as caught:
         greenaio.os.open(path + '-link', os.O_RDONLY | os.O_NOFOLLOW)
     assert caught.value.errno == errno.ELOOP
@@ -545,10 +545,10 @@ def test_large_file_in_memory_is_truncated_in_a_thread():
     with tempfile.TemporaryFile(dir='/dev/shm') as file:
         for size, threads in ((MIB, 1), (4096, 0)):
             file.truncate(size)
-            before = engine.lent_total
+            before = engine.by_thread
             greenaio.os.ftruncate(file.fileno(), 0)
             assert os.fstat(file.fileno()).st_size == 0
-            assert engine.lent_total == before + threads
+            assert engine.by_thread == before + threads
 
 
 def test_block_device_is_closed_in_a_thread(disk_folder):
@@ -562,8 +562,8 @@ def test_block_device_is_closed_in_a_thread(disk_folder):
     try:
         engine = _hub.get_driver().engine
         fd = greenaio.os.open(loop, os.O_RDONLY)
-        before = engine.lent_total
+        before = engine.by_thread
         greenaio.os.close(fd)
-        assert engine.lent_total == before + 1
+        assert engine.by_thread == before + 1
     finally:
         run('losetup', '-d', loop)

@@ -235,7 +235,7 @@ def test_greenlet_stays_parked_while_its_read_goes_from_way_to_way(kernel, answe
 def test_read_whose_greenlet_was_killed_goes_no_other_way(kernel):
     context, name = kernel
     memory = aligned_buffer(32768)
-    lent = _hub.get_driver().engine.lent_total
+    lent = _hub.get_driver().engine.by_thread
     file = File(name, os.O_RDONLY | os.O_DIRECT)
     reading = gevent.spawn(file.preadv, [memory], 0)
     gevent.sleep(0.01)
@@ -243,7 +243,7 @@ def test_read_whose_greenlet_was_killed_goes_no_other_way(kernel):
     answer(context, name, -errno.EAGAIN, writing=False)
     gevent.sleep(0.01)
     file.close()
-    assert _hub.get_driver().engine.lent_total == lent
+    assert _hub.get_driver().engine.by_thread == lent
     assert bytes(memory) == bytes(32768)
 
 

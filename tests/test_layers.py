@@ -11,7 +11,8 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 # modules of the rows above. `face` is the package itself: what users import.
 ORDER = {
     'settings': '_config',
-    '_core': 'abi fork bell handle context memory ends describe uninterrupted engine threads hub',
+    '_core': 'abi fork bell handle context memory ends describe uninterrupted '
+             'counters tally engine threads hub',
     '_files': 'sharing portable sleeper route sectors calls turn file extension position '
               'streams zones semaphore',
     '_operate': 'stats blocked',

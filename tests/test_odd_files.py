@@ -67,7 +67,7 @@ def let_the_hub_run():
 @pytest.mark.parametrize('path', ['/proc/self/stat', '/proc/thread-self/status', '/proc/meminfo',
                                   '/proc/uptime'])
 def test_file_of_proc_that_answers_at_once_is_read_in_the_hub(engine, path):
-    before = engine.lent_total
+    before = engine.by_thread
     with opened(path) as fd:
         assert len(greenaio.os.read(fd, 4096)) > 10
         assert len(greenaio.os.pread(fd, 4096, 0)) > 10
@@ -79,7 +79,7 @@ def test_file_of_proc_that_answers_at_once_is_read_in_the_hub(engine, path):
         raw = greenaio.open(fd, 'rb', 0, closefd=False)
         assert len(raw.read(4096)) > 10
         raw.close()
-    assert engine.lent_total == before
+    assert engine.by_thread == before
 
 
 @pytest.mark.parametrize('path', ['/proc/self/cmdline', '/proc/self/smaps', '/proc/sys/kernel/hostname',
@@ -93,9 +93,9 @@ def test_file_that_the_kernel_makes_up_is_read_by_one_call_in_a_thread(engine, p
                      lambda: buffer[:greenaio.os.preadv(fd, [buffer], 0)],
                      lambda: File.from_fd(fd).pread(1 << 16, 0)):
             os.lseek(fd, 0, os.SEEK_SET)
-            before = engine.lent_total
+            before = engine.by_thread
             assert read()[:5] == os.pread(fd, 1 << 16, 0)[:5]
-            assert engine.lent_total == before + 1
+            assert engine.by_thread == before + 1
 
 
 def test_whole_file_of_proc_reads_as_plain():
@@ -119,10 +119,10 @@ def test_file_of_the_calling_thread_is_the_callers():
 def test_file_of_proc_that_has_a_position_but_no_pwrite_is_written(engine, write):
     with opened('/proc/self/comm', os.O_RDWR) as fd:
         name = os.read(fd, 100)
-        before = engine.lent_total
+        before = engine.by_thread
         try:
             assert write(fd, b'renamed') == 7
-            assert engine.lent_total > before
+            assert engine.by_thread > before
             assert os.pread(fd, 100, 0) == b'renamed\n'
         finally:
             os.write(fd, name.strip())
@@ -131,13 +131,13 @@ def test_file_of_proc_that_has_a_position_but_no_pwrite_is_written(engine, write
 def test_write_into_proc_takes_a_thread(engine):
     with opened('/proc/self/oom_score_adj', os.O_RDWR) as fd:
         value = os.read(fd, 100)
-        before = engine.lent_total
+        before = engine.by_thread
         os.lseek(fd, 0, os.SEEK_SET)
         assert greenaio.os.write(fd, value) == len(value)
-        assert engine.lent_total == before + 1
-        before = engine.lent_total
+        assert engine.by_thread == before + 1
+        before = engine.by_thread
         greenaio.os.close(os.dup(fd))   # some take effect only then, as set_ftrace_filter
-        assert engine.lent_total == before + 1
+        assert engine.by_thread == before + 1
 
 
 def test_read_of_the_mounts_leaves_the_news_of_a_change_to_the_reader(tmp_path):
@@ -327,9 +327,9 @@ def readv_into(fd):
 
 
 def test_file_without_a_position_is_read_as_by_os(stream, engine):
-    before = engine.lent_total
+    before = engine.by_thread
     assert read_all(stream, lambda fd: greenaio.os.read(fd, 5000)) == DATA
-    assert engine.lent_total > before
+    assert engine.by_thread > before
     assert read_all(stream, readv_into) == DATA
     for args in (('rb',), ('rb', 0), ('r',), ('r+b', 0)):
         with greenaio.open(stream, *args) as file:
@@ -406,14 +406,14 @@ def test_part_of_a_file_in_memory_that_is_swapped_out_takes_a_thread(swapped, en
                     'read': lambda: greenaio.os.read(fd, 1 << 16),
                     'file object': lambda: raw.readinto(memory)}[way]()
 
-        began = engine.lent_total
+        began = engine.by_thread
         parts = range(0, 24 << 20, 1 << 20)
         for at in parts:
             use(at)
-        assert len(parts) // 4 < engine.lent_total - began
-        last = engine.lent_total
+        assert len(parts) // 4 < engine.by_thread - began
+        last = engine.by_thread
         use(parts[-1])                  # it is in memory now
-        assert engine.lent_total == last
+        assert engine.by_thread == last
 
 
 def test_file_in_memory_takes_no_thread_where_no_swap_is_used(folder, engine):
@@ -423,10 +423,10 @@ def test_file_in_memory_takes_no_thread_where_no_swap_is_used(folder, engine):
         if any(int(line.split()[3]) for line in swaps.readlines()[1:]):
             pytest.skip('swap is in use')
     with File(f'{folder}/file', os.O_RDWR | os.O_CREAT) as file:
-        before = engine.lent_total
+        before = engine.by_thread
         file.pwrite(bytes(1 << 16), 0)
         assert file.pread(1 << 16, 0) == bytes(1 << 16)
-        assert engine.lent_total == before
+        assert engine.by_thread == before
 
 
 # RWF_NOWAIT --------------------------------------------------------------------------------------
@@ -547,12 +547,12 @@ def test_device_that_epoll_refuses_is_asked_in_a_thread(engine):
     if not os.access('/dev/cpu_dma_latency', os.R_OK):
         pytest.skip('needs /dev/cpu_dma_latency')
     with opened('/dev/cpu_dma_latency', os.O_RDWR) as fd:
-        before = engine.lent_total
+        before = engine.by_thread
         assert len(greenaio.os.read(fd, 4)) == 4
         assert greenaio.os.readv(fd, [bytearray(4)]) == 0      # its number has been read
         assert greenaio.os.write(fd, bytes(4)) == 4
         assert greenaio.os.writev(fd, [bytes(4)]) == 4
-        assert engine.lent_total == before + 4
+        assert engine.by_thread == before + 4
 
 
 @pytest.mark.parametrize('path, threads', [
@@ -561,9 +561,9 @@ def test_seek_of_a_file_whose_read_may_wait_is_left_to_a_thread(path, threads):
     """A read that was timed out goes on, and has the lock that the seek takes, too."""
     with greenaio.open(path, 'rb', 0) as file:
         expected = file.read(10)
-        before = _hub.tally().lent_total
+        before = _hub.tally().by_thread
         assert file.seek(0) == 0
-        assert _hub.tally().lent_total - before == threads
+        assert _hub.tally().by_thread - before == threads
         assert file.seek(2, os.SEEK_CUR) == 2
         assert path == '/proc/self/stat' or file.read(8) == expected[2:]
 

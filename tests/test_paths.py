@@ -580,14 +580,14 @@ def test_scanner_that_answers_late_holds_the_hub_once(disk_folder, mask):
 
         def use():
             """How many calls went to threads."""
-            before = engine.lent_total
+            before = engine.by_thread
             fd = greenaio.os.open(path, os.O_RDONLY)
             if mask == FAN_OPEN_PERM:
-                lent = engine.lent_total - before
+                lent = engine.by_thread - before
             else:
-                before = engine.lent_total
+                before = engine.by_thread
                 assert greenaio.os.pread(fd, 4096, 0) == b'x' * 4096
-                lent = engine.lent_total - before
+                lent = engine.by_thread - before
             os.close(fd)
             return lent
 

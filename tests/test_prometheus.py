@@ -18,7 +18,8 @@ prometheus_client = pytest.importorskip('prometheus_client')
 parser = pytest.importorskip('prometheus_client.parser')
 requests = pytest.importorskip('requests')
 
-from greenaio.prometheus import COUNTERS, GAUGES, Collector  # noqa: E402
+from greenaio._core.counters import COUNTERS  # noqa: E402
+from greenaio.prometheus import Collector  # noqa: E402
 
 has_stats = pytest.mark.skipif(importlib.util.find_spec('greenaio._operate.stats') is None,
                                reason='greenaio.stats is not there yet')
@@ -34,8 +35,7 @@ def latency(count):
 @pytest.fixture
 def told(monkeypatch):
     """`greenaio.stats()` says this: each number is another."""
-    names = [*GAUGES, *COUNTERS]
-    stats = SimpleNamespace(**{name: 100 + i for i, name in enumerate(names)},
+    stats = SimpleNamespace(**{counter.name: 100 + i for i, counter in enumerate(COUNTERS)},
                             latency={labels: latency(2 * i) for i, labels in enumerate(WAYS)})
     monkeypatch.setattr(greenaio, 'stats', lambda: stats, raising=False)
     return stats
@@ -60,10 +60,9 @@ def registry(told):
 
 def test_every_number_is_told_under_a_name_of_its_own(registry, told):
     found = scrape(registry)
-    for field, (name, _) in GAUGES.items():
-        assert found[name,] == getattr(told, field)
-    for field, (name, _) in COUNTERS.items():
-        assert found[f'{name}_total',] == getattr(told, field)
+    for counter in COUNTERS:
+        suffix = '_total' if counter.kind == 'counter' else ''
+        assert found[f'greenaio_{counter.metric}{suffix}',] == getattr(told, counter.name)
 
 
 def test_latency_is_a_histogram_per_way_and_direction(registry, told):

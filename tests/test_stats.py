@@ -20,10 +20,12 @@ import greenaio
 from greenaio import File, aligned_buffer, config, events, monkey
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
-from greenaio._core.engine import Engine, Request, bounds_of
+from greenaio._core.counters import COUNTERS
+from greenaio._core.engine import Engine, Request
+from greenaio._core.tally import Tally, bounds_of
 from tests.support.disks import MIB, pattern
 from tests.support.kernel import ScriptedContext
-from tests.support.processes import run_python
+from tests.support.processes import ROOT, run_python
 
 READS = 'aio', 'read'
 
@@ -47,6 +49,22 @@ def told():
     subscribers.append(subscriber)
     yield found
     subscribers.remove(subscriber)
+
+
+# The table of counters -----------------------------------------------------------------------------
+
+def test_each_counter_is_a_field_of_stats_and_of_the_documentation():
+    fields = [field.name for field in dataclasses.fields(greenaio.stats())]
+    assert [counter.name for counter in COUNTERS] == fields[:-1]
+    rows = [f'| `{counter.name}` | {counter.help} |' for counter in COUNTERS]
+    assert '\n'.join(rows) in (ROOT / 'docs' / 'observing.md').read_text()
+
+
+def test_each_counter_of_an_engine_is_added_up():
+    kinds = {counter.name: counter.kind for counter in COUNTERS}
+    counted = [name for name in kinds if hasattr(Tally(), name)]
+    assert {kinds[name] for name in counted} == {'counter'}
+    assert set(kinds) - set(counted) == {'demoted'} | {name for name in kinds if kinds[name] == 'gauge'}
 
 
 # Counting ------------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def test_flush_that_is_killed_leaves_no_write_that_lands_after_a_later_one(held_
         file.write(b'0' * 131_072)
         file.flush()
         engine = _hub.get_driver().engine
-        before = engine.submitted, engine.lent_total
+        before = engine.submitted, engine.by_thread
         held_disk.hold()
         file.seek(0)
         file.write(b'1' * 131_072)
@@ -471,7 +471,7 @@ def test_flush_that_is_killed_leaves_no_write_that_lands_after_a_later_one(held_
             killed.kill()
         held_disk.release()
         file.flush()
-        assert engine.submitted + engine.lent_total == sum(before) + 2
+        assert engine.submitted + engine.by_thread == sum(before) + 2
         file.seek(0)
         file.write(b'2' * 131_072)
     assert pathlib.Path(held_disk.file).read_bytes()[:262_144] == b'2' * 131_072 + b'1' * 131_072

@@ -76,7 +76,7 @@ def test_page_cache_hit_never_switches(data_file, engine):
     gevent.sleep(0.01)
     calls = (lambda: greenaio.os.pread(fd, 5000, 777), lambda: file.pread(5000, 777),
              lambda: file.preadv(buffers, 4000))
-    lent, rounds = engine.lent_total, []
+    lent, rounds = engine.by_thread, []
     for _ in range(20):             # a slow machine ends a bounded run by time now and then
         gevent.sleep(0.001)
         switches = []
@@ -90,7 +90,7 @@ def test_page_cache_hit_never_switches(data_file, engine):
         assert b''.join(buffers) == pattern(MIB)[4000:9100]
         rounds.append(len(switches))
     assert rounds.count(0) > 10
-    assert engine.lent_total == lent
+    assert engine.by_thread == lent
     file.close()
     os.close(fd)
 
@@ -117,9 +117,9 @@ def test_miss_takes_a_thread_of_its_device(cold_file, engine):
     for offset in range(0, MIB, 16384):         # a quick disk may have filled the page before we look again
         for _ in range(2):
             _threads.forgive()      # a read that lost the processor sends the next one to a thread
-            before = engine.lent_total
+            before = engine.by_thread
             assert greenaio.os.pread(fd, 4096, offset) == pattern(MIB)[offset:offset + 4096]
-            lent.append(engine.lent_total - before)
+            lent.append(engine.by_thread - before)
     assert set(lent[::2]) <= {0, 1}
     assert sum(lent[::2]) > 0
     assert set(lent[1::2]) == {0}               # it is in the cache now
@@ -131,30 +131,30 @@ def test_part_that_was_there_is_kept(cold_file, engine, count):
     fd, forget = cold_file
     n = 65536
     os.pread(fd, n // 2, 0)
-    before = engine.lent_total
+    before = engine.by_thread
     if count == 1:
         assert greenaio.os.pread(fd, n, 0) == pattern(MIB)[:n]
     else:
         buffers = [bytearray(n // 4), bytearray(n // 4 + 999), bytearray(n // 2 - 999)]
         assert greenaio.os.preadv(fd, buffers, 0) == n
         assert b''.join(buffers) == pattern(MIB)[:n]
-    assert engine.lent_total <= before + 1          # none, where read-ahead was quick
+    assert engine.by_thread <= before + 1          # none, where read-ahead was quick
 
 
 def test_end_of_the_file_needs_no_thread(cold_file, engine):
     fd, _ = cold_file
     os.pread(fd, MIB, 0)
-    before = engine.lent_total
+    before = engine.by_thread
     assert greenaio.os.pread(fd, 4096, MIB - 100) == pattern(MIB)[-100:]
     assert greenaio.os.pread(fd, 4096, MIB) == b''
-    assert engine.lent_total == before
+    assert engine.by_thread == before
 
 
 def test_large_read_is_copied_by_a_thread(data_file, engine):
     with File(data_file) as file:
-        before = engine.lent_total
+        before = engine.by_thread
         assert file.pread(MIB, 0) == pattern(MIB)
-    assert engine.lent_total == before + 1
+    assert engine.by_thread == before + 1
 
 
 ONE_THREAD = '''
@@ -417,17 +417,17 @@ def test_write_beyond_the_end_and_append_keep_their_order(disk_folder, engine):
     path = os.path.join(disk_folder, 'log')
     with File(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT) as file:
         block = greenaio.aligned_buffer(4096)
-        before = engine.lent_total
+        before = engine.by_thread
         for i in range(16):
             block[:] = bytes([i]) * 4096
             assert file.pwrite(block, i * 4096) == 4096         # longer by a block each: by a thread
-        assert engine.lent_total - before == 16
+        assert engine.by_thread - before == 16
         file.fsync()
-        before = engine.lent_total
+        before = engine.by_thread
         for i in range(15, -1, -1):
             block[:] = bytes([i + 100]) * 4096
             assert file.pwrite(block, i * 4096) == 4096         # over what is there: native AIO
-        assert engine.lent_total - before <= 8
+        assert engine.by_thread - before <= 8
         assert file.pread(65536, 0) == b''.join(bytes([i + 100]) * 4096 for i in range(16))
 
 
@@ -437,9 +437,9 @@ def test_dirty_pages_under_a_direct_read_are_left_to_a_thread(disk_folder, engin
         file.write(pattern(MIB))
         file.flush()
         with File(path, os.O_RDONLY | os.O_DIRECT) as direct:
-            before = engine.lent_total
+            before = engine.by_thread
             assert direct.pread(MIB, 0) == pattern(MIB)
-            assert engine.lent_total > before
+            assert engine.by_thread > before
 
 
 @pytest.mark.parametrize('code', ['EBADF', 'EISDIR', 'ESPIPE'])
@@ -517,9 +517,9 @@ def test_half_of_the_answers_must_be_refusals_before_it_stops_asking():
 
 def test_fsync_of_a_folder_takes_a_thread(disk_folder, engine):
     fd = os.open(disk_folder, os.O_RDONLY | os.O_DIRECTORY)
-    before = engine.lent_total
+    before = engine.by_thread
     greenaio.os.fsync(fd)
     with File(disk_folder, os.O_RDONLY | os.O_DIRECTORY) as file:
         file.fdatasync()
-    assert engine.lent_total - before >= 2
+    assert engine.by_thread - before >= 2
     os.close(fd)

@@ -486,7 +486,7 @@ class _Examination:
         from greenaio._core.hub import get_driver
 
         engine = get_driver().engine
-        return engine.submitted, engine.lent_total
+        return engine.submitted, engine.by_thread
 
     def _observe_habit(self, step: str, call: Callable[[], object], wanted: str) -> str:
         """What it comes to: the kernel refuses now and then, and a file system that always does is not asked

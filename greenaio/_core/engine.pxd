@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.context cimport Context
 from greenaio._core.handle cimport Handle
+from greenaio._core.tally cimport Tally
 
 cdef extern from "<sys/uio.h>":
     struct iovec:
@@ -15,22 +16,6 @@ cdef enum:
 cdef enum:
     RWF_NOWAIT = 8
     RWF_APPEND = 16
-
-cdef enum:
-    BY_AIO = 0      # ways that a request can take ...
-    BY_THREAD = 1
-    WAYS = 2
-    READ = 0        # ... and what it is, as far as they are told apart in statistics
-    WRITE = 1
-    SYNC = 2
-    OTHER = 3
-    DIRECTIONS = 4
-    BUCKETS = 288   # of 1/8 of a power of two: up to 2 ** 38 ns, 4.6 minutes
-
-cdef struct histogram:              # of how long requests took, from the first offer to the kernel or a thread
-    uint64_t total                  # ns
-    uint64_t longest                # ns
-    uint64_t counts[BUCKETS]
 
 cpdef enum State:
     NEW
@@ -110,18 +95,6 @@ cdef class Share:
     cdef readonly int admitted          # of them pending or in flight
     cdef readonly RequestList held      # the rest, first in, first out
 
-cdef class Tally:
-    cdef readonly uint64_t submitted    # requests that io_submit took
-    cdef readonly uint64_t completed
-    cdef readonly uint64_t batches
-    cdef readonly uint64_t lent_total   # what went to threads
-    cdef readonly uint64_t in_line      # operations that were over by the time that they were asked for
-    cdef readonly uint64_t abandoned    # whose greenlets went without their result
-    cdef readonly uint64_t slow_submits
-    cdef histogram *_took[WAYS][DIRECTIONS]     # each made when it is first needed; NULL until then
-
-    cdef histogram *_histogram(self, int way, int direction) noexcept
-
 cdef class Engine(Tally):
     cdef readonly Context context
     cdef readonly RequestList pending
@@ -147,7 +120,7 @@ cdef class Engine(Tally):
     cdef readonly uint64_t culprit_ns   # how long it took
 
     cdef void reaps(self) noexcept
-    cdef void _count(self, Request request, int way, int64_t result) noexcept
+    cdef void _time(self, Request request, int way, int64_t result) noexcept
     cdef void _taken(self, Request request) noexcept
     cdef int _close_numbers(self) except -1
     cdef void _finish(self, Request request, int64_t result) noexcept

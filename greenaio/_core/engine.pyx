@@ -46,7 +46,7 @@ from cpython.buffer cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.stdint cimport uintptr_t
 from posix.unistd cimport close
 
@@ -54,6 +54,7 @@ from greenaio._core.context cimport (
     BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, times_waited,
 )
 from greenaio._core.handle cimport Handle, take
+from greenaio._core.tally cimport BY_AIO, BY_THREAD, OTHER, READ, SYNC, WRITE, Tally, count_time
 
 cdef enum:
     STALL_NS = 20000000 # io_submit took that long: it waited for a disk, or for the processor
@@ -114,7 +115,6 @@ cdef extern from *:
     void c_close_path_fd "close_path_fd"(int fd) noexcept nogil
     void close_elsewhere(int fd)
     int open_both_ends(int fd)
-    int __builtin_clzll(unsigned long long)
     const int ECANCELED
 
 cdef int _meetings = 0                  # FIFOs of which both ends were opened by `Request.meet` ...
@@ -134,23 +134,6 @@ cdef int meetings() noexcept:
 cdef int meetings_under_way() noexcept:
     """How many of those are open still."""
     return _under_way
-
-
-cdef inline int bucket_of(uint64_t ns) noexcept:
-    """Eight to each power of two, so a sixteenth is as far off as any can be."""
-    cdef int octave, index
-    if ns < 16:
-        return <int>ns
-    octave = 63 - __builtin_clzll(ns)
-    index = ((octave - 2) << 3) + <int>(ns >> (octave - 3) & 7)
-    return index if index < BUCKETS else BUCKETS - 1
-
-
-def bounds_of(bucket):
-    """The first number of ns that belongs to *bucket* of a histogram, and the first that no longer does."""
-    if bucket < 8:
-        return bucket, bucket + 1
-    return (8 + bucket % 8) << (bucket // 8 - 1), (9 + bucket % 8) << (bucket // 8 - 1)
 
 
 cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept:
@@ -468,56 +451,6 @@ cdef class Share:
         self.held = RequestList()
 
 
-cdef class Tally:
-    """What an engine has done. Those of several are added up by `add`."""
-
-    def __dealloc__(self):
-        cdef int way, direction
-        for way in range(WAYS):
-            for direction in range(DIRECTIONS):
-                free(self._took[way][direction])
-
-    cdef histogram *_histogram(self, int way, int direction) noexcept:
-        """Most hubs do two or three kinds of things, and some live briefly. NULL if there is no memory: then that is
-        not counted."""
-        if self._took[way][direction] == NULL:
-            self._took[way][direction] = <histogram *>calloc(1, sizeof(histogram))
-        return self._took[way][direction]
-
-    def add(self, Tally other not None):
-        """Count what *other* has done, too; return self."""
-        cdef int way, direction, i
-        cdef histogram *mine
-        cdef histogram *theirs
-        self.submitted += other.submitted
-        self.completed += other.completed
-        self.batches += other.batches
-        self.lent_total += other.lent_total
-        self.in_line += other.in_line
-        self.abandoned += other.abandoned
-        self.slow_submits += other.slow_submits
-        for way in range(WAYS):
-            for direction in range(DIRECTIONS):
-                theirs = other._took[way][direction]
-                mine = NULL if theirs == NULL else self._histogram(way, direction)
-                if mine == NULL:
-                    continue
-                mine.total += theirs.total
-                mine.longest = max(mine.longest, theirs.longest)
-                for i in range(BUCKETS):
-                    mine.counts[i] += theirs.counts[i]
-        return self
-
-    def latency(self, int way, int direction):
-        """How many requests took how long: by bucket, see `bounds_of`; the sum and the longest of all, in ns."""
-        if not (0 <= way < WAYS and 0 <= direction < DIRECTIONS):
-            raise IndexError((way, direction))
-        cdef histogram *took = self._took[way][direction]
-        if took == NULL:
-            return [0] * BUCKETS, 0, 0
-        return [took.counts[i] for i in range(BUCKETS)], took.total, took.longest
-
-
 cdef class Engine(Tally):
     """Pending, in flight, ready: what `Context` can take, in order, and what it gave back."""
 
@@ -582,7 +515,7 @@ cdef class Engine(Tally):
         """PENDING or IN_FLIGHT → DONE; or DECLINED, if it has another way."""
         if request._list == <void *>self.lent:
             self.lent.remove(request)
-            self._count(request, BY_THREAD, result)
+            self._time(request, BY_THREAD, result)
             self._end(request, result)
             return
         cdef bint declined = request.is_declined_by(result)
@@ -590,7 +523,7 @@ cdef class Engine(Tally):
             self.in_flight.remove(request)
             self.completed += 1
             if not declined:
-                self._count(request, BY_AIO, result)
+                self._time(request, BY_AIO, result)
         else:
             self._unqueue(request)
         if declined:
@@ -615,18 +548,10 @@ cdef class Engine(Tally):
         request.state = DONE
         self.ready.append(request)
 
-    cdef void _count(self, Request request, int way, int64_t result) noexcept:
-        cdef histogram *took
-        cdef uint64_t ns
-        # Not what a fork took away.
+    cdef void _time(self, Request request, int way, int64_t result) noexcept:
+        """Count how long *request* took, unless the kernel declined it or a fork took it away."""
         if self._reaped_ns > request.began > 0 and result != -EAGAIN:
-            took = self._histogram(way, request.direction)
-            if took == NULL:
-                return
-            ns = self._reaped_ns - request.began
-            took.total += ns
-            took.longest = max(took.longest, ns)
-            took.counts[bucket_of(ns)] += 1
+            count_time(self, way, request.direction, self._reaped_ns - request.began)
 
     cdef void _unqueue(self, Request request) noexcept:
         """Take a PENDING request out, of `pending` or of what its share holds."""
@@ -700,7 +625,7 @@ cdef class Engine(Tally):
         request.state = IN_FLIGHT
         request.began = self.context.now()
         self.lent.append(request)
-        self.lent_total += 1
+        self.by_thread += 1
 
     cdef void take_back(self, Request request) noexcept:
         """IN_FLIGHT → NEW: no thread had begun with it."""

@@ -28,9 +28,10 @@ from libc.errno cimport EAGAIN, EIO, ENOMEM
 
 from greenaio._core.context cimport BATCH_MAX, Context
 from greenaio._core.engine cimport (
-    CALL, DECLINED, DONE, IN_FLIGHT, NEW, Engine, Request, RequestList, State, Tally, new_request,
+    CALL, DECLINED, DONE, IN_FLIGHT, NEW, Engine, Request, RequestList, State, new_request,
 )
 from greenaio._core.fork cimport forked
+from greenaio._core.tally cimport Tally
 from greenaio._core.threads cimport Inbox, Pool, as_call, make_here, withdraw
 
 from greenaio._core import threads as _threads

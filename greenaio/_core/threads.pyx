@@ -28,7 +28,8 @@ from libc.stdlib cimport calloc, free
 from greenaio._core.context cimport (
     FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV, Context, monotonic_ns, signal_eventfd,
 )
-from greenaio._core.engine cimport CALL, READ, Engine, Request, iovec, new_request
+from greenaio._core.engine cimport CALL, Engine, Request, iovec, new_request
+from greenaio._core.tally cimport READ
 
 cdef extern from *:
     """

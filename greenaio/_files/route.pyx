@@ -31,8 +31,9 @@ from greenaio._core import threads as _threads
 from greenaio._core.bell import listen
 
 from greenaio._core.context cimport OWN_MIN, monotonic_ns
-from greenaio._core.engine cimport RWF_APPEND, RWF_NOWAIT, WRITE, Request, close_path_fd
+from greenaio._core.engine cimport RWF_APPEND, RWF_NOWAIT, Request, close_path_fd
 from greenaio._core.hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
+from greenaio._core.tally cimport WRITE
 from greenaio._core.threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
 
 cdef extern from *:

@@ -12,6 +12,7 @@ from time import monotonic_ns
 from types import MappingProxyType
 from typing import Any
 
+from greenaio._core.counters import COUNTERS
 from greenaio._core.describe import describe, path_of
 from greenaio._files import portable as _fallback
 from greenaio._files.extension import native
@@ -19,7 +20,7 @@ from greenaio._files.extension import native
 if native:
     from greenaio._core import hub as _hub
     from greenaio._core import threads as _threads
-    from greenaio._core.engine import bounds_of
+    from greenaio._core.tally import bounds_of
     from greenaio._files import route as _route
 
 __all__ = ['Latency', 'Stats', 'dump', 'stats']
@@ -49,23 +50,23 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The result of `stats`. The first are as they are at this moment, over all hubs; the others count from
-    the start of the process, or of its parent before the fork."""
+    """The result of `stats`. Gauges are as they are at this moment, over all hubs; counters count from the
+    start of the process, or of its parent before the fork."""
 
-    hubs: int                   #: that have done I/O and are not destroyed
-    in_flight: int              #: requests that the kernel has
-    with_threads: int           #: system calls that native threads have, or are to have
-    pending: int                #: requests still here: for a batch, or for room in the kernel or the device
-    blocked: int                #: hubs whose kernel context is full
-    waiting: int                #: greenlets parked
-    submitted: int              #: requests that the kernel took
-    completed: int              #: requests that the kernel has answered
-    batches: int                #: ``io_submit`` calls that took any
-    in_line: int                #: operations that were over at once: page cache hits, files in memory
-    by_thread: int              #: system calls made by native threads
-    abandoned: int              #: requests whose greenlet was killed or timed out
-    slow_submits: int           #: ``io_submit`` calls that held their hub for more than 20 ms
-    demoted: int                #: files sent to threads for a minute because of that
+    hubs: int
+    in_flight: int
+    with_threads: int
+    pending: int
+    blocked: int
+    waiting: int
+    submitted: int
+    completed: int
+    batches: int
+    in_line: int
+    by_thread: int
+    abandoned: int
+    slow_submits: int
+    demoted: int
     #: by (way, direction): ``'aio'`` or ``'thread'``; ``'read'``, ``'write'``, ``'sync'`` or ``'other'``
     latency: Mapping[tuple[str, str], Latency]
 
@@ -73,27 +74,31 @@ class Stats:
 def stats() -> Stats:
     """Return what all hubs of this process do and have done, as a frozen `Stats`. Takes well under a
     millisecond; from any thread."""
-    if not native:
+    numbers = dict.fromkeys((counter.name for counter in COUNTERS), 0)
+    if native:
+        tally = _hub.tally()
+        numbers |= {name: getattr(tally, name) for name in numbers if hasattr(tally, name)} | _gauges()
+        numbers['demoted'] = _route.demotions()
+    else:
         calls = len(_fallback.jobs())
-        return Stats(0, 0, calls, 0, 0, calls, 0, 0, 0, 0, _fallback.jobs_made(), 0, 0, 0, MappingProxyType(
-            {(way, direction): _latency([], 0, 0) for way in WAYS for direction in DIRECTIONS}))
+        numbers |= {'with_threads': calls, 'waiting': calls, 'by_thread': _fallback.jobs_made()}
+    return Stats(**numbers, latency=MappingProxyType({
+        (way, direction): _latency(*(tally.latency(i, j) if native else ([], 0, 0)))
+        for i, way in enumerate(WAYS) for j, direction in enumerate(DIRECTIONS)}))
+
+
+def _gauges() -> dict[str, int]:
     drivers = _hub.all_drivers()
     engines = [driver.engine for driver in drivers]
-    tally = _hub.tally()
-    return Stats(
-        hubs=len(drivers),
-        in_flight=sum(len(engine.in_flight) for engine in engines),
-        with_threads=sum(len(engine.lent) for engine in engines),
-        pending=sum(len(engine.pending) + sum(len(share.held) for share in list(engine.shares.values()))
-                    for engine in engines),
-        blocked=sum(engine.blocked for engine in engines),
-        waiting=sum(driver.waiting for driver in drivers),
-        submitted=tally.submitted, completed=tally.completed, batches=tally.batches, in_line=tally.in_line,
-        by_thread=tally.lent_total, abandoned=tally.abandoned, slow_submits=tally.slow_submits,
-        demoted=_route.demotions(),
-        latency=MappingProxyType({
-            (way, direction): _latency(*tally.latency(i, j))
-            for i, way in enumerate(WAYS) for j, direction in enumerate(DIRECTIONS)}))
+    return {
+        'hubs': len(drivers),
+        'in_flight': sum(len(engine.in_flight) for engine in engines),
+        'with_threads': sum(len(engine.lent) for engine in engines),
+        'pending': sum(len(engine.pending) + sum(len(share.held) for share in list(engine.shares.values()))
+                       for engine in engines),
+        'blocked': sum(engine.blocked for engine in engines),
+        'waiting': sum(driver.waiting for driver in drivers),
+    }
 
 
 def _latency(counts: list[int], total: int, longest: int) -> Latency:

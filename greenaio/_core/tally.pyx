@@ -1,0 +1,68 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Counters only grow, and each event is counted once: by the engine of the hub where it happened.
+
+An engine is a `Tally`, so that counting is one addition to a field of its own. The counters of a process are
+the sum of all its engines and of those whose hubs have ended; `Tally.add` makes that sum only when a program
+asks for it. `greenaio._core.counters` says what each counter means.
+"""
+
+from libc.stdlib cimport calloc, free
+
+
+def bounds_of(bucket):
+    """Return the first number of ns that belongs to *bucket* of a histogram, and the first beyond it."""
+    if bucket < 8:
+        return bucket, bucket + 1
+    return (8 + bucket % 8) << (bucket // 8 - 1), (9 + bucket % 8) << (bucket // 8 - 1)
+
+
+cdef class Tally:
+    """The counters and histograms of one engine, or of several that `add` has summed up."""
+
+    def __dealloc__(self):
+        cdef int way, direction
+        for way in range(WAYS):
+            for direction in range(DIRECTIONS):
+                free(self.took[way][direction])
+
+    cdef histogram *histogram_of(self, int way, int direction) noexcept:
+        """Return the histogram of *way* and *direction*, made if there is none; NULL if there is no memory."""
+        if self.took[way][direction] == NULL:
+            self.took[way][direction] = <histogram *>calloc(1, sizeof(histogram))
+        return self.took[way][direction]
+
+    def add(self, Tally other not None):
+        """Add the counters of *other*; return self."""
+        cdef int way, direction
+        self.submitted += other.submitted
+        self.completed += other.completed
+        self.batches += other.batches
+        self.in_line += other.in_line
+        self.by_thread += other.by_thread
+        self.abandoned += other.abandoned
+        self.slow_submits += other.slow_submits
+        for way in range(WAYS):
+            for direction in range(DIRECTIONS):
+                if other.took[way][direction] != NULL:
+                    add_times(self.histogram_of(way, direction), other.took[way][direction])
+        return self
+
+    def latency(self, int way, int direction):
+        """Return how many requests each bucket has (see `bounds_of`), and the sum and the longest of all times, in
+        ns."""
+        if not (0 <= way < WAYS and 0 <= direction < DIRECTIONS):
+            raise IndexError((way, direction))
+        cdef histogram *took = self.took[way][direction]
+        if took == NULL:
+            return [0] * BUCKETS, 0, 0
+        return [took.counts[i] for i in range(BUCKETS)], took.total, took.longest
+
+
+cdef void add_times(histogram *mine, histogram *theirs) noexcept:
+    cdef int i
+    if mine == NULL:
+        return
+    mine.total += theirs.total
+    mine.longest = max(mine.longest, theirs.longest)
+    for i in range(BUCKETS):
+        mine.counts[i] += theirs.counts[i]
