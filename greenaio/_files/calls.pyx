@@ -16,7 +16,7 @@ from greenlet import getcurrent
 cimport cython
 from cpython.number cimport PyIndex_Check
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, ESPIPE, errno as c_errno
+from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, EIO, ENXIO, errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close as close_fd, lseek as seek
@@ -529,15 +529,6 @@ def facts(fd):
     return known.mode, file_size(number), known.kind & ANSWER != 0
 
 
-cdef bint writes_at_position(int fd) except -1:
-    """Whether a file has a position, asked without the lock of it, which another process may have."""
-    try:
-        posix.pwritev(fd, [], 0)        # no byte: this calls nothing
-    except OSError as error:
-        return error.errno != ESPIPE
-    return True
-
-
 def initialize(object raw, int fd, str mode, bint is_shared=False):
     """``FileIO.__init__(raw, fd, mode, False)``, without a wait in the hub.
 
@@ -545,9 +536,9 @@ def initialize(object raw, int fd, str mode, bint is_shared=False):
     gets another file, which has a position if *fd* has one, and the number *fd* afterwards."""
     cdef raw_file *memory
     cdef bint appends = 'a' in mode
-    # The kernel knows that without the server.
-    cdef bint has_position = (not appends or _open_file(fd).kind & LOCKED != 0
-                              or (writes_at_position(fd) if is_shared else seek(fd, 0, SEEK_CUR) >= 0))
+    cdef bint has_position = not appends or _open_file(fd).kind & LOCKED != 0
+    if not has_position:                # the kernel knows that without the server
+        has_position = _fallback.has_position(fd, _fallback.WRITE) if is_shared else seek(fd, 0, SEEK_CUR) >= 0
     others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
     try:
         FileIO.__init__(raw, others[0], mode, False)
@@ -855,7 +846,7 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
                 source, known)
             if result != -EAGAIN:
                 break
-            _fallback.wait_for(target, 2)       # a non-blocking socket that is full, as gevent's are
+            _fallback.wait_for(target, _fallback.WRITE)     # a non-blocking socket that is full, as gevent's are
     if result < 0:
         raise failed(result, None)
     return result

@@ -881,7 +881,7 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
                 os.set_blocking(fd, True)
             if result != -EAGAIN:
                 return result
-            _fallback.wait_for(fd, 1)
+            _fallback.wait_for(fd, _fallback.READ)
             request = new_request(request.opcode, fd, request.offset, request.flags, 1)
             _pin(request, memory)
         return _by_thread(driver, request, known)

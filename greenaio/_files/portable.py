@@ -36,6 +36,7 @@ StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 THREADS = 10    # per hub, as gevent's own pool
 EXTENTS_MAX = 1024      # that `extents` tells at once
+READ, WRITE = 1, 2      # the events of both loops
 
 
 _warning: set[Any] = set()      # greenlets that report a file which was not closed
@@ -255,8 +256,19 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
         raise
 
 
+def has_position(fd: int, event: int) -> bool:
+    """Whether the file has a position that reads (READ) or writes (WRITE) move. Some files of FUSE and tracefs
+    have none, and writes to seq_files of the kernel, such as /proc/self/comm, move none. This does not need
+    the lock of the position, which another process may have."""
+    try:
+        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
+    except OSError as error:
+        return error.errno != errno.ESPIPE
+    return True
+
+
 def wait_for(fd: int, event: int) -> None:
-    """Wait in the loop until *fd*, one that epoll accepts, is readable (1) or writable (2)."""
+    """Wait in the loop until *fd*, one that epoll accepts, is readable (READ) or writable (WRITE)."""
     hub, forks = get_hub(), generation()
     if is_uninterrupted():
         raise BlockingSwitchOutError(REFUSED)
@@ -559,7 +571,7 @@ def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
             except BlockingIOError as error:
                 if was_thrown(error):
                     raise
-            wait_for(out_fd, 2)
+            wait_for(out_fd, WRITE)
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:

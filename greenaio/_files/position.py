@@ -40,14 +40,13 @@ from greenaio._core.ends import was_thrown
 from greenaio._core.handle import using
 from greenaio._files import sectors as alignment
 from greenaio._files.extension import File, Filling, _calls, _file
-from greenaio._files.portable import flat, wait_for
+from greenaio._files.portable import READ, WRITE, flat, has_position, wait_for
 from greenaio._files.sectors import Shielded
 from greenaio._files.sharing import is_ours, ours
 from greenaio._files.turn import turn_of, turns
 
 epoll = get_original('select', 'epoll')     # gevent takes it away
 
-READ, WRITE = 1, 2              # what both loops call them
 MEMORY = 1                      # the device number's major part of /dev/null, /dev/kmsg, /dev/random ...
 NEVER_WAIT = (3, 5, 7, 9)       # ... and the minor one of /dev/null, zero, full and urandom
 NO_POSITION = -1                # to preadv2 and pwritev2: read and write as read(2) and write(2) do
@@ -129,16 +128,6 @@ def is_busy(fd: int) -> bool:
     """Whether a greenlet is about to move the position of *fd*."""
     turn = turns.get(fd)
     return turn is not None and turn.owner is not None
-
-
-def has_position(fd: int, event: int) -> bool:
-    """Whether a file has a position, as far as one can tell without the lock of it: some of FUSE and tracefs
-    have none, and seq_files of the kernel's, such as /proc/self/comm, are written without one."""
-    try:
-        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
-    except OSError as error:
-        return error.errno != errno.ESPIPE
-    return True
 
 
 def _between_seeks(file: File, call: Callable[[int], Any]) -> Any:
