@@ -152,7 +152,7 @@ def main() -> int:
 
 
 def run() -> int:
-    """`main`, without a traceback for Ctrl-C, for a wrong setting, or for output that is full or closed."""
+    """Run `main`. Ctrl-C, a wrong setting, or output that is full or closed ends it without a traceback."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
     try:

@@ -253,7 +253,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def run() -> int:
-    """`main`, without a traceback for Ctrl-C, for a disk that fails, or for output that is full or closed."""
+    """Run `main`. Ctrl-C, a disk that fails, or output that is full or closed ends it without a traceback."""
     # KeyboardInterrupt would reach the hub or any greenlet, and gevent would print it.
     gevent.signal_handler(signal.SIGINT, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
     gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), SystemExit(143))

@@ -23,11 +23,15 @@ SUFFIXES = ('.py', '.pyx', '.pxd', '.pyi')
 PATTERNS = {
     r'(?i)\b(nobody|somebody|whoever|whatever)\b': 'name the noun: no greenlet, the caller, any file',
     r'(^|[.:;] )(What|Who)\b(?![^.]*\?)': 'begin with a noun: the request, the greenlet that',
+    r'(?<=[:;,] )what (is|was|were|has|had)\b': 'name the noun: the bytes that, the answers that',
+    r'\A(Which|How (many|much|often|long|large|fast))\b(?!.*---)': 'begin with a verb: Return the number of',
     r'\bwho\b': 'name the noun: the greenlet that, the caller that',
     r'\b(of|for|to|by|from|with|about|at|in|on) what\b': 'name the noun: of the bytes that',
     r'\bthat of\b|\bthose (of|that)\b': 'repeat the noun',
     r'(?i)\b(meanwhile|amidst|anew|whilst|thereby|hereby|lest)\b': 'write: during the call; again; so that',
     r'(?i)\bonce more\b': 'write: again',
+    r'\bby way of\b': 'write: through',
+    r'\bwhat is missing of\b': 'write: the rest of',
     r'(?i)\bas a rule\b': 'write: usually',
     r'\bin the place of\b': 'write: instead of',
     r'\bbut for\b': 'write: except for',
@@ -94,7 +98,8 @@ def findings(path: pathlib.Path) -> Iterator[tuple[int, str, str]]:
 
 def files() -> list[pathlib.Path]:
     code = [path for suffix in SUFFIXES for path in ROOT.glob(f'greenaio/**/*{suffix}')]
-    return sorted([*code, *ROOT.glob('docs/*.md'), ROOT / 'README.md', ROOT / 'CONTRIBUTING.rst'])
+    code += [*ROOT.glob('examples/*.py'), *ROOT.glob('tests/support/*.py')]
+    return sorted([*code, *ROOT.glob('docs/*.md'), *ROOT.glob('*.md'), *ROOT.glob('*.rst')])
 
 
 def allowed() -> dict[str, int]:

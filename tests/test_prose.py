@@ -17,6 +17,9 @@ def found(folder, name, text):
     ('"""Do.\n\nWhat is read goes on.\n"""\n', [(3, 'What')]),
     ('# One line,\n# and who reads\n', [(2, 'who')]),
     ('cdef extern from *:\n    """\n    /* those of\n       another */\n    """\n', [(3, 'those of')]),
+    ('"""Which files it has."""\n', [(1, 'Which')]),
+    ('# It waits; what was asked\n# has changed, by way of others\n', [(1, 'what was'), (2, 'by way of')]),
+    ('# Which way ------\n\n# It asks which way, and how often.\n', []),
     ("nobody = 'who' + \"what\"     # a user\n", []),
     ('# `nobody` is a user, and ``meanwhile`` a word\n', []),
 ])

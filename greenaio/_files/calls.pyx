@@ -964,7 +964,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
         pool = _pool_to_close(fd, handle is not None or may_wait)
     if pool is not None:
         slow = _new_slow_close(pool)
-    # From here on no other thread comes between: what was asked above may have changed by now.
+    # From here on no other thread comes between. The answers above may be out of date, so ask for the handle again.
     handle = handle_of(fd)
     if handle is not None or slow is not None:
         handle = _take_to_close(fd)

@@ -493,8 +493,8 @@ cdef object _pread_large(Driver driver, int fd, Known known, Py_ssize_t n, int64
 
 cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory, Py_ssize_t n, int64_t offset,
                          int64_t got, name) except -1:
-    """Read to *memory*, a part of *keep*, what is missing of *n* bytes, of which it has *got*. Return how many it has
-    then."""
+    """Read the rest of *n* bytes, of which *got* are there, to *memory*, a part of *keep*. Return how many bytes are
+    there now."""
     cdef int64_t more
     cdef Request request
     if known is None:
@@ -508,7 +508,7 @@ cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory,
         more = _pread_now(driver, fd, memory, n, offset)
     else:
         request = new_call(fd, keep, SYS_pread64, fd, <long>memory, n, offset)
-        request.offset, request.nbytes = offset, n      # for who asks what waits
+        request.offset, request.nbytes = offset, n      # shown by `dump`
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)

@@ -142,7 +142,7 @@ def jobs_made() -> int:
 def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
     """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
 
-    If the greenlet is killed meanwhile, a call that has begun goes on by itself. A negative *fd* is no file.
+    If the greenlet is killed during the call, the call goes on by itself. A negative *fd* is no file.
     """
     global _made
     pool = _pool()
@@ -231,7 +231,7 @@ def open_here(path: StrPath, flags: int, mode: int, *, io_mode: str | None = Non
 
 def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None,
          io_mode: str | None = None) -> int:
-    """As ``os.open``, in a native thread. If the greenlet is killed meanwhile, the fd is closed."""
+    """As ``os.open``, in a native thread. If the greenlet is killed during the call, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
     place = _Place(dir_fd)
@@ -257,9 +257,9 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
 
 def has_position(fd: int, event: int) -> bool:
-    """Whether the file has a position that reads (READ) or writes (WRITE) move. Some files of FUSE and tracefs
-    have none, and writes to seq_files of the kernel, such as /proc/self/comm, move none. This does not need
-    the lock of the position, which another process may have."""
+    """Whether the file has a position that reads (READ) or writes (WRITE) move. Some files of FUSE and
+    tracefs have none, and writes to seq_files of the kernel, such as /proc/self/comm, move none. This does
+    not need the lock of the position, which another process may have."""
     try:
         (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which open files only this process has, under one number: their position no other code moves.
+"""Know the open files that only this process has, under one number. No other code moves their position.
 
 The position belongs to the kernel's *open file description*. A description may have several numbers (`dup`)
 and several processes (fork, `Popen`, descriptors sent over a socket). Each read(2) holds the lock of the

@@ -66,9 +66,9 @@ their own, which are held for ever then, so a greenlet that wants the turn gets 
 never go on are taken out of the queue.
 
 A signal handler runs on top of a greenlet, which may be inside a turn, or may be waiting for one. A waiter
-below a handler that waits for something else is passed over until it is back. If the owner waits, perhaps by
-way of others, for a turn that the caller has, waiting would never end: `wait` raises RuntimeError, as `io`
-does for reentrant calls.
+below a handler that waits for something else is passed over until it is back. If the owner waits, directly or
+through other waiters, for a turn that the caller has, waiting would never end: `wait` raises RuntimeError,
+as `io` does for reentrant calls.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ class _Waiter:
 
     def waits_for_ever(self) -> bool:
         """Whether the owner waits for a turn that this greenlet has, or a greenlet whose thread this blocks,
-        perhaps by way of others."""
+        directly or through other waiters."""
         owner = self.turn.owner
         for _ in range(len(_waiters)):
             if not isinstance(owner, greenlet):

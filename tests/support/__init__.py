@@ -1,4 +1,4 @@
-"""What several tests need, by kind: the scripted kernel, disks, processes, a watchdog."""
+"""Helpers of several tests: the scripted kernel, disks, processes, a watchdog."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ IN_CI = bool(os.environ.get('CI'))
 
 
 def missing(reason):
-    """Skip for want of a tool; in CI, where the project installs its tools, fail instead."""
+    """Skip the test, because a tool or a right is missing. In CI, which has all of them, fail instead."""
     if IN_CI:
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def known_fault(reason, raises=AssertionError):
-    """Mark a test that has to pass one day, and must fail until then: in this way, and for this reason."""
+    """Mark a test of a fault that is not mended yet: the test must fail, with an exception of *raises*."""
     return pytest.mark.xfail(strict=True, raises=raises, reason=reason)

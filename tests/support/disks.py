@@ -25,7 +25,7 @@ def file_system(path):
 
 
 def real_disk():
-    """A folder on a disk: a file system in memory completes everything in line, and hides bugs."""
+    """Return a folder on a disk. A file system in memory completes everything inline, and hides bugs."""
     for folder in (tempfile.gettempdir(), '/var/tmp', os.getcwd()):
         if os.access(folder, os.W_OK) and file_system(folder) not in ('tmpfs', 'ramfs', 'overlayfs'):
             return folder
@@ -38,7 +38,7 @@ def temporary_folder(kind):
 
 
 def pattern(nbytes):
-    """Bytes of which no two aligned 8 are the same."""
+    """Return bytes in which no two aligned groups of 8 are equal."""
     return b''.join(i.to_bytes(8, 'little') for i in range(nbytes // 8))
 
 
@@ -69,7 +69,7 @@ class HeldDisk:
 
     @classmethod
     def is_possible(cls):
-        """Whether there is the controller, which is mounted if it can be."""
+        """Whether the kernel has the controller. Mount the controller if it is not mounted."""
         limit = f'{cls.ROOT}/blkio.throttle.read_iops_device'
         if not os.path.exists(limit):
             subprocess.run(['mkdir', '-p', cls.ROOT], check=False)
@@ -93,7 +93,7 @@ class HeldDisk:
         self.held = False
 
     def commands(self, iops=1):
-        """The same for the shell, for the process {me}: how to slow it down to *iops*, and back."""
+        """Return two commands for the shell: limit the process {me} to *iops*, and lift the limit."""
         def limit(iops):
             return '; '.join(f'echo {self._device} {iops} >{self._group}/blkio.throttle.{kind}_iops_device'
                              for kind in ('read', 'write'))
@@ -170,8 +170,8 @@ class FreezableDisk:
         subprocess.run(self.commands()[0], shell=True, check=True)
 
     def commands(self):
-        """For the shell: how to freeze it, and how to thaw it. A process that was stopped is still at work
-        until each of its threads has noticed."""
+        """Return two commands for the shell: freeze the disk, and thaw it. A process that was stopped still
+        works until each of its threads has noticed."""
         return (f'kill -STOP {self.pid}; '
                 f'while cat /proc/{self.pid}/task/*/stat | grep -qv ") [tT] "; do sleep 0.01; done',
                 f'kill -CONT {self.pid}')

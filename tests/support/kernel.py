@@ -14,7 +14,7 @@ PEEK_MAX = 64                   # events copied out at once
 
 
 class ScriptedContext(Context):
-    """A kernel without a kernel: takes what `answers` says, completes what the test says.
+    """A scripted kernel. It takes as many requests as `answers` says, and the test completes them.
 
     It keeps the contract of the real one, which test_contract checks.
     """
@@ -24,11 +24,11 @@ class ScriptedContext(Context):
 
     def __init__(self):
         super().__init__()
-        self.answers: deque[Any] = deque()      # what submit says next: a number taken, or minus an errno
-        self.slots = None           # so many requests fit, until their events are committed
-        self.disk = None            # bytes: what reads find when they end
+        self.answers: deque[Any] = deque()      # of the next submits: requests taken, or minus an errno
+        self.slots = None           # the requests that fit, until their events are committed
+        self.disk = None            # bytes that reads find when they end
         self.inline = False         # complete each request inside its own submit
-        self.frozen_at = None       # nanoseconds: what the time is, if not what it really is
+        self.frozen_at = None       # nanoseconds: this time, instead of the real one
         self.batches = []           # sizes, as taken
         self.submits = 0
         self.taken = []             # requests in the kernel's hands: dicts
@@ -82,7 +82,7 @@ class ScriptedContext(Context):
         return min(n, self.slots - len(self.taken) - len(self.events)) or (-errno.EAGAIN if n else 0)
 
     def finish(self, request=None, result=None, fill=None):
-        """The disk has done *request*, by default the oldest it has."""
+        """Complete *request*, by default the oldest one."""
         request = self.taken[0] if request is None else request
         self.taken.remove(request)
         if fill is not None:

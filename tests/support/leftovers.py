@@ -1,4 +1,4 @@
-"""Look for what a test leaves behind: requests, greenlets that wait, open files."""
+"""Find the requests, waiting greenlets and open files that a test leaves behind."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import greenaio
 
 
 def unfinished_work(driver):
-    """How many requests are in flight, or lent to threads, and how many greenlets wait: () if none."""
+    """Return the numbers of requests in flight, of requests lent to threads, and of waiting greenlets; () if
+    all are 0."""
     counts = len(driver.engine.in_flight), len(driver.engine.lent), driver.waiting
     return counts if any(counts) else ()
 
 
 def open_files():
-    """By number, the path of each open file, or its kind."""
+    """Return the path or the kind of each open file, by its number."""
     found = {}
     for fd in os.listdir('/proc/self/fd'):
-        with contextlib.suppress(FileNotFoundError):        # the one that listed them
+        with contextlib.suppress(FileNotFoundError):        # the listing itself used this number
             found[int(fd)] = os.readlink(f'/proc/self/fd/{fd}')
     return found
 

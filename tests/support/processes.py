@@ -17,14 +17,14 @@ EXAMPLES = ROOT / 'examples'
 PROGRAMS = ROOT / 'tests' / 'programs'
 COMPILED = ['.'.join(path.relative_to(ROOT).with_suffix('').parts)
             for path in sorted(ROOT.glob('greenaio/*/*.pyx'))]
-# What a program begins with that shall find none of the compiled modules: importing one raises ImportError.
+# The first lines of a program that is to find no compiled module: importing one raises ImportError.
 HIDE_EXTENSION = f'import sys\nsys.modules.update(dict.fromkeys({COMPILED}))\n'
 CONTROL = PROGRAMS / 'control.py'       # how long the machine itself stood still
 
 
 def side_by_side(request, test, work):
-    """``work(**parameters)`` for each test named *test* that is to be run, as many at once as there are
-    processors: a dict of finished futures. For processes of their own that do not look at the time."""
+    """Call ``work(**parameters)`` for each test named *test* of this run, as many at once as there are
+    processors. Return the finished futures by the names of the tests. *work* measures no time."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return {item.name: pool.submit(work, **item.callspec.params) for item in request.session.items
                 if item.originalname == test}
@@ -36,7 +36,7 @@ def aio_nr():
 
 
 def contexts():
-    """How many contexts of native AIO this process has. What aio-nr counts is the machine's."""
+    """Return the number of contexts of native AIO that this process has. aio-nr counts all of the machine."""
     with open('/proc/self/maps') as maps:
         return sum('[aio]' in line for line in maps)
 
@@ -75,7 +75,7 @@ def run_example(name, *args, cwd=None, text=False, timeout=60):
 
 def run_in_shell(command, redirection, *, before='', env=None, cwd=None):
     """Run *command* in a shell that redirects its output; return the finished process, its output as text.
-    Python writes its output when it ends, whatever the environment of the tests says."""
+    Python writes its output when it ends, also if PYTHONUNBUFFERED is set for the tests."""
     env = {**os.environ, **(env or {})}
     env.pop('PYTHONUNBUFFERED', None)
     return subprocess.run(['bash', '-c', f'{before}\n"$@" {redirection}', 'bash', *map(str, command)],
@@ -83,7 +83,7 @@ def run_in_shell(command, redirection, *, before='', env=None, cwd=None):
 
 
 def make_plugin_visible(folder):
-    """The environment in which gevent finds our plugin, where greenaio is built in place, not installed."""
+    """Return an environment in which gevent finds our plugin, even if greenaio is only built in place."""
     if any(found.name == 'greenaio' for found in importlib.metadata.distributions()):
         return {}
     settings = configparser.ConfigParser()

@@ -21,14 +21,14 @@ _process: subprocess.Popen[str] | None = None
 
 
 def start_watchdog() -> None:
-    """Have this process watched."""
+    """Start the watchdog of this process."""
     global _process
     _process = subprocess.Popen([sys.executable, __file__, str(os.getpid()), str(PATIENCE)],
                                 stdin=subprocess.PIPE, text=True, bufsize=1)
 
 
 def tell_watchdog(kind: str, value: object) -> None:
-    """Tell of a ``test`` by its name, or of a ``disk`` by the process id of its server."""
+    """Tell the watchdog of a ``test`` by its name, or of a ``disk`` by the process id of its server."""
     if _process is not None:
         print(kind, value, file=_process.stdin, flush=True)
 
