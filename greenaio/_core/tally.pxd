@@ -18,7 +18,7 @@ cdef enum:
 cdef enum:
     BUCKETS = 288
 
-# How long requests took, from the first offer to the kernel or a thread.
+# The times of requests, each from its first offer to the kernel or a thread.
 cdef struct histogram:
     uint64_t total                  # ns
     uint64_t longest                # ns
