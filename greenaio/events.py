@@ -88,7 +88,7 @@ def raise_event(hub: Any, name: str, *facts: Any) -> None:
 
     A `RequestStuck` is described here and now: later its file may be closed."""
     if name == 'RequestStuck':
-        from greenaio._core.threads import operation
+        from greenaio._core.job import operation
 
         request, where, seconds = facts
         facts = *describe(operation(request), request, where), seconds

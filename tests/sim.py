@@ -28,7 +28,8 @@ from greenaio._core import handle as _handle
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
 from greenaio._core.engine import Request, State
-from greenaio._core.threads import Inbox, Pool
+from greenaio._core.mailbox import Inbox
+from greenaio._core.threads import Pool
 from tests.support.kernel import ScriptedContext
 
 NBYTES = 64

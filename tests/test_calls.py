@@ -309,7 +309,6 @@ def test_close_of_a_written_file_is_left_to_a_thread(disk_folder):
 def test_killed_while_it_waits_for_a_thread_to_close_the_file_is_closed_all_the_same(disk_folder):
     run_python('''
         import os, sys, gevent, greenaio.os
-        from greenaio._core import threads as _threads
         folder = sys.argv[1]
         from tests.test_threads import Plug
         file = greenaio.File(folder + '/x', os.O_WRONLY | os.O_CREAT)

@@ -11,8 +11,8 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 # modules of the rows above. `face` is the package itself: what users import.
 ORDER = {
     'settings': '_config',
-    '_core': 'abi fork bell handle context memory ends describe uninterrupted '
-             'counters tally engine threads hub',
+    '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally engine '
+             'caller job mailbox processor worker threads pools hub',
     '_files': 'sharing portable sleeper route sectors calls turn file extension position '
               'streams zones semaphore',
     '_operate': 'stats blocked',
@@ -65,7 +65,7 @@ def test_only_the_context_knows_an_aio_structure():
 
 def test_engine_and_below_do_not_know_gevent():
     for name, _, text in modules():
-        if PLACES[name] <= PLACES['_core.threads'] and name not in ('_core.ends', '_core.uninterrupted'):
+        if PLACES[name] <= PLACES['_core.pools'] and name not in ('_core.ends', '_core.uninterrupted'):
             assert not re.search(r'\b(gevent|greenlet)\b\.?', imports(text)), name
 
 

@@ -21,7 +21,7 @@ import greenaio
 import greenaio.os
 from greenaio import File, config
 from greenaio._core import hub as _hub
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 from tests.support import missing
 from tests.support.disks import is_mounted
 from tests.support.processes import run, run_program, run_python
@@ -33,7 +33,7 @@ LONE_KEPT = 4
 
 def threads():
     """How many threads there are that are no disk's."""
-    return sum(pool.threads for pool in _threads.pools() if pool.device is None)
+    return sum(pool.threads for pool in _pools.pools() if pool.device is None)
 
 
 def open_fds():
@@ -155,9 +155,9 @@ def test_writer_killed_beside_a_process_that_waits_to_write_does_not_end_it(fifo
 @pytest.mark.parametrize('path', ['/dev/null', '/dev/zero', '/dev/ptmx', '/dev/urandom'])
 def test_character_device_is_opened_by_no_thread_of_a_disk(path):
     greenaio.os.stat('/dev')
-    pool = {pool.device: pool.threads for pool in _threads.pools() if pool.device is not None}
+    pool = {pool.device: pool.threads for pool in _pools.pools() if pool.device is not None}
     os.close(greenaio.os.open(path, os.O_RDWR))
-    assert pool == {pool.device: pool.threads for pool in _threads.pools() if pool.device is not None}
+    assert pool == {pool.device: pool.threads for pool in _pools.pools() if pool.device is not None}
 
 
 def test_what_can_not_be_opened_says_so_as_in_os(folder):
@@ -524,12 +524,12 @@ def deny(*numbers, code):
 def test_path_from_the_root_has_nothing_to_do_with_the_working_directory(server, disk_folder, denied):
     run_python(deny(*denied, code='ENOSYS') + '''
 import gevent, greenaio.os
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 folder, mount = sys.argv[1:]
 os.chdir(mount)
 os.close(greenaio.os.open(f'{folder}/new', os.O_RDWR | os.O_CREAT))
-assert os.stat(f'{folder}/new').st_dev in [pool.device for pool in _threads.pools()]
-assert {pool.device for pool in _threads.pools()} <= {os.stat(folder).st_dev, os.stat('/').st_dev}
+assert os.stat(f'{folder}/new').st_dev in [pool.device for pool in _pools.pools()]
+assert {pool.device for pool in _pools.pools()} <= {os.stat(folder).st_dev, os.stat('/').st_dev}
 for path in '/', '//', '///etc//.//', f'{folder}//new', f'/{folder}/../':
     assert greenaio.os.stat(path) == os.stat(path), path
 ''', disk_folder, server.mount)

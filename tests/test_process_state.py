@@ -497,7 +497,7 @@ wait_for(lambda: tasks() < at_most)                 # with its hub, a thread's o
 
 def test_renewed_often_it_keeps_no_thread_and_no_memory_of_the_old_ones(folder):
     born('''
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 def rounds(n):
     for i in range(n):
         greenaio.renew_threads()
@@ -506,10 +506,10 @@ def rounds(n):
     write('last')
     wait_for(lambda: tasks() == 2)
 rounds(5)
-assert len(_threads.pools()) == 1
+assert len(_pools.pools()) == 1
 fds = len(os.listdir('/proc/self/fd'))
 rounds(50)
-assert len(_threads.pools()) == 1 and len(os.listdir('/proc/self/fd')) == fds
+assert len(_pools.pools()) == 1 and len(os.listdir('/proc/self/fd')) == fds
 pid = os.fork()
 if pid == 0:
     write('child')

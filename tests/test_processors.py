@@ -12,7 +12,7 @@ START = '''
 import errno, os, signal, subprocess, sys, threading
 import gevent, greenaio.os
 from greenaio import File
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 folder = sys.argv[1]
 EVERY = os.sched_getaffinity(0)
 path = folder + '/file'
@@ -58,7 +58,7 @@ def run(code, folder, env=None):
 def test_one_thread_makes_call_after_call(folder):
     run('''
 burst()
-assert [pool.threads for pool in _threads.pools()] == [1]
+assert [pool.threads for pool in _pools.pools()] == [1]
 ''', folder)
 
 

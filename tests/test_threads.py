@@ -15,7 +15,7 @@ from greenlet import settrace
 import greenaio.os
 from greenaio import File, config
 from greenaio._core import hub as _hub
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 from greenaio._files import route as _route
 from tests.support import missing
 from tests.support.disks import MIB, pattern
@@ -83,7 +83,7 @@ def test_page_cache_hit_never_switches(data_file, engine):
         settrace(lambda event, pair, switches=switches: switches.append(event))
         try:
             for call, result in zip(calls, (pattern(MIB)[777:5777], pattern(MIB)[777:5777], 5100)):
-                _threads.forgive()  # a call that lost the processor looks as if it had waited in the hub
+                _pools.forgive()  # a call that lost the processor looks as if it had waited in the hub
                 assert call() == result
         finally:
             settrace(None)
@@ -116,14 +116,14 @@ def test_miss_takes_a_thread_of_its_device(cold_file, engine):
     lent = []
     for offset in range(0, MIB, 16384):         # a quick disk may have filled the page before we look again
         for _ in range(2):
-            _threads.forgive()      # a read that lost the processor sends the next one to a thread
+            _pools.forgive()        # a read that lost the processor sends the next one to a thread
             before = engine.by_thread
             assert greenaio.os.pread(fd, 4096, offset) == pattern(MIB)[offset:offset + 4096]
             lent.append(engine.by_thread - before)
     assert set(lent[::2]) <= {0, 1}
     assert sum(lent[::2]) > 0
     assert set(lent[1::2]) == {0}               # it is in the cache now
-    assert os.stat(fd).st_dev in [pool.device for pool in _threads.pools()]
+    assert os.stat(fd).st_dev in [pool.device for pool in _pools.pools()]
 
 
 @pytest.mark.parametrize('count', [1, 3])
@@ -159,7 +159,7 @@ def test_large_read_is_copied_by_a_thread(data_file, engine):
 
 ONE_THREAD = '''
 import os, sys, gevent, greenaio.os
-from greenaio._core import hub as _hub, threads as _threads
+from greenaio._core import hub as _hub, pools as _pools
 folder = sys.argv[1]
 from tests.test_threads import Plug
 plug = Plug(folder, 1)
@@ -178,7 +178,7 @@ def create(i):
 greenlets = [gevent.spawn(create, i) for i in range(20)]
 gevent.sleep(0.05)
 assert order == []
-pool, = _threads.pools()
+pool, = _pools.pools()
 assert (pool.threads, pool.queued, pool.device) == (1, 20, os.stat(folder).st_dev)
 pull()
 gevent.joinall(greenlets, timeout=10, raise_error=True)
@@ -281,7 +281,7 @@ def test_several_hubs_share_the_threads_of_a_device(data_file):
         gevent.sleep(0.01)
     assert results == [{True}] * 4
     device = os.stat(data_file).st_dev
-    assert [1 for pool in _threads.pools() if pool.device == device and pool.threads <= config.threads]
+    assert [1 for pool in _pools.pools() if pool.device == device and pool.threads <= config.threads]
 
 
 def test_hub_destroyed_with_a_call_at_a_thread_leaks_nothing(folder):

@@ -2,7 +2,8 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.engine cimport Engine, Request, RequestList
-from greenaio._core.threads cimport Inbox, Pool
+from greenaio._core.mailbox cimport Inbox
+from greenaio._core.threads cimport Pool
 
 cdef enum Way:          # how a request goes
     ASK                 # native AIO with RWF_NOWAIT: what would wait comes back as EAGAIN

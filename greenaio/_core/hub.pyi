@@ -5,8 +5,9 @@ from gevent.hub import Hub
 
 from greenaio._core.context import Context
 from greenaio._core.engine import Engine, Request
+from greenaio._core.mailbox import Inbox
 from greenaio._core.tally import Tally
-from greenaio._core.threads import Inbox, Pool
+from greenaio._core.threads import Pool
 from greenaio._core.uninterrupted import REFUSED as REFUSED
 from greenaio._core.uninterrupted import inside as inside
 

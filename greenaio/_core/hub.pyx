@@ -31,10 +31,12 @@ from greenaio._core.engine cimport (
     CALL, DECLINED, DONE, IN_FLIGHT, NEW, Engine, Request, RequestList, State, new_request,
 )
 from greenaio._core.fork cimport forked
+from greenaio._core.job cimport as_call, make_here
+from greenaio._core.mailbox cimport Inbox
 from greenaio._core.tally cimport Tally
-from greenaio._core.threads cimport Inbox, Pool, as_call, make_here, withdraw
+from greenaio._core.threads cimport Pool, withdraw
 
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 from greenaio._core.bell import listen, ring
 
 cdef extern from *:
@@ -906,7 +908,7 @@ cdef class Driver:
                 finally:
                     self._end()
                 if self.hub.thread_ident == _get_ident():
-                    _threads.end_own_threads()
+                    _pools.end_own_threads()
 
     def _stop_watching(self):
         forget(self.hub, self.close)    # gevent keeps the hub of a thread that just ended for ever

@@ -23,7 +23,7 @@ from posix.unistd cimport close as close_fd, lseek as seek
 
 from gevent import sleep
 
-from greenaio._core import threads as _threads
+from greenaio._core import caller as _caller
 from greenaio._files import portable as _fallback, sectors as alignment
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import using
@@ -39,7 +39,9 @@ from greenaio._files.route cimport (
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
     path_at_hand, seek_may_wait, stat_there, unlink_there, way,
 )
-from greenaio._core.threads cimport POSIX_FALLOCATE, Pool, chain, make_here, new_call, new_chain, new_close, pool_of
+from greenaio._core.job cimport POSIX_FALLOCATE, chain, make_here, new_call, new_chain, new_close
+from greenaio._core.pools cimport pool_of
+from greenaio._core.threads cimport Pool
 
 cdef extern from *:
     """
@@ -643,7 +645,7 @@ def ioctl(int fd, unsigned long number, bytes argument):
 
 
 # The umask of the process, which threads are told of.
-learn_umask, umask = _threads.learn_umask, _threads.umask
+learn_umask, umask = _caller.learn_umask, _caller.umask
 
 
 def errors_of_newer_calls():

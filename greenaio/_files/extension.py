@@ -9,7 +9,7 @@ from __future__ import annotations
 
 try:
     from greenaio._core.memory import Filling, aligned_buffer
-    from greenaio._core.threads import renew_threads
+    from greenaio._core.pools import renew_threads
     from greenaio._files import calls as _calls
     from greenaio._files import file as _file
     from greenaio._files.file import File

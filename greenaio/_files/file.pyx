@@ -38,7 +38,9 @@ from greenaio._files.route cimport (
     coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know, knows_block_devices,
     seek_may_wait, swap_is_in_use, waited_in_hub,
 )
-from greenaio._core.threads cimport WAITED_NS, any_busy, as_call, new_call, withdraw
+from greenaio._core.job cimport as_call, new_call
+from greenaio._core.mailbox cimport WAITED_NS
+from greenaio._core.threads cimport any_busy, withdraw
 
 from greenaio._core.handle import using
 from greenaio._core.memory import aligned_buffer

@@ -27,14 +27,18 @@ from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 from greenaio._core.bell import listen
 
 from greenaio._core.context cimport OWN_MIN, monotonic_ns
 from greenaio._core.engine cimport RWF_APPEND, RWF_NOWAIT, Request, close_path_fd
 from greenaio._core.hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
+from greenaio._core.caller cimport creation_mode
+from greenaio._core.mailbox cimport WAITED_NS
+from greenaio._core.pools cimport lone_threads, pool_of
 from greenaio._core.tally cimport WRITE
-from greenaio._core.threads cimport WAITED_NS, Pool, any_busy, creation_mode, lone_threads, pool_of, start_worker
+from greenaio._core.threads cimport Pool, any_busy
+from greenaio._core.worker cimport start_worker
 
 cdef extern from *:
     """
@@ -758,7 +762,7 @@ def forgive():
     _demoted.clear()
     for device in _devices.values():
         device.reads, device.writes = Nowait(), Nowait()
-    _threads.forgive()
+    _pools.forgive()
 
 
 def demotions():

@@ -19,7 +19,7 @@ from greenaio._files.extension import native
 
 if native:
     from greenaio._core import hub as _hub
-    from greenaio._core import threads as _threads
+    from greenaio._core import job as _job
     from greenaio._core.tally import bounds_of
     from greenaio._files import route as _route
 
@@ -157,5 +157,5 @@ def _waiting(now: int) -> list[tuple[int, Any, bool, tuple[str, str, int, int, s
                  (job.function.__name__.strip('_'), path_of(job.fd), 0, 0, 'with a thread'))
                 for job in _fallback.jobs()]
     return [(request.began or now, request.waiter, request.abandoned,
-             describe(_threads.operation(request), request, where))
+             describe(_job.operation(request), request, where))
             for driver in _hub.all_drivers() for request, where in driver.engine.requests()]

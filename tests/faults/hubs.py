@@ -18,7 +18,7 @@ import gevent
 
 from greenaio import File, aligned_buffer
 from greenaio._core import hub as _hub
-from greenaio._core import threads as _threads
+from greenaio._core import pools as _pools
 from tests.faults import long
 from tests.support.disks import MIB, pattern
 from tests.support.processes import contexts
@@ -84,7 +84,7 @@ class Cycle(threading.Thread):
 def counts():
     return {'fds': len(os.listdir('/proc/self/fd')), 'contexts': contexts(),
             'drivers': len(_hub.all_drivers()),
-            'threads': len(os.listdir('/proc/self/task')) - sum(pool.threads for pool in _threads.pools())}
+            'threads': len(os.listdir('/proc/self/task')) - sum(pool.threads for pool in _pools.pools())}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,3 @@
+from greenaio._core.engine import Request
+
+def operation(request: Request) -> str: ...
