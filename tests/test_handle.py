@@ -5,6 +5,8 @@ import importlib.util
 import os
 import pathlib
 import random
+import stat
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,3 +161,29 @@ def test_any_order_of_uses_and_closes_ends_with_all_numbers_closed_once(handles)
             if fd not in closed:
                 os.close(fd)
         assert handles.all_handles() == []
+
+
+# Inodes ------------------------------------------------------------------------------------------
+
+def test_inode_is_one_object_for_as_long_as_anything_refers_to_it(handles):
+    one = handles.inode_of(5, 7)
+    one.demoted_until = 1
+    assert handles.inode_of(5, 7) is one and handles.inode_if_any(5, 7) is one
+    assert handles.inode_of(5, 8) is not one is not handles.inode_of(6, 7)
+    assert handles.inode_if_any(5, 8) is handles.inode_if_any(6, 7) is None
+    assert one in handles.all_inodes()
+    del one
+    assert handles.inode_if_any(5, 7) is None
+    handles._check()
+    assert handles.inode_of(5, 7).demoted_until == 0
+
+
+def test_nodes_of_a_block_device_are_one_inode(handles):
+    def told(**facts):
+        return SimpleNamespace(**{'st_mode': stat.S_IFREG, 'st_dev': 5, 'st_ino': 7, 'st_rdev': 0, **facts})
+
+    file, disk = handles.inode_of(5, 7), handles.inode_of(9, 0)
+    assert handles.inode_of_facts(told()) is file
+    for number in 7, 8:
+        assert handles.inode_of_facts(told(st_mode=stat.S_IFBLK, st_rdev=9, st_ino=number)) is disk
+    assert handles.inode_of_facts(told(st_ino=8)) is None

@@ -1,9 +1,24 @@
 # The C types of _core/handle.py, for its compiled form.
 
 cimport cython
+from libc.stdint cimport uint64_t
 
 cdef int closing
 cdef list _handles
+
+cdef uint64_t BLOCK_DEVICE
+cdef dict _inodes
+
+@cython.final
+cdef class Inode:
+    cdef object __weakref__
+    cdef readonly tuple key
+    cdef public uint64_t demoted_until
+    cdef object _entry
+
+@cython.locals(fresh=Inode)
+cpdef Inode inode_of(device, number)
+cpdef Inode inode_if_any(device, number)
 
 @cython.final
 cdef class Handle:

@@ -17,6 +17,8 @@ has looked at it, the operation would read or change that other file. So an oper
 A close never waits for these operations. It marks the `Handle`. From then on the number answers EBADF to new
 operations and to another close, and the last user closes it.
 
+What is remembered of a file whatever its numbers are is in its `Inode`.
+
 This module is compiled where the extension is built, and interpreted elsewhere.
 """
 
@@ -28,10 +30,73 @@ import fcntl
 import operator
 import os
 import posix  # not os: this is the call itself, not a patched one
+import stat
+import weakref
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from greenaio._core.bell import generation, listen
+
+# The number of a block device's inode, on its own device. Its nodes in /dev have numbers each, and are one device.
+BLOCK_DEVICE = 0
+
+
+class Inode:
+    """A file as the kernel tells it from all others: by its device and its number there.
+
+    There is one object for a file as long as anything refers to it. So whatever is told to one open file is known
+    to all that are of the same file. Make it by `inode_of`."""
+
+    def __init__(self, device: int, number: int) -> None:
+        self.key = (device, number)
+        self.demoted_until = 0          # ns
+        self._entry = weakref.ref(self)
+
+    def __del__(self) -> None:
+        entry = _inodes.get(self.key)
+        if entry is not None and entry is self._entry:
+            del _inodes[self.key]
+
+    def __repr__(self) -> str:
+        device, number = self.key
+        return f'<Inode {os.major(device)}:{os.minor(device)} {number}>'
+
+
+_inodes: dict[tuple[int, int], weakref.ref[Inode]] = {}     # the entry of an object ends with it
+
+
+def inode_of(device: int, number: int) -> Inode:
+    """Return the `Inode` of that file: the one that there is, or a new one."""
+    inode = inode_if_any(device, number)
+    if inode is None:
+        fresh = Inode(device, number)
+        # To make it may have run a finalizer, or let another thread run, which was quicker. From here on neither
+        # can be: this is compiled where threads use it.
+        inode = inode_if_any(device, number)
+        if inode is None:
+            inode = fresh
+            _inodes[fresh.key] = fresh._entry
+    return inode
+
+
+def inode_if_any(device: int, number: int) -> Inode | None:
+    """Return the `Inode` of that file, if anything refers to it; else None."""
+    if not _inodes:
+        return None
+    entry = _inodes.get((device, number))
+    return None if entry is None else entry()
+
+
+def inode_of_facts(facts: os.stat_result) -> Inode | None:
+    """Return the `Inode` of the file that `os.fstat` told *facts* of, if anything refers to it; else None."""
+    if stat.S_ISBLK(facts.st_mode):
+        return inode_if_any(facts.st_rdev, BLOCK_DEVICE)
+    return inode_if_any(facts.st_dev, facts.st_ino)
+
+
+def all_inodes() -> list[Inode]:
+    """Return all that anything refers to."""
+    return [inode for entry in list(_inodes.values()) if (inode := entry()) is not None]
 
 
 class Handle:
@@ -203,6 +268,7 @@ def _check() -> None:
     for handle in all_handles():
         assert handle_of(handle.fd) is handle
         assert handle.users > 0, f'no user: {handle!r}'
+    assert len(_inodes) == len(all_inodes()), 'an entry without its inode'
 
 
 # The numbers that were in use when this process was forked: their files.

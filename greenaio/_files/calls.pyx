@@ -666,12 +666,12 @@ cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept:
 cdef bint is_held(Known known) except -1:
     """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
     request that follows being in a list of its engine, where `_is_being_written` finds it."""
-    return bool(_held) and (known.device.number, known.inode) in _held
+    return bool(_held) and (known.device.number, known.number) in _held
 
 
 cdef object hold_range(int fd, Known known, start, end):
     """Wait for the range. *fd* stays the same file until then."""
-    return alignment.hold(fd, (known.device.number, known.inode), start, end,
+    return alignment.hold(fd, (known.device.number, known.number), start, end,
                           lambda: _is_being_written(known, start, end),
                           lambda: _is_being_written(known, 0, alignment.EVERYTHING))
 
@@ -702,7 +702,7 @@ cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1
             if type(request.file) is not Known or request.range is not None and not request.range.over:
                 continue                # or its range, which is ours or does not overlap
             other = request.file
-            if other.inode and other.inode != known.inode or other.device.number != known.device.number:
+            if other.number and other.number != known.number or other.device.number != known.device.number:
                 continue                # without an inode it may be any file there: see `Walk.truncated`
             if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND:
                 return True

@@ -2,6 +2,7 @@ from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.engine cimport Request
+from greenaio._core.handle cimport Inode
 from greenaio._core.hub cimport Driver, Way, Ways
 from greenaio._core.threads cimport Pool
 
@@ -109,7 +110,8 @@ cdef class Known(Ways):
     cdef unsigned int mode              # st_mode
     cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
     cdef unsigned int align_memory
-    cdef uint64_t inode
+    cdef uint64_t number                # of the inode
+    cdef Inode _inode                   # None until it is needed
     cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
     cdef Device device
 
@@ -117,8 +119,8 @@ cdef class Known(Ways):
     cdef int answered(self, Request request, int64_t result) except -1
     cdef bint _falls_short(self, Request request, int64_t result) noexcept
     cdef bint _extends(self, Request request) noexcept
-    cdef int _refuses_nowait(self) except -1
-    cdef bint _is_demoted(self) except -1
+    cdef Inode inode(self)
+    cdef int demote(self) except -1
 
 cdef Known know(int fd, name)
 cdef bint knows_block_devices() noexcept

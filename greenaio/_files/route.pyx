@@ -29,9 +29,11 @@ from posix.unistd cimport close as close_fd
 
 from greenaio._core import pools as _pools
 from greenaio._core.bell import listen
+from greenaio._core.handle import all_inodes
 
 from greenaio._core.context cimport OWN_MIN, monotonic_ns
 from greenaio._core.engine cimport RWF_APPEND, RWF_NOWAIT, Request, close_path_fd
+from greenaio._core.handle cimport BLOCK_DEVICE, Inode, inode_of
 from greenaio._core.hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
 from greenaio._core.caller cimport creation_mode
 from greenaio._core.mailbox cimport WAITED_NS
@@ -625,27 +627,43 @@ def devices():
 
 @cython.final
 cdef class Known:
-    """What is known of an open file; for a raw fd asked at each call, for numbers are reused."""
+    """What is known of an open file; for a raw fd asked at each call, because numbers are reused."""
+
+    cdef Inode inode(self):
+        if self._inode is None:
+            self._inode = inode_of(self.device.number, self.number)
+        return self._inode
+
+    cdef int demote(self) except -1:
+        """Send the file to threads for a while, however it is opened."""
+        cdef Inode inode = self.inode()
+        inode.demoted_until = monotonic_ns() + DEMOTED_NS
+        _demoted.pop(inode.key, None)       # now it is the youngest
+        _demoted[inode.key] = inode
+        if len(_demoted) > DEMOTED_MAX:
+            del _demoted[next(iter(_demoted))]
+        return 0
 
     def stalled(self, uint64_t ns):
         """The submission of a request on this file waited *ns* for something: threads, for a while. Return
         what `events.FileDemoted` has."""
         global _demotions
         _demotions += 1
-        _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
+        self.demote()
         if _demotions == 1:
             # In a greenlet: a handler may have to wait for its lock, and this is amidst a pass.
             spawn(log.warning, 'a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
-                  'threads for %d s. Further ones are only counted', self.device, self.inode,
+                  'threads for %d s. Further ones are only counted', self.device, self.number,
                   ns // 1000000, DEMOTED_NS // 1000000000)
         return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
-                self.inode, ns / 1e9, DEMOTED_NS / 1e9)
+                self.number, ns / 1e9, DEMOTED_NS / 1e9)
 
     cdef int way(self, Driver driver, Request request) except -1:
         """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
         cdef bint writing = request.direction == WRITE
         cdef Way way
-        if not driver.has_aio() or self._is_demoted() or writing and self._extends(request):
+        cdef uint64_t demoted_until = self.inode().demoted_until
+        if not driver.has_aio() or demoted_until and monotonic_ns() < demoted_until or writing and self._extends(request):
             return THREAD
         if request.flags & RWF_NOWAIT:
             return PLAIN                # it is asked already
@@ -684,7 +702,9 @@ cdef class Known:
         cdef Nowait nowait = self.device.writes if request.direction == WRITE else self.device.reads
         if result == -EOPNOTSUPP:
             nowait.unsupported()
-            self._refuses_nowait()
+            # As ext4 says of a file with inline data or a journal of its data, whatever its file system does
+            # with others.
+            self.demote()
         else:
             nowait.answered(result == -EAGAIN)
         return 0
@@ -703,29 +723,11 @@ cdef class Known:
             return True
         return self.kind & REGULAR and <uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)
 
-    cdef int _refuses_nowait(self) except -1:
-        """The file said EOPNOTSUPP to RWF_NOWAIT, as ext4's with inline data or a journal of their data do. It takes
-        threads for a while, whatever its file system does with others."""
-        if len(_demoted) >= DEMOTED_MAX:
-            del _demoted[next(iter(_demoted))]
-        _demoted[self.device.number, self.inode] = monotonic_ns() + DEMOTED_NS
-        return 0
-
     def is_open_as(self, int fd):
         """Whether *fd* is this file, still."""
         cdef facts found
-        return not facts_of(fd, b'', &found) and found.inode == self.inode and found.device == self.device.number
-
-    cdef bint _is_demoted(self) except -1:
-        if not _demoted:
-            return False
-        until = _demoted.get((self.device.number, self.inode), 0)
-        if until == 0:
-            return False
-        if monotonic_ns() < until:
-            return True
-        del _demoted[self.device.number, self.inode]
-        return False
+        return not facts_of(fd, b'', &found) and number_of(&found) == self.number and (
+            found.device == self.device.number)
 
 
 cdef bint _has_waited = False
@@ -751,7 +753,8 @@ cdef int waited_in_hub(int fd, uint64_t began) except -1:
     return 0
 
 
-cdef dict _demoted = {}                 # (device, inode): until when, ns
+# The inodes that were demoted last. Each stays here, so that the next open of the file finds it.
+cdef dict _demoted = {}
 cdef int _demotions = 0
 
 
@@ -759,6 +762,8 @@ def forgive():
     """Forget what was learned: let every file that was sent to threads take native AIO again, and ask every
     file system again whether it would wait."""
     cdef Device device
+    for inode in all_inodes():
+        inode.demoted_until = 0
     _demoted.clear()
     for device in _devices.values():
         device.reads, device.writes = Nowait(), Nowait()
@@ -797,7 +802,7 @@ cdef Known know(int fd, object name):
     if known.kind & LOCKED:
         _knows_block_devices = True
     known.mode = found.mode
-    known.inode = found.inode
+    known.number = number_of(&found)
     known.device = device_of(found.device, found.mount)
     known.is_nameless = found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
     if known.device.answers and known.kind & STORED:
@@ -806,6 +811,11 @@ cdef Known know(int fd, object name):
         known.align = found.align or _sector_size(fd, found.mode)
         known.align_memory = found.align_memory or known.align
     return known
+
+
+cdef uint64_t number_of(facts *found) noexcept:
+    """The number of its inode, on the device that its bytes are on."""
+    return BLOCK_DEVICE if S_ISBLK(found.mode) else found.inode
 
 
 cdef int _kind(unsigned int mode, int flags) noexcept:
@@ -1261,7 +1271,7 @@ cdef class Walk:
             return None
         cdef Known known = Known.__new__(Known)
         known.kind, known.mode = STORED | REGULAR, self.way.mode
-        known.inode = self.way.inode if self.way.is_over else 0
+        known.number = self.way.inode if self.way.is_over else 0
         known.device = device_of(self.way.device, self.way.mount)
         return known
 
