@@ -36,7 +36,7 @@ from gevent.lock import DummySemaphore
 from greenlet import getcurrent, greenlet
 
 from greenaio._core.ends import was_thrown
-from greenaio._core.handle import using
+from greenaio._core.handle import inode_of_facts, using
 from greenaio._core.uninterrupted import is_uninterrupted
 from greenaio._files import portable as _fallback
 from greenaio._files import position as _position
@@ -336,8 +336,7 @@ class FileIO(io.FileIO):
     def _refuse_if_held(self) -> None:
         """Raise BlockingSwitchOutError inside `uninterrupted`, if a parked greenlet is changing sectors."""
         if self.file.direct and is_uninterrupted() and not self._io_turn.finalizing:
-            facts = posix.fstat(self._fd)
-            alignment.refuse_if_held((facts.st_dev, facts.st_ino))
+            alignment.refuse_if_held(inode_of_facts(posix.fstat(self._fd)))
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""

@@ -340,7 +340,7 @@ def test_a_turn_of_another_thread_is_waited_for(disk_folder):
             assert _position.blocking(os.write, fd, b'x') == 1
         assert moved == [True]
         thread.join()
-        assert alignment._held == {}
+        assert not alignment.held()
 
 
 def test_a_forked_child_is_inside_until_it_leaves(data_file):

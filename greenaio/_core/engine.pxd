@@ -2,7 +2,7 @@ from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.context cimport Context
-from greenaio._core.handle cimport Handle
+from greenaio._core.handle cimport Handle, Writes
 from greenaio._core.tally cimport Tally
 
 cdef extern from "<sys/uio.h>":
@@ -42,7 +42,7 @@ cdef class Request:
     cdef int64_t _result                # the kernel's answer, once DECLINED; the sum of all ways, once DONE
     cdef readonly object waiter         # the greenlet parked on this very request, or None
     cdef object keep                    # whatever else must live until the kernel is done
-    cdef object range                   # of the file that it changes: held for it, see `alignment`; or None
+    cdef Writes writes                  # that it counts in until it is over; None if it changes no file
     cdef Handle handle                  # of the number `fd`, for as long as it needs that; or None
     cdef Handle other                   # of `other_fd`, likewise
     cdef Py_buffer _view                # the pin on one buffer, named by `_one` ...
@@ -67,6 +67,7 @@ cdef class Request:
     cdef void *_next
     cdef void *_list
 
+    cdef _drop(self)
     cdef int pin(self, buffer) except -1
     cdef int pin_all(self, buffers) except -1
     cdef void skip(self, uint64_t nbytes) noexcept
@@ -77,6 +78,9 @@ cdef class Request:
     cdef bint stop_asking(self) noexcept
     cdef bint is_declined_by(self, int64_t result) noexcept
     cdef int hold(self) except -1
+    cdef int count_in(self, Writes writes, owner) except -1
+    cdef end_write(self)
+    cdef end_write_unless_under_way(self)
     cdef let_go_of_numbers(self)
     cdef release(self)
 

@@ -205,8 +205,15 @@ cdef class Request:
         if self._count or self._views != NULL:
             self._unpin()
         free(self._job)
-        if self.handle is not None or self.other is not None:
-            self.let_go_of_numbers()    # of a request that was to go again, and was dropped
+        if self.handle is not None or self.other is not None or self.writes is not None:
+            self._drop()                # a request that never began, or was to go again
+
+    cdef _drop(self):
+        try:
+            self.let_go_of_numbers()
+        finally:
+            if self.writes is not None:
+                self.end_write()
 
     cdef int pin(self, buffer) except -1:
         """Pin one buffer: writable for a read."""
@@ -273,6 +280,16 @@ cdef class Request:
             self.other = take(self.other_fd)
         return 0
 
+    cdef int count_in(self, Writes writes, owner) except -1:
+        """Count it in *writes*, the writes of *owner*, until it is over. Runs no other code, unless it counts
+        already."""
+        cdef Writes before = self.writes
+        writes.begin(owner)
+        self.writes = writes
+        if before is not None:
+            before.end()
+        return 0
+
     cdef release(self):
         """Let go of the buffers, the numbers and all else. May run any code: take the request out of its list
         first."""
@@ -293,10 +310,22 @@ cdef class Request:
             _under_way -= 1
         self.fifo = self.peer = -1
         self.keep = None
-        self.range = None
         self.file = None
+        if self.writes is not None:
+            self.end_write()
         if self.handle is not None or self.other is not None:
             self.let_go_of_numbers()
+
+    cdef end_write(self):
+        """It changes the file no more, nor will it. This may run any code."""
+        cdef Writes writes = self.writes
+        self.writes = None
+        writes.end()
+
+    cdef end_write_unless_under_way(self):
+        """Stop counting it, if neither the kernel nor a thread has it: it was done in line, or has failed before."""
+        if self.writes is not None and self._list == NULL:
+            self.end_write()
 
     cdef let_go_of_numbers(self):
         """It needs them no more. This may close one of them, and run any code."""
@@ -831,9 +860,13 @@ cdef class Engine(Tally):
                 found.append((request, where, now - request.began))
         return found
 
-    def writes(self):
-        """The writes that are not done yet. And calls, of which some write."""
-        return [request for request, _ in self.requests() if request.opcode in (PWRITE, PWRITEV, CALL)]
+    def forget_writes(self):
+        """Count no request here as a write under way: no code will learn when the kernel is done with it."""
+        cdef Request request
+        for requests in self.in_flight, self.lent:
+            for request in requests:
+                if request.writes is not None:
+                    request.end_write()
 
     def _check(self):
         """Assert all that must hold between two calls."""

@@ -10,10 +10,21 @@ cdef uint64_t BLOCK_DEVICE
 cdef dict _inodes
 
 @cython.final
+cdef class Writes:
+    cdef readonly int count
+    cdef object owner
+    cdef public object at_end
+
+    cpdef begin(self, owner)
+    cpdef end(self)
+
+@cython.final
 cdef class Inode:
     cdef object __weakref__
     cdef readonly tuple key
     cdef public uint64_t demoted_until
+    cdef public object ranges
+    cdef readonly Writes writes
     cdef object _entry
 
 @cython.locals(fresh=Inode)
@@ -47,5 +58,5 @@ cdef int _refuse() except -1
 @cython.locals(handle=Handle)
 cpdef bint is_closing(int fd) except -1
 cpdef check_open(int fd)
-@cython.locals(handle=Handle)
+@cython.locals(handle=Handle, inode=Inode)
 cpdef _after_fork_in_child()

@@ -17,7 +17,7 @@ has looked at it, the operation would read or change that other file. So an oper
 A close never waits for these operations. It marks the `Handle`. From then on the number answers EBADF to new
 operations and to another close, and the last user closes it.
 
-What is remembered of a file whatever its numbers are is in its `Inode`.
+A file may have several numbers. All that greenaio remembers of the file itself is in its `Inode`.
 
 This module is compiled where the extension is built, and interpreted elsewhere.
 """
@@ -33,23 +33,52 @@ import posix  # not os: this is the call itself, not a patched one
 import stat
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from greenaio._core.bell import generation, listen
 
-# The number of a block device's inode, on its own device. Its nodes in /dev have numbers each, and are one device.
+# The number of a block device's inode, on its own device. Its nodes in /dev have a number each.
 BLOCK_DEVICE = 0
+
+
+class Writes:
+    """Writes in progress: requests that may still change the file.
+
+    A request counts from the decision that it need not wait until it is over, also if its greenlet was killed
+    or its thread has ended. Until then the *owner* of the writes is kept alive, so that others find it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.owner: object = None       # while there are any
+        self.at_end: Callable[[], object] | None = None     # called once, when there are none any more
+
+    def begin(self, owner: object) -> None:
+        """One more."""
+        self.owner = owner
+        self.count += 1
+
+    def end(self) -> None:
+        """One is over. The last one may run any code."""
+        self.count -= 1
+        if self.count == 0:
+            owner, self.owner = self.owner, None    # not before this returns
+            at_end, self.at_end = self.at_end, None
+            if at_end is not None:
+                at_end()
+            del owner
 
 
 class Inode:
     """A file as the kernel tells it from all others: by its device and its number there.
 
-    There is one object for a file as long as anything refers to it. So whatever is told to one open file is known
-    to all that are of the same file. Make it by `inode_of`."""
+    There is one object for a file as long as anything refers to it. So all open files of one inode share it.
+    Made by `inode_of`."""
 
     def __init__(self, device: int, number: int) -> None:
         self.key = (device, number)
         self.demoted_until = 0          # ns
+        self.ranges: Any = None         # that greenlets hold or wait for, see `sectors`; or None
+        self.writes = Writes()          # of requests that hold no range
         self._entry = weakref.ref(self)
 
     def __del__(self) -> None:
@@ -70,8 +99,8 @@ def inode_of(device: int, number: int) -> Inode:
     inode = inode_if_any(device, number)
     if inode is None:
         fresh = Inode(device, number)
-        # To make it may have run a finalizer, or let another thread run, which was quicker. From here on neither
-        # can be: this is compiled where threads use it.
+        # Its making may have run a finalizer or another thread, which was quicker. From here on neither
+        # can come between, because this is compiled where threads use it.
         inode = inode_if_any(device, number)
         if inode is None:
             inode = fresh
@@ -287,6 +316,8 @@ def _after_fork_in_child() -> None:
     # An operation on a number goes on in the parent, or is over: no close here waits for it. The numbers that
     # the parent was closing are closed here now, because no code of this process knows them any more.
     global closing
+    for inode in all_inodes():          # the parent's writes never end here
+        inode.writes = Writes()
     while _handles:                     # one by one: without memory for one of them it comes here again
         handle = _handles[len(_handles) - 1]
         if handle is not None:

@@ -960,6 +960,7 @@ cdef class Driver:
         except (RuntimeError, MemoryError):     # no thread, or the interpreter ends: the process's end does it
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
+            self.engine.forget_writes()
             _ending.discard(self.engine)
             return
         # An interpreter that ends frees the state of each thread, also of one that is being started, which then

@@ -27,15 +27,14 @@ from greenaio._core import caller as _caller
 from greenaio._files import portable as _fallback, sectors as alignment
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import using
-from greenaio._core.hub import all_engines
 from greenaio._core.uninterrupted import is_uninterrupted
 
-from greenaio._core.engine cimport CALL, NEW, Engine, Request, close_path_fd, meetings, meetings_under_way
-from greenaio._core.handle cimport Handle, check_open, closing, handle_of, take
+from greenaio._core.engine cimport NEW, Request, close_path_fd, meetings, meetings_under_way
+from greenaio._core.handle cimport Handle, Inode, check_open, closing, handle_of, take
 from greenaio._core.hub cimport Driver, current_driver
 from greenaio._core.memory cimport AlignedBuffer, scratch
 from greenaio._files.route cimport (
-    ANSWER, APPEND, DIRECT, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    ANSWER, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
     path_at_hand, seek_may_wait, stat_there, unlink_there, way,
 )
@@ -159,11 +158,8 @@ LEASE_MIN = 0.001               # seconds between two attempts to open a file th
 LEASE_MAX = 0.25                # ... this; then a thread waits
 
 
-cdef dict _held = alignment._held
-
 cdef enum:
     PAGE = 4096                 # bytes
-    RWF_APPEND = 16
 
 
 cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0,
@@ -306,26 +302,21 @@ cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096
     cdef int met
     while result == GO_ON:
         pool = walk.go_on()
+        walk.way.stops_at_end = walk.way.truncates      # to take its turn with the writes of that file
         known, mine = walk.truncated(), None
         try:
-            if known is not None:
-                walk.way.stops_at_end = bool(_held)
-                if walk.way.is_over and is_held(known):
-                    walk.arrive()
-                    mine = hold_range(-1, known, 0, alignment.EVERYTHING)
             # To empty a file frees its blocks.
             request = new_chain(-1, walk, name, call, walk.way, not walk.way.truncates)
+            if known is not None and takes_turn(known, request):
+                walk.arrive()
+                mine = hold_range(-1, known, 0, alignment.EVERYTHING)
+                request.count_in(mine.writes, mine)
             request.gives_fd = walk.way.opens
             request.fifo = walk.arrive()
-            request.file, request.range = known, mine       # for `_is_being_written`
             is_fifo, met = request.fifo >= 0, meetings() - meetings_under_way()
             result = driver.perform_by_thread(request, pool)
             if request.state == NEW:
                 result = _open_without_thread(request, walk.way)
-        except BaseException:
-            if mine is not None:
-                mine.ranges.settled = False     # it may still be emptied
-            raise
         finally:
             if mine is not None:
                 mine.let_go()
@@ -663,17 +654,22 @@ cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept:
     return start & ~<uint64_t>(PAGE - 1), (end + PAGE - 1) & ~<uint64_t>(PAGE - 1)
 
 
-cdef bint is_held(Known known) except -1:
-    """Whether some greenlet holds a range of the file, or waits for one. No other thread runs between this and the
-    request that follows being in a list of its engine, where `_is_being_written` finds it."""
-    return bool(_held) and (known.device.number, known.number) in _held
+cdef bint takes_turn(Known known, Request request) except -1:
+    """Whether *request*, which changes the file, has to hold a range of it, because greenlets do. If not, it counts
+    in the writes of the inode from now on. No other thread runs between the look and the count, and the greenlet that
+    asks for the first range of the file looks at the writes afterwards."""
+    if known._inode is None:
+        known.inode()
+    if known._inode.ranges is not None:
+        return True
+    if not known.device.in_memory:      # where no write is one of whole sectors, which would have to wait
+        request.count_in(known._inode.writes, known._inode)
+    return False
 
 
 cdef object hold_range(int fd, Known known, start, end):
     """Wait for the range. *fd* stays the same file until then."""
-    return alignment.hold(fd, (known.device.number, known.number), start, end,
-                          lambda: _is_being_written(known, start, end),
-                          lambda: _is_being_written(known, 0, alignment.EVERYTHING))
+    return alignment.hold(fd, known.inode(), start, end)
 
 
 cdef object shield_in(mine, int fd, work):
@@ -691,59 +687,43 @@ cdef object work_in(mine, int fd, work):
     return shield_in(mine, fd, work).get()
 
 
-cdef bint _is_being_written(Known known, uint64_t start, uint64_t end) except -1:
-    """Whether a write to this range of the file is under way that took no turn, in any thread here, or a call that
-    changes its length. It may be one of a thread that has ended, and with that gave its range back."""
-    cdef Request request
-    cdef Known other
-    cdef uint64_t low, high
-    for engine in all_engines():
-        for request in (<Engine>engine).writes():
-            if type(request.file) is not Known or request.range is not None and not request.range.over:
-                continue                # or its range, which is ours or does not overlap
-            other = request.file
-            if other.number and other.number != known.number or other.device.number != known.device.number:
-                continue                # without an inode it may be any file there: see `Walk.truncated`
-            if request.offset < 0 or other.kind & APPEND or request.flags & RWF_APPEND:
-                return True
-            low, high = request.offset, <uint64_t>request.offset + request.nbytes
-            if request.opcode == CALL:
-                high = alignment.EVERYTHING
-            elif not other.kind & DIRECT:
-                low, high = in_pages(low, high)
-            if low < end and start < high:
-                return True
-    return False
-
-
 def settle(int fd):
     """Wait until no write to the file *fd* is under way in this process, of a killed greenlet either: then it ends where
     it seems to. Until the caller waits again, no other greenlet of this thread writes there."""
     cdef Known known = know(fd, None)
-    if is_held(known) or _is_being_written(known, 0, alignment.EVERYTHING):
+    cdef Inode inode = known.inode()
+    if inode.ranges is not None or inode.writes.count:
         hold_range(fd, known, 0, alignment.EVERYTHING).let_go()
 
 
-def _in_turn(int fd, Known known, int64_t start, work):
-    """``work(range)``, which changes the file from *start* on, with that held if some greenlet holds a part of it."""
-    if not is_held(known):
-        return work(None)
+def _change(int fd, Known known, int64_t start, Request request, Pool pool=None):
+    """The answer of the call *request*, which changes the file *fd* from *start* on; minus the errno. It holds that, if
+    greenlets hold ranges of the file."""
+    current_driver().check_caller()
+    request.file = known
+    if not takes_turn(known, request):
+        return _perform(request, known, pool)
 
-    def finish():
+    def work():
         try:
-            return work(mine)
-        except BaseException:
-            mine.ranges.settled = False     # the call may still be under way
-            raise
+            request.count_in(mine.writes, mine)
+            return _perform(request, known, pool)
+        finally:
+            request.end_write_unless_under_way()
 
     mine = hold_range(fd, known, max(0, start), alignment.EVERYTHING)
-    return work_in(mine, fd, finish)
+    return work_in(mine, fd, work)
 
 
-cdef int64_t _change(Request request, Known known, int64_t start, mine, Pool pool=None) except? -4096:
-    """The answer of a call that changes the file from *start* on, where the range *mine* is held, or None."""
-    request.file, request.offset, request.range = known, start, mine    # so `_is_being_written` finds it
+cdef int64_t _perform(Request request, Known known, Pool pool) except? -4096:
     return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)
+
+
+cdef int64_t _change_in(mine, Request request, Known known) except? -4096:
+    """The answer of a call that changes the file, in the range that *mine* holds."""
+    request.file = known
+    request.count_in(mine.writes, mine)
+    return _perform(request, known, None)
 
 
 # Descriptors -------------------------------------------------------------------------------------
@@ -759,29 +739,28 @@ def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
     if in_line(known, max(0, file_size(number) - length)):      # to free memory takes time, too
         result = make_here(new_call(number, None, SYS_ftruncate, number, length))
     else:
-        result = _in_turn(number, known, length, lambda mine: truncate_file(number, known, length, mine))
+        result = _change(number, known, length, new_call(number, None, SYS_ftruncate, number, length))
     if result < 0:
         raise failed(result, None)
 
 
-cdef int64_t truncate_file(int fd, Known known, int64_t length, mine=None) except? -4096:
+cdef int64_t truncate_file(int fd, Known known, int64_t length, mine) except? -4096:
     """0, or minus the errno. *mine* is the range that is held."""
-    return _change(new_call(fd, None, SYS_ftruncate, fd, length), known, length, mine)
+    return _change_in(mine, new_call(fd, None, SYS_ftruncate, fd, length), known)
 
 
 def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
     cdef int64_t result
-    result = _in_turn(number, known, offset, lambda mine: _change(
-        new_call(number, None, POSIX_FALLOCATE, number, offset, length), known, offset, mine))
+    result = _change(number, known, offset, new_call(number, None, POSIX_FALLOCATE, number, offset, length))
     if result < 0:
         raise failed(result, None)
 
 
-cdef int64_t fallocate_file(int fd, Device device, int mode, int64_t offset, int64_t length) except? -4096:
-    """0, or minus the errno."""
-    return _call(fd, device, None, SYS_fallocate, fd, mode, offset, length)
+cdef int64_t fallocate_file(int fd, Known known, int mode, int64_t offset, int64_t length, mine) except? -4096:
+    """0, or minus the errno. *mine* is the range that is held."""
+    return _change_in(mine, new_call(fd, None, SYS_fallocate, fd, mode, offset, length), known)
 
 
 def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None):
@@ -797,7 +776,7 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     known = _open_file(source)
     cdef Known other = _open_file(target)
     with using(source), using(target):          # also while it waits for a range of the target
-        result = _copy(target, other, offsets[1], lambda: new_call(
+        result = _copy(target, other, offsets[1], new_call(
             source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
             target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
     if result < 0:
@@ -805,21 +784,14 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     return result
 
 
-cdef int64_t _copy(int target, Known other, int64_t start, make, int source, Known known) except? -4096:
-    """The answer of the call from ``make()``, which copies from *source* to *target*, from *start* on."""
+cdef int64_t _copy(int target, Known other, int64_t start, Request request, int source, Known known) except? -4096:
+    """The answer of the call *request*, which copies from *source* to *target*, from *start* on."""
     cdef Pool pool = _pool_between(known, other)
-    cdef Request one
-
-    def work(mine):
-        cdef Request request = make()
-        request.fd, request.other_fd = target, source
-        return _change(request, other, start, mine, pool)
-
     if other.kind & STORED:
-        return _in_turn(target, other, start, work)
-    one = make()
-    one.other_fd = target
-    return current_driver().perform_by_thread(one, pool)
+        request.fd, request.other_fd = target, source
+        return _change(target, other, start, request, pool)
+    request.other_fd = target
+    return current_driver().perform_by_thread(request, pool)
 
 
 def readahead(int fd, int64_t offset, Py_ssize_t count):
@@ -843,7 +815,7 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     other = _open_file(target)
     with using(source), using(target):      # also while it waits for the socket
         while True:
-            result = _copy(target, other, 0, lambda: new_call(
+            result = _copy(target, other, 0, new_call(
                 source, memory, SYS_sendfile, target, source, 0 if offset is None else <long>at, count),
                 source, known)
             if result != -EAGAIN:

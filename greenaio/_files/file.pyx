@@ -23,8 +23,8 @@ from libc.string cimport memcpy
 from posix.stat cimport S_ISDIR
 
 from greenaio._files.calls cimport (
-    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, is_held, open_file, shield_in,
-    truncate_file, work_in,
+    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, open_file, shield_in,
+    takes_turn, truncate_file, work_in,
 )
 from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._core.engine cimport (
@@ -214,7 +214,7 @@ cdef class File:
         if known.kind & (STORED | ANSWER) != STORED or offset < 0 or is_ownerless(buffer) or closing and is_closing(fd):
             return None
         request.pin(buffer)
-        if not reading and is_held(known):
+        if not reading and takes_turn(known, request):
             return None
         if known.kind & DIRECT:
             if _is_misaligned(known, request):
@@ -278,7 +278,7 @@ cdef class File:
         current_driver().check_caller()
 
         def work():
-            return fallocate_file(fd, self._known.device, how, offset, length)
+            return fallocate_file(fd, self._known, how, offset, length, mine)
 
         mine = hold_range(fd, self._known, offset, <uint64_t>offset + <uint64_t>length)
         cdef int64_t result = work_in(mine, fd, work)
@@ -592,14 +592,14 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
                 got = _read_misaligned(driver, known, request, steady)
             else:
                 got = _write_misaligned(known, request, steady)
-        elif not reading and is_held(known):
+        elif not reading and takes_turn(known, request):
             driver.check_caller()
             got = _write_in_turn(known, request)
         else:
             got = _direct(driver, request, known)
     elif reading:
         got = _read_buffered(driver, request, known, memory)
-    elif known.kind & STORED and offset >= 0 and is_held(known):
+    elif known.kind & STORED and takes_turn(known, request):
         driver.check_caller()
         got = _write_in_turn(known, request)
     else:
@@ -687,19 +687,16 @@ def _write_misaligned(Known known, Request asked, buffers):
         cdef Request request = new_request(
             PREAD if reading else PWRITE, fd, at, 0 if reading else flags, BATCH_MAX)
         request.pin(memory)
-        request.range = mine
+        if not reading:
+            request.count_in(mine.writes, mine)
         return _direct(current_driver(), request, known)
 
     def work():
         span = aligned_buffer(_span(known, end - start))
         size = (lambda: file_size(fd)) if known.kind & REGULAR else (lambda: alignment.EVERYTHING)
-        try:
-            return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
-                                   lambda memory, at: aligned(False, memory, at),
-                                   lambda size: truncate_file(fd, known, size, mine), span)
-        except BaseException:
-            mine.ranges.settled = False     # a write may still be in flight
-            raise
+        return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
+                               lambda memory, at: aligned(False, memory, at),
+                               lambda size: truncate_file(fd, known, size, mine), span)
 
     mine = _hold_to(fd, known, start, start + _span(known, end - start))
     return work_in(mine, fd, work)
@@ -713,19 +710,18 @@ cdef object _shield_in_turn(Known known, Request request):
 
     def work():
         try:
+            request.count_in(mine.writes, mine)
             if direct:
                 return _direct(current_driver(), request, known)
             return _write_buffered(current_driver(), request, known)
-        except BaseException:
-            mine.ranges.settled = False     # the write may still be in flight
-            raise
+        finally:
+            request.end_write_unless_under_way()
 
     if known.kind & APPEND or request.flags & RWF_APPEND or request.offset < 0:
         start, end = 0, alignment.EVERYTHING
     elif not direct:
         start, end = in_pages(start, end)
     mine = _hold_to(request.fd, known, start, end)
-    request.range = mine
     return shield_in(mine, request.fd, work)
 
 
@@ -831,7 +827,7 @@ cdef object _begin_at_position(bint reading, int fd, Known known, asked, name):
         one._result = _done_in_line(driver, _now(request, 0))
         if reading and one._memory is not asked:
             _copy_back(one._memory if many else (one._memory,), asked if many else (asked,), one._result)
-    elif not reading and is_held(known):
+    elif not reading and known.kind & STORED and takes_turn(known, request):
         one._shield = _shield_in_turn(known, request)
     else:
         request.file = known
@@ -890,10 +886,14 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
 
 
 cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
+    cdef int64_t result
     driver.check_caller()
     if (request.flags & RWF_NOWAIT or in_line(known, request.nbytes, request.fd, request.offset)
             and _has_place(request, known) or _means_its_writer(request, known)):
-        return _done_in_line(driver, _now(request, request.flags))
+        result = _now(request, request.flags)
+        if request.writes is not None:
+            request.end_write()         # before this greenlet may wait for the next turn of the hub
+        return _done_in_line(driver, result)
     return _by_thread(driver, request, known)
 
 

@@ -37,7 +37,7 @@ from typing import Any
 from gevent.monkey import get_original
 
 from greenaio._core.ends import was_thrown
-from greenaio._core.handle import using
+from greenaio._core.handle import inode_of_facts, using
 from greenaio._files import sectors as alignment
 from greenaio._files.extension import File, Filling, _calls, _file
 from greenaio._files.portable import READ, WRITE, flat, has_position, wait_for
@@ -76,7 +76,7 @@ def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any
                     start, end = args[2], args[2] + _nbytes([args[1]] if name == 'pwrite' else args[1])
                 except (TypeError, IndexError):
                     return call(*args, **kwargs)    # it tells what is wrong with them
-            alignment.refuse_if_held((facts.st_dev, facts.st_ino), start, end)
+            alignment.refuse_if_held(inode_of_facts(facts), start, end)
         return call(*args, **kwargs)
 
 

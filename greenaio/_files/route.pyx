@@ -662,7 +662,7 @@ cdef class Known:
         """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
         cdef bint writing = request.direction == WRITE
         cdef Way way
-        cdef uint64_t demoted_until = self.inode().demoted_until
+        cdef uint64_t demoted_until = (self._inode if self._inode is not None else self.inode()).demoted_until
         if not driver.has_aio() or demoted_until and monotonic_ns() < demoted_until or writing and self._extends(request):
             return THREAD
         if request.flags & RWF_NOWAIT:
@@ -1265,13 +1265,12 @@ cdef class Walk:
                 and (self.way.end >= 0 or is_certain(self.way.error)))
 
     cdef Known truncated(self):
-        """The file that the call empties, as far as it is known: without an inode it may be any file of its
-        device. None if it empties none."""
-        if not self.way.truncates or self.way.is_over and not S_ISREG(self.way.mode):
+        """The file that the call empties, once it is known. None if it empties none, or may come to one later."""
+        if not self.way.truncates or not self.way.is_over or not S_ISREG(self.way.mode):
             return None
         cdef Known known = Known.__new__(Known)
         known.kind, known.mode = STORED | REGULAR, self.way.mode
-        known.number = self.way.inode if self.way.is_over else 0
+        known.number = self.way.inode
         known.device = device_of(self.way.device, self.way.mount)
         return known
 

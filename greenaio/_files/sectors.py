@@ -13,18 +13,38 @@ waited for, its other writes hold ranges too: the aligned ones, those through th
 file, and calls that change its length, such as an open with O_TRUNC. Calls that block hold none: in the hub,
 in a thread without a hub, in another process.
 
-The ranges of a file are in one list, in the order in which they were asked for. A range is granted once no
-earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it; when that one goes,
-granted or not, it looks for the next. So giving a range back costs a look at its followers, not at all that
-wait. Each range waits for earlier ones only, so no two wait for each other. The parties:
+The ranges of a file are in one list of its `Inode`, in the order in which they were asked for. A range is
+granted once no earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it.
+When that one goes, granted or not, the range looks on from there for the next. So giving a range back costs
+a look at its followers, not at all that wait. Each range waits for earlier ones only, so no two wait for
+each other.
+
+A write may outlive the greenlet that asked for it: the kernel, or a thread, still has it when the greenlet is
+killed or its hub is gone. So a range that is given back stays in the list until its writes are over. The
+writes that were under way before the first range was asked for are the same case: together they have a range
+of the whole file. It is the oldest, no greenlet holds it, and it goes with the last of them.
+
+    one                         the kernel              two
+    holds a range, writes
+                                has the write
+    is killed: gives it back,
+    which changes nothing
+                                                        asks for the range: hangs
+                                is done: the range goes
+                                                        is granted
+
+The parties:
 
 - A greenlet waits for its range itself, and leaves nothing if it is killed then. Once it has the range, a
   greenlet of its own does the work and gives the range back, even if the one that asked is killed.
-- Another thread that gives a range back wakes the waiter by the loop of the waiter's own hub. `_lock` guards
-  the lists. No greenlet switches while it is held.
-- A thread that ends, or whose hub is destroyed, gives its ranges back. Its writes in flight are waited for,
-  like those that were under way before any range was asked for: see `hold`.
-- A forked child drops the ranges of the threads that stayed with the parent. The parent keeps its own.
+- Another thread that gives a range back, or lets go of its last write, wakes the waiter by the loop of the
+  waiter's own hub. `_lock` guards the lists. No greenlet switches while it is held.
+- A write that holds no range does not take the lock. It looks whether the file has ranges, and counts, in
+  one step. The greenlet that asks for the first range puts it in the list, and then looks at the count. So
+  one of the two sees the other.
+- A thread that ends, or whose hub is destroyed, gives its ranges back.
+- A forked child drops the ranges of the threads that stayed with the parent, and waits for no write of the
+  parent's. The parent keeps its own.
 """
 
 from __future__ import annotations
@@ -35,19 +55,16 @@ from typing import Any, Protocol
 
 import gevent
 from gevent import get_hub
-from gevent.event import Event
 from gevent.exceptions import BlockingSwitchOutError
 from gevent.monkey import get_original
 
 from greenaio._core.bell import generation, listen
 from greenaio._core.ends import before_end, thrown
-from greenaio._core.handle import using
+from greenaio._core.handle import Inode, Writes, all_inodes, using
 from greenaio._files import portable as _fallback
+from greenaio._files.sleeper import Sleeper
 
-Inode = tuple[int, int]         # device, inode
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
-ANOTHER_LOOK = 60.0             # seconds: this timer keeps the loop running, for another thread to wake us
-SETTLING = 0.001                # seconds between looks at writes that took no turn, which are rare
 
 get_ident = get_original('_thread', 'get_ident')
 _make_lock = get_original('_thread', 'RLock')   # a finalizer of the same thread may come here, too
@@ -59,8 +76,8 @@ class _Ranges:
     def __init__(self) -> None:
         self.newest: _Range | None = None
         self.count = 0
-        self.low, self.high = EVERYTHING, 0     # where all that were in it begin and end
-        self.settled = False            # no write that took no turn is under way any more
+        self.low, self.high = EVERYTHING, 0     # where all that were in it begin and end, except ...
+        self.before: _Range | None = None       # ... for the range of the writes that hold none
 
     def __len__(self) -> int:
         return self.count
@@ -75,22 +92,30 @@ class _Ranges:
         """Assert what must hold whenever the lock is free."""
         ranges = list(self)[::-1]
         assert len(ranges) == self.count
+        assert self.before is None or self.before is ranges[0]
         for i, one in enumerate(ranges):
             earlier = [other for other in ranges[:i] if other.overlaps(one)]
             assert one.granted == (not earlier)
             assert one.blocker is (earlier[-1] if earlier else None)
             assert not earlier or one in earlier[-1].followers()
+            assert one.writes.count or not one.is_left, 'a range that is kept for nothing'
 
 
-_held: dict[Inode, _Ranges] = {}
 _lock = _make_lock()
 
 
-def refuse_if_held(inode: Inode, start: int = 0, end: int = EVERYTHING) -> None:
+def held() -> list[Inode]:
+    """Return the inodes that have a range which is held or waited for."""
+    return [inode for inode in all_inodes() if inode.ranges is not None]
+
+
+def refuse_if_held(inode: Inode | None, start: int = 0, end: int = EVERYTHING) -> None:
     """Raise BlockingSwitchOutError if a write holds any byte from *start* to *end*."""
     generation()
+    if inode is None:
+        return
     with _lock:
-        is_held = any(other.start < end and start < other.end for other in _held.get(inode, ()))
+        is_held = any(other.start < end and start < other.end for other in inode.ranges or ())
     if is_held:
         raise BlockingSwitchOutError(
             'a parked greenlet is changing these sectors, and can\'t go on inside greenaio.uninterrupted()')
@@ -109,7 +134,6 @@ class _Thread:
         for stays in list(self.stays):
             stays.close()
         for one in list(self.ranges):
-            one.ranges.settled = False  # a write of this range may be in flight
             one.let_go()
 
 
@@ -142,39 +166,54 @@ def _staying(fd: int) -> contextlib.ExitStack:
 class _Range:
     """The bytes from *start* to *end* of *inode*: held, or waited for, until `let_go`.
 
-    The ranges that hang on this one are a list through `next` and `previous`: giving it back needs no memory.
+    Its writes count in `writes`. The ranges that hang on this one are a list through `next` and `previous`:
+    giving it back needs no memory.
     """
 
+    ranges: _Ranges
+    thread: _Thread | None
+    sleeper: Sleeper | None             # of a greenlet that waits
+    older: _Range | None
+    newer: _Range | None
+    blocker: _Range | None
+    first: _Range | None                # of those that hang on this one
+    next: _Range | None
+    previous: _Range | None
+
     def __init__(self, inode: Inode, start: int, end: int) -> None:
-        self.inode, self.start, self.end = inode, start, end
-        self.thread, self.ident = _this_thread(), get_ident()
-        self.hub: Any = get_hub()
-        self.event: Event | None = None     # for a greenlet that waits
-        self.over = False
-        self.older: _Range | None = None
-        self.newer: _Range | None = None
-        self.blocker: _Range | None = None
-        self.first: _Range | None = None    # of those that hang on this one
-        self.next: _Range | None = None
-        self.previous: _Range | None = None
+        self._begin(inode, start, end, Writes())
+        self.thread = thread = _this_thread()
+        before: _Range | None = None
         generation()                    # forked by C, a child must not wait for the lock of its parent
         with _lock:
-            self.ranges = _held.get(inode) or _Ranges()
-            count = self.ranges.count + 1
-            self.thread.ranges.add(self)
-            try:
-                _held[inode] = self.ranges
-            except MemoryError:
-                self.thread.ranges.discard(self)
-                raise
+            ranges: _Ranges = _Ranges() if inode.ranges is None else inode.ranges
+            if inode.ranges is None:
+                before = _Range.__new__(_Range)
+                before._begin(inode, 0, EVERYTHING, inode.writes)
+            count = ranges.count + (1 if before is None else 2)
+            low, high = min(start, ranges.low), max(end, ranges.high)
+            thread.ranges.add(self)
             # From here on nothing needs memory.
-            self.older = self.ranges.newest
+            if before is not None:
+                before.ranges, ranges.newest, ranges.before = ranges, before, before
+                inode.ranges = ranges
+            self.ranges, self.older = ranges, ranges.newest
             if self.older is not None:
                 self.older.newer = self
-            self.ranges.newest, self.ranges.count = self, count
-            if start < self.ranges.high and self.ranges.low < end:      # else none overlaps
-                self._hang()
-            self.ranges.low, self.ranges.high = min(self.ranges.low, start), max(self.ranges.high, end)
+            ranges.newest, ranges.count = self, count
+            if start < ranges.high and ranges.low < end:
+                self._hang(self.older)
+            else:                       # it overlaps no other
+                self._hang(ranges.before)
+            ranges.low, ranges.high = low, high
+        if before is not None:
+            before.let_go()             # which stays until the writes that hold no range are over
+
+    def _begin(self, inode: Inode, start: int, end: int, writes: Writes) -> None:
+        self.inode, self.start, self.end, self.writes = inode, start, end, writes
+        self.is_left = self.over = False    # its holder is gone; it has gone itself
+        self.thread = self.sleeper = None
+        self.older = self.newer = self.blocker = self.first = self.next = self.previous = None
 
     def followers(self) -> Iterator[_Range]:
         """Those that hang on this one."""
@@ -190,9 +229,9 @@ class _Range:
     def overlaps(self, other: _Range) -> bool:
         return self.start < other.end and other.start < self.end
 
-    def _hang(self) -> None:
-        """Hang on the newest earlier range that overlaps; granted if there is none. With the lock."""
-        other = self.older
+    def _hang(self, other: _Range | None) -> None:
+        """Hang on the newest range that overlaps, *other* or one before it; granted if there is none. With
+        the lock."""
         while other is not None and not (other.start < self.end and self.start < other.end):
             other = other.older
         self.blocker, self.previous, self.next = other, None, None
@@ -212,25 +251,31 @@ class _Range:
 
     def wait(self) -> None:
         """Wait until it is granted."""
-        self.event = Event()
-        while not self.granted:         # now another thread's grant is seen here, or sets the event
-            self.event.wait(ANOTHER_LOOK)
+        self.sleeper = Sleeper()
+        while not self.granted:         # now another thread's grant is seen here, or wakes the sleeper
+            self.sleeper.wait()
 
     def let_go(self) -> None:
-        """Give it back, granted or not; twice is fine. From any thread."""
+        """Give it back, granted or not; twice is fine. From any thread. It goes when its writes are over."""
         granted: _Range | None = None
         generation()
         with _lock:
             if self.over:
                 return
+            self.is_left = True
+            self.writes.at_end = self.let_go    # first: the last of them may end in another thread now
+            if self.writes.count:
+                return
+            self.writes.at_end = None
             self.over = True
-            self.thread.ranges.discard(self)
+            if self.thread is not None:
+                self.thread.ranges.discard(self)
             self._unlink()
             self._unhang()
             one, self.first = self.first, None
             while one is not None:
                 following = one.next
-                one._hang()
+                one._hang(self.older)   # none between the two overlaps it
                 if one.granted:
                     one.next, granted = granted, one
                 one = following
@@ -247,27 +292,28 @@ class _Range:
         if self.older is not None:
             self.older.newer = self.newer
         self.ranges.count -= 1
+        if self.ranges.before is self:
+            self.ranges.before = None
         if self.ranges.newest is None:
-            del _held[self.inode]
+            self.inode.ranges = None
 
     def _wake(self) -> None:
-        if self.event is None:
+        if self.sleeper is None:
             return                      # it has not begun to wait, and will look first
-        if self.ident == get_ident():
-            self.event.set()
-            return
-        loop = self.hub.loop            # None if its thread has ended
-        if loop is not None:
-            with contextlib.suppress(ValueError):       # the loop is destroyed
-                loop.run_callback_threadsafe(self.event.set)
+        try:
+            self.sleeper.wake()
+        except MemoryError:             # nothing else will wake it
+            self.sleeper.wake()
+
+    def forget_writes(self) -> None:
+        """In a forked child: those of the parent never end here."""
+        self.writes = Writes() if self.thread is not None else self.inode.writes
 
 
-def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable[[], bool],
-         is_unsettled: Callable[[], bool]) -> _Range:
-    """Return the range from *start* to *end* of the file *fd*, held: after all earlier ones that overlap it,
-    and after the writes there that took no turn, because no range was held when they began.
+def hold(fd: int, inode: Inode, start: int, end: int) -> _Range:
+    """Return the range from *start* to *end* of the file *fd*, held: after all earlier ones that overlap
+    it, and after the writes that were under way when the first of them was asked for.
 
-    *is_being_written* tells whether there are such writes in the range, *is_unsettled* whether there are any.
     Raises EBADF in a forked child that has closed *fd* during the wait.
     """
     mine, forks = _Range(inode, start, end), generation()
@@ -275,11 +321,7 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
         with _staying(fd):
             if not mine.granted:
                 mine.wait()
-            while not mine.ranges.settled and is_being_written():
-                gevent.sleep(SETTLING)
             _fallback.check_kept(fd, forks)
-        if not mine.ranges.settled and not is_unsettled():
-            mine.ranges.settled = True
     except BaseException as error:
         mine.let_go()
         thrown(error)
@@ -290,13 +332,15 @@ def hold(fd: int, inode: Inode, start: int, end: int, is_being_written: Callable
 def _after_fork_in_child() -> None:
     global _lock
     _lock = _make_lock()                        # another thread may have held the old one
+    left = [one for inode in held() for one in inode.ranges]
+    for one in left:
+        one.forget_writes()
     for thread in list(_threads):
         if thread.ident != get_ident():         # it stayed with the parent
             thread.give_back()
-    for ranges in list(_held.values()):
-        for mine in list(ranges):
-            if mine.ident != get_ident():       # just being made
-                mine.let_go()
+    for one in left:
+        if one.is_left or one.thread is None or one.thread.ident != get_ident():
+            one.let_go()
 
 
 listen(_after_fork_in_child)

@@ -10,6 +10,7 @@ import gevent
 from gevent.event import Event
 
 import greenaio
+from greenaio._core import handle as _handle
 from greenaio._files import sectors as alignment
 
 with open('data', 'wb') as file:
@@ -22,7 +23,7 @@ st = os.fstat(fd)
 
 
 def change():
-    held = alignment._Range((st.st_dev, st.st_ino), 0, 4096)
+    held = alignment._Range(_handle.inode_of(st.st_dev, st.st_ino), 0, 4096)
     leave.wait()
     held.let_go()
 

@@ -31,7 +31,7 @@ work(0, True)
 for thread in threads:
     thread.join(30)
 assert len(done) == 4 * count, len(done)
-assert not alignment._held
+assert not alignment.held()
 assert file.pwrite(b'after', 5) == 5
 with open(sys.argv[1], 'rb') as written:
     data = written.read(160)
