@@ -54,7 +54,9 @@ def run_script(tmp_path):
         path = tmp_path / 'script.py'
         path.write_text(SCRIPT + textwrap.dedent(code) + textwrap.dedent(f'''
             if __name__ == '__main__':
-                gevent.get_hub()
+                # gevent installs its handler of SIGCHLD after the first fork. If the child has ended by then,
+                # gevent never hears of it, and waitpid waits for ever.
+                gevent.get_hub().loop.install_sigchld()
                 main(multiprocessing.get_context({method!r}))
         '''))
         done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60,
