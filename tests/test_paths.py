@@ -431,11 +431,13 @@ def test_file_that_comes_after_a_timeout_is_not_closed_in_the_hub(server):
     try:
         with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
             greenaio.os.open(os.path.join(server.mount, 'data'), os.O_RDONLY)
-        with subprocess.Popen(['sh', '-c', f'sleep 5; rm {hangs}']):
+        with subprocess.Popen(['sh', '-c', f'sleep 5; rm -f {hangs}']) as unhang:
             server.process.send_signal(signal.SIGCONT)
             wait_until(lambda: not engine.lent)
             gevent.sleep(0.05)
             assert os.path.exists(hangs), 'the hub waited for the flush'
+            unhang.kill()
+            os.unlink(hangs)
     finally:
         server.process.send_signal(signal.SIGCONT)
 
@@ -490,9 +492,10 @@ def test_working_directory_on_a_server_that_hangs_is_not_asked_for_in_the_hub(tm
     server = Server(str(tmp_path), default_permissions=True)
     try:
         run_python('''
-            import gevent, greenaio, greenaio.os, os, select, shutil, subprocess, sys
+            import gevent, greenaio, greenaio.os, os, select, shutil, signal, subprocess, sys
             freeze = subprocess.Popen(['sh', '-c', f'read go; kill -STOP {sys.argv[2]}; echo; sleep 5; '
-                                      f'echo; kill -CONT {sys.argv[2]}'], stdin=-1, stdout=-1)
+                                      f'echo; kill -CONT {sys.argv[2]}'],
+                                      stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
             os.chdir(sys.argv[1])
             wanted = greenaio.os.stat('data').st_size
             freeze.stdin.write(b'go' + os.linesep.encode())
@@ -504,7 +507,8 @@ def test_working_directory_on_a_server_that_hangs_is_not_asked_for_in_the_hub(tm
                 waiting = gevent.spawn(lambda: os.stat(greenaio.copyfile('data', sys.argv[4])).st_size)
             gevent.sleep(0.1)
             assert not select.select([freeze.stdout], [], [], 0)[0], 'the hub waited for the server'
-            freeze.wait()
+            freeze.kill()
+            os.kill(int(sys.argv[2]), signal.SIGCONT)
             assert waiting.get(timeout=10) == wanted
         ''', server.mount, str(server.process.pid), call, tmp_path / 'copy')
     finally:
