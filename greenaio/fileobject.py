@@ -106,17 +106,21 @@ class FileIO(io.FileIO):
     _appends = False                    # each write goes to the end, which is ours to find ...
     _end: _End | None = None            # ... here
     _unsaid: Warning | None = None      # for `__del__`, whose errors Python reports
+    _is_fresh = False                   # opened by this object, and neither read nor written so far
+    _was_cached = False                 # the last read was one of the page cache, and short only at the end
     _piece = 0                          # bytes at most in one write, if the layers above look how many went
 
     def __init__(self, file: Any, mode: str = 'r', closefd: bool = True, opener: Opener | None = None, *,
                  flags: int = 0, prefetch: int | None = None) -> None:
         self._io_turn = Turn(guards_io=True)   # shared by the layers above
         self._waiting: dict[greenlet, tuple[Any, bool]] = {}
-        fd = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
+        opened = file if isinstance(file, int) else self._open(file, mode, closefd, opener, flags)
+        fd = opened if isinstance(opened, int) else opened.fileno()
         if not isinstance(file, int) and opener is None:
             _sharing.ours[fd] = True
         try:
-            self._take(fd, file, mode)
+            self._take(fd, file, mode, None if isinstance(opened, int) else opened)
+            self._is_fresh = _sharing.is_ours(fd) and 'a' not in mode and self._surely_has_position()
         except BaseException:
             if not isinstance(file, int):
                 _calls.close(fd, may_wait=can_wait())
@@ -132,7 +136,7 @@ class FileIO(io.FileIO):
     def _stream(self, prefetch: int | None) -> None:
         gevent.get_hub()                # it is asked for by name, in a thread that has none as well
         file = self.file
-        if not self.seekable() or _calls.facts(self._fd)[2]:
+        if not self.seekable() or file._is_answer:
             return                      # it has no position, or each read of it is another answer
         if self.readable() and _position.is_stored(file.kind):
             self._ahead = ReadAhead(file, prefetch or streams.DEPTH, eager=prefetch is not None)
@@ -140,7 +144,8 @@ class FileIO(io.FileIO):
         if self.writable() and file.direct and not in_order:
             self._behind = WriteBehind(file, prefetch or streams.DEPTH)
 
-    def _open(self, file: Any, mode: str, closefd: bool, opener: Opener | None, more: int) -> int:
+    def _open(self, file: Any, mode: str, closefd: bool, opener: Opener | None,
+              more: int) -> int | File:
         if not closefd:
             raise ValueError('Cannot use closefd=False with file name')
         flags = FLAGS.get(mode.replace('b', '').replace('+', '', 1), 0) | os.O_CLOEXEC | more
@@ -154,7 +159,9 @@ class FileIO(io.FileIO):
             flags &= ~os.O_APPEND       # the kernel would append whole sectors only
             self._appends = True
         if opener is None:
-            return (_calls.open if can_wait() else _calls.open_here)(file, flags, 0o666, io_mode=mode)
+            if can_wait():
+                return File.open_for_io(file, flags, mode)
+            return _calls.open_here(file, flags, 0o666, io_mode=mode)
         sys.audit('open', file, mode, flags)
         fd = opener(file, flags)
         if not isinstance(fd, int):
@@ -164,10 +171,11 @@ class FileIO(io.FileIO):
         posix.set_inheritable(fd, False)
         return fd
 
-    def _take(self, fd: int, name: Any, mode: str) -> None:
+    def _take(self, fd: int, name: Any, mode: str, file: File | None) -> None:
         if fd < 0:
             raise ValueError('negative file descriptor')
-        file = File.from_fd(fd)
+        if file is None:
+            file = File.from_fd(fd)
         if file.kind == stat.S_IFDIR:
             raise IsADirectoryError(21, os.strerror(21), name)
         seek_may_wait = 'a' in mode and (file._seek_may_wait or not _sharing.is_ours(fd))
@@ -204,6 +212,7 @@ class FileIO(io.FileIO):
         file = self.file
         if not self.readable():
             raise io.UnsupportedOperation('File not open for reading')
+        self._is_fresh = self._was_cached = False
         if not self._can_wait():
             with self._plain():
                 return posix.readv(self._fd, [buffer])
@@ -216,6 +225,7 @@ class FileIO(io.FileIO):
         except (BufferError, TypeError):
             raise TypeError('readinto() argument must be read-write bytes-like object, '
                             f'not {type(buffer).__name__}') from None
+        self._was_cached = n >= 0
         if n >= 0:
             return n
         n = -1 - n
@@ -279,7 +289,7 @@ class FileIO(io.FileIO):
         size = 0
         self._drain()
         try:
-            size = _calls.facts(self.file.fileno())[1] - self.tell()
+            size = self.file._size(self._is_fresh) - self.tell()
         except OSError as error:        # a pipe has no position
             if was_thrown(error):
                 raise
@@ -290,8 +300,9 @@ class FileIO(io.FileIO):
         while True:
             if done == len(data):       # it grew, or its size says nothing
                 data.resize(done + max(done >> 3 if done > io.DEFAULT_BUFFER_SIZE << 3 else done, GROW_MIN))
+            wanted = min(max(piece, GROW_MIN), len(data) - done)
             try:
-                n = self.readinto(memoryview(data)[done:done + max(piece, GROW_MIN)])
+                n = self.readinto(memoryview(data)[done:done + wanted])
             except BaseException as error:
                 if was_thrown(error) and self._file is not None:
                     _position.go_back(self._file, done)
@@ -299,10 +310,13 @@ class FileIO(io.FileIO):
             if not n:
                 return None if n is None and not done else data.take(done)
             done += n
+            if n < wanted and self._was_cached and not self.file._is_answer:
+                return data.take(done)      # the kernel was asked for more, and said that it is the end
 
     def write(self, data: Any, /) -> Any:
         if not self.writable():
             raise io.UnsupportedOperation('File not open for writing')
+        self._is_fresh = False
         if self._can_wait():
             return self._wait(True, self._write, data)
         self._refuse_if_held()
@@ -365,6 +379,10 @@ class FileIO(io.FileIO):
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if self._is_fresh:
+            if offset == 0 and whence < os.SEEK_END and not self.closed and _sharing.ours.get(self._fd):
+                return 0                # no other code can have moved it
+            self._is_fresh = False
         if whence >= os.SEEK_END:
             self._drain()
         if not self._can_wait():
@@ -381,6 +399,10 @@ class FileIO(io.FileIO):
         if not _position.is_stored(self.file.kind):
             return True
         return whence < os.SEEK_END and not self._seek_may_wait and _sharing.is_ours(self._fd)
+
+    def _surely_has_position(self) -> bool:
+        file = self.file
+        return file.is_local and _position.is_stored(file.kind) and not file._is_answer
 
     def _seek(self, fd: int, offset: int, whence: int) -> int:
         with using(fd), _turn.turn_of(fd):
@@ -452,7 +474,8 @@ class FileIO(io.FileIO):
     def _close_fd(self, fd: int, may_wait: bool) -> None:
         try:
             if self._closes and fd >= 0 and self._owner is None:
-                _calls.close(fd, may_wait=may_wait, is_forgotten=self._io_turn.finalizing)
+                assert self._file is not None
+                self._file.close_for_io(fd, may_wait=may_wait, is_forgotten=self._io_turn.finalizing)
         finally:
             owner, self._owner = self._owner, None
             if owner is not None and self._closes:

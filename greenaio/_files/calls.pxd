@@ -6,10 +6,10 @@ from greenaio._files.route cimport Known
 cdef extern from "<fcntl.h>":
     const int AT_FDCWD
 
-cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=*) except -1
+cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=*, Known known=*) except -1
 cdef int64_t truncate_file(int fd, Known known, int64_t length, mine) except? -4096
 cdef int64_t fallocate_file(int fd, Known known, int mode, int64_t offset, int64_t length, mine) except? -4096
-cdef int close_file(int fd, bint may_wait, bint is_forgotten=*) except -1
+cdef int close_file(int fd, bint may_wait, bint is_forgotten=*, Known known=*) except -1
 cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept
 cdef bint takes_turn(Known known, Request request) except -1
 cdef object hold_range(int fd, Known known, start, end)

@@ -34,8 +34,8 @@ from greenaio._core.handle cimport Handle, Inode, check_open, closing, handle_of
 from greenaio._core.hub cimport Driver, current_driver
 from greenaio._core.memory cimport AlignedBuffer, scratch
 from greenaio._files.route cimport (
-    ANSWER, GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
-    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, open_at_hand, open_fd_again, open_there,
+    GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
+    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, know_again, open_at_hand, open_fd_again, open_there,
     path_at_hand, seek_may_wait, stat_there, unlink_there, way,
 )
 from greenaio._core.job cimport POSIX_FALLOCATE, chain, make_here, new_call, new_chain, new_close
@@ -257,8 +257,9 @@ cdef int _check_folder(bytes path, int dir_fd) except -1:
     return 0
 
 
-cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None) except -1:
-    """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`."""
+cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None, Known known=None) except -1:
+    """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`. A new *known* then has all that is
+    known of the file, if that costs no more calls."""
     cdef bytes encoded = _encoded(path, 'open' if io_mode is None else None)
     cdef Driver driver = current_driver()
     cdef _Place place
@@ -269,7 +270,7 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
     driver.check_caller()
     if closing:
         _check_folder(encoded, dir_fd)
-    fd = open_at_hand(encoded, dir_fd, flags, path)
+    fd = open_at_hand(encoded, dir_fd, flags, path, known)
     if fd >= 0:
         try:
             driver.end_in_line()
@@ -512,14 +513,6 @@ cdef object _ns(timespec when):
 
 cdef double _seconds(timespec when) noexcept:
     return <double>when.tv_sec + 1e-9 * when.tv_nsec
-
-
-def facts(fd):
-    """The st_mode and st_size of *fd*, as far as the kernel has them in memory, and whether the kernel makes up what
-    it reads as: asks nothing that could wait."""
-    cdef int number = c_int(fd)
-    cdef Known known = _open_file(number)
-    return known.mode, file_size(number), known.kind & ANSWER != 0
 
 
 def initialize(object raw, int fd, str mode, bint is_shared=False):
@@ -901,12 +894,11 @@ cdef bint _close_waits(Known known) except -1:
                                       or known.kind & (STORED | REGULAR) == STORED)
 
 
-cdef Pool _pool_to_close(int fd, bint also_writers):
+cdef Pool _pool_to_close(int fd, bint also_writers, Known known):
     """The threads that close the file *fd*, or None if its close waits for nothing. Of files that are open for
     writing and have a name this is asked if *also_writers*."""
-    cdef Known known
     try:
-        known = know(fd, None)
+        known = know_again(fd, known)
         if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
             return known.device.pool()
     except OSError as error:
@@ -917,8 +909,8 @@ cdef Pool _pool_to_close(int fd, bint also_writers):
     return None
 
 
-cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
-    """Close *fd*. Raises EBADF if it is being closed already.
+cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=None) except -1:
+    """Close *fd*, of which the caller may have *known* something. Raises EBADF if it is being closed already.
 
     Operations that need the number go on, and the last of them closes it. Else a thread closes it, if the close may
     wait. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain call instead.
@@ -935,7 +927,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False) except -1:
     may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
     handle = handle_of(fd)
     if handle is not None or may_wait or is_forgotten and not sys.is_finalizing():
-        pool = _pool_to_close(fd, handle is not None or may_wait)
+        pool = _pool_to_close(fd, handle is not None or may_wait, known)
     if pool is not None:
         slow = _new_slow_close(pool)
     # From here on no other thread comes between. The answers above may be out of date, so ask for the handle again.

@@ -140,12 +140,31 @@ cdef class File:
             self._set_max_batch(max_batch)
             self.name = os.fspath(path)
             self._closefd = True
-            self._fd = open_file(self.name, c_int(flags), c_int(mode),
-                                 AT_FDCWD if dir_fd is None else c_int(dir_fd))
+            self._open(self.name, c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd), None)
         except BaseException:
-            self._fd = CLOSED
+            if self._fd < 0:
+                self._fd = CLOSED
             raise
-        self._known = know(self._fd, self.name)
+
+    @staticmethod
+    def open_for_io(path, int flags, mode):
+        """Open *path* for a file object, which closes the fd itself by `close_for_io`. Audit hooks see its *mode*."""
+        cdef File self = File.__new__(File)
+        self._max_batch = BATCH_MAX
+        try:
+            self._open(os.fspath(path), flags, 0o666, AT_FDCWD, mode)
+        except BaseException:
+            if self._fd >= 0:
+                close_file(self._fd, False)
+            raise
+        self.name = self._fd
+        return self
+
+    cdef int _open(self, path, int flags, int mode, int dir_fd, io_mode) except -1:
+        cdef Known known = Known.__new__(Known)
+        self._fd = open_file(path, flags, mode, dir_fd, io_mode, known)
+        self._known = know(self._fd, path) if known.device is None else known
+        return 0
 
     @staticmethod
     def from_fd(fd, closefd=False, *, max_batch=BATCH_MAX):
@@ -322,6 +341,17 @@ cdef class File:
         self._open_fd()
         return self._known.device.is_local
 
+    def _size(self, bint is_fresh=False):
+        """The size in bytes, as far as the kernel has it in memory. Of a file that *is_fresh*, which means that nothing was
+        read since its open, it is the size at the open."""
+        cdef int fd = self._open_fd()
+        return self._known.size if is_fresh else file_size(fd)
+
+    @property
+    def _is_answer(self):
+        """Whether the kernel makes up what is read, and each read is another answer."""
+        return self._known.kind & ANSWER != 0
+
     @property
     def alignment(self):
         """What O_DIRECT wants memory, offsets and lengths to be multiples of, in bytes; 1 for a file
@@ -338,11 +368,15 @@ cdef class File:
     def _stalled(self, uint64_t ns):
         self._known.stalled(ns)
 
+    def close_for_io(self, int fd, *, bint may_wait, bint is_forgotten):
+        """Close the number *fd*, which the file object does not use any more."""
+        close_file(fd, may_wait, is_forgotten, self._known)
+
     cdef int _close(self, bint may_wait, bint is_forgotten) except -1:
         cdef int fd = self._fd
         self._fd = CLOSED
         if fd >= 0 and self._closefd:
-            close_file(fd, may_wait, is_forgotten)
+            close_file(fd, may_wait, is_forgotten, self._known)
         return 0
 
     def __enter__(self):

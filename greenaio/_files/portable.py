@@ -361,6 +361,13 @@ class File:
         self.name, self._fd, self._closefd = fd, fd, closefd
         return self
 
+    @classmethod
+    def open_for_io(cls, path: StrPath, flags: int, mode: str) -> File:
+        return cls.from_fd(open(path, flags, 0o666, io_mode=mode))
+
+    def close_for_io(self, fd: int, *, may_wait: bool, is_forgotten: bool) -> None:
+        close(fd, may_wait=may_wait, is_forgotten=is_forgotten)
+
     def fileno(self) -> int:
         if self._fd < 0:
             raise ValueError('I/O operation on closed file')
@@ -390,6 +397,13 @@ class File:
     @property
     def is_local(self) -> bool:
         return False            # nobody looked
+
+    def _size(self, is_fresh: bool = False) -> int:
+        return posix.fstat(self.fileno()).st_size
+
+    @property
+    def _is_answer(self) -> bool:
+        return False            # nothing looked
 
     @property
     def alignment(self) -> int:
@@ -634,8 +648,3 @@ def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
 
 def initialize(raw: Any, fd: int, mode: str, is_shared: bool = False) -> None:
     call(lambda _: FileIO.__init__(raw, fd, mode, False), fd)
-
-
-def facts(fd: int) -> tuple[int, int, bool]:
-    st = posix.fstat(fd)
-    return st.st_mode, st.st_size, False

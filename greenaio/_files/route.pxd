@@ -111,6 +111,7 @@ cdef class Known(Ways):
     cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
     cdef unsigned int align_memory
     cdef uint64_t number                # of the inode
+    cdef int64_t size                   # in bytes, at its open or when it was asked for
     cdef Inode _inode                   # None until it is needed
     cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
     cdef Device device
@@ -123,6 +124,7 @@ cdef class Known(Ways):
     cdef int demote(self) except -1
 
 cdef Known know(int fd, name)
+cdef Known know_again(int fd, Known known)
 cdef bint knows_block_devices() noexcept
 cdef bint seek_may_wait(Known known) noexcept
 cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) except -1
@@ -134,7 +136,7 @@ cdef bint is_certain(int error) noexcept
 cdef int open_fd_again(int fd, int flags) noexcept
 cdef int folder_at_hand() noexcept
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2
-cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2
+cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known known=*) except -2
 cdef extern from *:
     """
     #include <poll.h>

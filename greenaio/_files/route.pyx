@@ -792,25 +792,46 @@ cdef bint seek_may_wait(Known known) noexcept:
 
 cdef Known know(int fd, object name):
     """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
-    global _knows_block_devices
     cdef Known known = Known.__new__(Known)
     cdef facts found
     cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF     # AT_FDCWD is negative, and a folder
     if error:
         raise failed(error, name)
-    known.kind = _kind(found.mode, c_fcntl(fd, F_GETFL))
+    _learn(known, fd, &found, c_fcntl(fd, F_GETFL))
+    return known
+
+
+cdef Known know_again(int fd, Known known):
+    """What kind of file *fd* is, and whether it has a name at present. *known* is what was known of it before, or None;
+    the number may mean another file by now."""
+    cdef facts found
+    if known is None or facts_of(fd, b'', &found) or number_of(&found) != known.number or (
+            found.device != known.device.number):
+        return know(fd, None)
+    known.is_nameless = _is_nameless(&found, known.device)
+    return known
+
+
+cdef int _learn(Known known, int fd, facts *found, int flags) except -1:
+    """Note what *found* and the *flags* that it is open with tell of the file *fd*, which may also be an O_PATH fd."""
+    global _knows_block_devices
+    known.kind = _kind(found.mode, flags)
     if known.kind & LOCKED:
         _knows_block_devices = True
-    known.mode = found.mode
-    known.number = number_of(&found)
+    known.mode, known.size = found.mode, found.size
+    known.number = number_of(found)
     known.device = device_of(found.device, found.mount)
-    known.is_nameless = found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
+    known.is_nameless = _is_nameless(found, known.device)
     if known.device.answers and known.kind & STORED:
         known.kind |= _kind_of_answer(fd, known.device.file_system)
     if known.kind & DIRECT:
         known.align = found.align or _sector_size(fd, found.mode)
         known.align_memory = found.align_memory or known.align
-    return known
+    return 0
+
+
+cdef bint _is_nameless(facts *found, Device device) noexcept:
+    return found.links == 0 and (found.size > IN_LINE_MAX or not device.in_memory)
 
 
 cdef uint64_t number_of(facts *found) noexcept:
@@ -908,6 +929,11 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     """An O_PATH fd of what *path* leads to, if finding that out took no disk and no server, and a stat of it or
     an open won't; else -1. Raises what is known not to work. *flags*: O_NOFOLLOW or 0."""
     cdef facts found
+    return _path_at_hand(path, dir_fd, flags, name, &found)
+
+
+cdef int _path_at_hand(bytes path, int dir_fd, int flags, object name, facts *found) except -2:
+    """`path_at_hand`, and what the kernel tells of it."""
     cdef Device device
     cdef int fd = cached_path(dir_fd, path, flags)
     if fd < 0:
@@ -916,7 +942,7 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
         return -1
     cdef bint is_good = False
     try:
-        if facts_of(fd, b'', &found) == 0:
+        if facts_of(fd, b'', found) == 0:
             device = device_of(found.device, found.mount)
             is_good = device.is_local and device.file_system != 'overlay'       # that has two below it
     finally:
@@ -925,20 +951,23 @@ cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
     return fd if is_good else -1
 
 
-cdef int open_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
-    """A regular file that is to be read, opened here and now, if it waits for nobody; else -1."""
+cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known known=None) except -2:
+    """A regular file that is to be read, opened here and now, if it waits for no disk; else -1. A new *known* then has
+    what was found out for that."""
     cdef facts found
     cdef int opened = -EAGAIN
     cdef int fd
     cdef uint64_t began
     if flags & ~(O_CLOEXEC | O_NOFOLLOW | O_DIRECT | O_NOATIME | O_LARGEFILE):
         return -1
-    fd = path_at_hand(path, dir_fd, flags & O_NOFOLLOW, name)
+    fd = _path_at_hand(path, dir_fd, flags & O_NOFOLLOW, name, &found)
     if fd < 0:
         return -1
     try:
-        if facts_of(fd, b'', &found) == 0 and S_ISREG(found.mode) and not (
+        if S_ISREG(found.mode) and not (
                 any_busy() and device_of(found.device, found.mount).pool().is_wary()):
+            if known is not None:
+                _learn(known, fd, &found, flags)
             began = coarse_ns()
             opened = reopen(fd, flags & ~O_NOFOLLOW)
             if coarse_ns() - began > WAITED_NS:

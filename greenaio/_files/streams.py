@@ -415,7 +415,7 @@ def _copy(source: File, target: File, size: int, progress: Callable[[int, int], 
                     _calls.start_writing(target.fileno(), done, n)
                 done += n
                 progress(done, max(size, done))
-                if source.is_local and 0 < _calls.facts(source.fileno())[1] <= done:
+                if source.is_local and 0 < source._size() <= done:
                     return              # of others, and in /proc, the length says little
         finally:
             if ahead is not None:
