@@ -310,8 +310,11 @@ class FileIO(io.FileIO):
             if not n:
                 return None if n is None and not done else data.take(done)
             done += n
-            if n < wanted and self._was_cached and not self.file._is_answer:
-                return data.take(done)      # the kernel was asked for more, and said that it is the end
+            # The kernel was asked for more, and said that it is the end. A method of a subclass may have made
+            # the file longer since.
+            is_end = n < wanted and self._was_cached and not self.file._is_answer
+            if is_end and type(self).readinto is FileIO.readinto:
+                return data.take(done)
 
     def write(self, data: Any, /) -> Any:
         if not self.writable():
