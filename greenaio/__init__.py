@@ -39,7 +39,7 @@ if native:
 
 if TYPE_CHECKING:
     from greenaio._core.uninterrupted import uninterrupted
-    from greenaio._files.streams import copyfile
+    from greenaio._files.copies import copyfile
     from greenaio._operate.stats import dump, stats
     from greenaio.fileobject import open
 
@@ -48,7 +48,7 @@ __version__ = '0.1.0'
 __all__ = ['File', '__version__', 'aligned_buffer', 'config', 'copyfile', 'dump', 'native', 'open',
            'renew_threads', 'stats', 'uninterrupted']
 
-_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio._files.streams',
+_AT_FIRST_USE = {'open': 'greenaio.fileobject', 'copyfile': 'greenaio._files.copies',
                  'dump': 'greenaio._operate.stats', 'stats': 'greenaio._operate.stats',
                  'uninterrupted': 'greenaio._core.uninterrupted'}
 

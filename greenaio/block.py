@@ -19,8 +19,8 @@ from typing import Any
 import gevent
 
 from greenaio._core.ends import was_thrown
-from greenaio._files import portable as _fallback
 from greenaio._files import sectors as alignment
+from greenaio._files.arguments import flat
 from greenaio._files.extension import File, _calls, aligned_buffer, native
 from greenaio._files.streams import Block
 from greenaio._files.zones import Zone, Zones
@@ -63,7 +63,7 @@ class BlockDevice:
             if value is not None and (not value >= 0 or name != 'create_size' and value == 0):
                 raise ValueError(f'{name} can not be {value}')
         flags = os.O_RDONLY if readonly else os.O_RDWR
-        if direct and native:           # the threads of _fallback align nothing
+        if direct and native:           # Python threads align nothing
             flags |= os.O_DIRECT
         if create_size is not None:
             flags |= os.O_CREAT | os.O_EXCL
@@ -206,7 +206,7 @@ class BlockDevice:
         """Write *writes*, pairs of bytes-like data and an offset, all at once: yields how many bytes each
         had, in order, or its OSError. Parts that overlap land in any order. Cheaper than `pwrite` in as many
         greenlets."""
-        parts = [(_fallback.flat(data), offset) for data, offset in writes]
+        parts = [(flat(data), offset) for data, offset in writes]
         for view, offset in parts:
             self._check(len(view), offset, writing=True)
         if self._throttle is not None:
@@ -243,7 +243,7 @@ class BlockDevice:
 
     def _write_durably(self, buffers: Sequence[Any], n: int, offset: int) -> None:
         """In a greenlet of its own: a killed one would not hear of an error of the sync."""
-        views = [_fallback.flat(buffer) for buffer in buffers]      # so long their sizes can't change
+        views = [flat(buffer) for buffer in buffers]      # so long their sizes can't change
 
         def write() -> int:
             with self._writes.syncing():
@@ -368,7 +368,7 @@ class BlockDevice:
         """Write bytes-like *data* at the write pointer of the zone that begins at *offset*; return where that
         was. Raises OSError: ENOSPC if there is no room for all, EINVAL if no zone begins there. Of what fails
         or is killed, a gap may remain."""
-        data = _fallback.flat(data)     # its size stays so long
+        data = flat(data)     # its size stays so long
         n = len(data)
         self._check(0, offset, writing=True)
         self._zones.check_room(offset, n)
@@ -508,7 +508,7 @@ def _behind(buffers: Sequence[Any], done: int) -> list[memoryview]:
     """Return the parts of *buffers* after the first *done* bytes."""
     rest = []
     for buffer in buffers:
-        view = _fallback.flat(buffer)
+        view = flat(buffer)
         if done < len(view):
             rest.append(view[done:])
         done = max(0, done - len(view))

@@ -38,15 +38,17 @@ from greenlet import getcurrent, greenlet
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import inode_of_facts, using
 from greenaio._core.uninterrupted import is_uninterrupted
-from greenaio._files import portable as _fallback
+from greenaio._files import pool as _pool
 from greenaio._files import position as _position
 from greenaio._files import sectors as alignment
 from greenaio._files import sharing as _sharing
 from greenaio._files import streams
 from greenaio._files import turn as _turn
+from greenaio._files.arguments import flat
 from greenaio._files.extension import File, Filling, _calls
 from greenaio._files.streams import ReadAhead, WriteBehind
 from greenaio._files.turn import Turn, can_wait
+from greenaio._files.unclosed import warn_unclosed
 
 __all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
            'TextIOWrapper', 'open']
@@ -231,7 +233,7 @@ class FileIO(io.FileIO):
         n = -1 - n
         if n == 0:
             return self._wait(False, self._read_on, file, buffer, 0)
-        return n + (self._wait(False, self._read_on, file, _fallback.flat(buffer)[n:], n) or 0)
+        return n + (self._wait(False, self._read_on, file, flat(buffer)[n:], n) or 0)
 
     def _read_on(self, fd: int, file: File, buffer: Any, before: int) -> int:
         return _position.read_on(file, [buffer], before)
@@ -333,7 +335,7 @@ class FileIO(io.FileIO):
     def _write(self, fd: int, data: Any) -> int:
         file = self.file
         if self._piece and len(data) > self._piece:
-            return _position.write_to(file, _fallback.flat(data)[:self._piece])
+            return _position.write_to(file, flat(data)[:self._piece])
         if self._ahead is None and self._behind is None and not self._appends:
             return _position.write_to(file, data)
         with self._turn_with_end(), using(fd), _turn.turn_of(fd):
@@ -522,7 +524,7 @@ class FileIO(io.FileIO):
     def _dealloc_warn(self, source: object) -> None:
         if self._fd >= 0 and self._closes and self._owner is None:
             try:
-                _fallback.warn_unclosed(source, level_of_caller())
+                warn_unclosed(source, level_of_caller())
             except Warning as error:    # the layers of io above would drop it
                 self._unsaid = error.with_traceback(None)       # which has us
 
@@ -1006,7 +1008,7 @@ class FileObject(FileObjectBase):                   # type: ignore[type-arg]
 
 
 def _by_threadpool(pool: Any, fobj: Any, *args: Any, **kwargs: Any) -> Any:
-    pool = _fallback._pool() if pool is None else pool
+    pool = _pool.thread_pool() if pool is None else pool
     file: Any = FileObjectThread(fobj, *args, threadpool=pool, **kwargs)
     if file.threadpool is not pool:     # gevent takes an idle pool, whose length is 0, for none
         file.threadpool = pool

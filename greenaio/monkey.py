@@ -38,7 +38,7 @@ from greenaio import fileobject
 from greenaio._config import check_environment
 from greenaio._core.handle import in_use
 from greenaio._core.uninterrupted import is_uninterrupted
-from greenaio._files import portable as _fallback
+from greenaio._files import loop as _loop
 from greenaio._files import position as _position
 from greenaio._files import sharing as _sharing
 from greenaio._files.extension import _calls
@@ -140,7 +140,7 @@ def _is_watched(hub: Any, fd: int) -> bool:
     """Whether greenlets wait for *fd* in the loop, which `gevent.os.close` wakes before it closes the fd."""
     if _closing is None:
         return False
-    _fallback.lose(fd)
+    _loop.lose(fd)
     return fd in _closing or not in_use(fd) and bool(hub.loop.closing_fd(fd))
 
 

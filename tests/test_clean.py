@@ -78,9 +78,9 @@ def test_the_names_that_come_late_are_those_of_their_modules():
             assert hasattr(greenaio, name), name
         assert not hasattr(greenaio, 'opne')
         from greenaio import fileobject, open
-        from greenaio._files import streams
+        from greenaio._files import copies
         assert open is greenaio.open is fileobject.open
-        assert greenaio.copyfile is streams.copyfile
+        assert greenaio.copyfile is copies.copyfile
     ''')
 
 

@@ -14,8 +14,8 @@ from greenlet import getcurrent
 
 import greenaio
 import greenaio.os
-from greenaio._files import portable as _fallback
-from greenaio._files import streams
+from greenaio._files import copies
+from greenaio._files import loop as _loop
 from greenaio._files import turn as _turn
 from greenaio.fileobject import open as open_file
 from tests.support.disks import MIB
@@ -290,7 +290,7 @@ def test_number_that_is_closed_while_its_writer_waits_gets_nothing(pipe, folder,
     opened = []
 
     def close():
-        _fallback.wait_for(signal[0], 1)
+        _loop.wait_for(signal[0], 1)
         file.close()
         while not opened or opened[-1] < writer:        # the lowest number that is free
             opened.append(os.open(path, os.O_RDWR | os.O_CREAT))
@@ -479,8 +479,8 @@ def test_copy_that_is_killed_leaves_nobody_behind(folder, monkeypatch):
         ahead.append(gevent.getcurrent())
         gevent.sleep(100)
 
-    monkeypatch.setattr(streams._calls, 'readahead', readahead)
+    monkeypatch.setattr(copies._calls, 'readahead', readahead)
     with pytest.raises(Enough):
-        streams.copyfile(path, path + '.copy', progress=stop)
+        copies.copyfile(path, path + '.copy', progress=stop)
     gevent.joinall(ahead, timeout=5)
     assert [one.dead for one in ahead] == [True]

@@ -30,7 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import greenaio
 import greenaio.os
-from greenaio._files import portable as _fallback
+from greenaio._files import pool as _pool
 from greenaio._files import turn as _turn
 from greenaio.fileobject import BufferedReader, FileIO, FileObject, TextIOWrapper
 from tests.support import missing
@@ -587,7 +587,7 @@ def test_pool_of_the_caller_does_the_work_of_objects_that_take_a_pool(data_file)
     for threadpool in (pool, None):
         with FileObject(Buffered(io.FileIO(data_file)), 'rb', threadpool=threadpool) as file:
             assert isinstance(file, FileObjectThread) and file.read(8) == pattern(8)
-            assert file.threadpool is (_fallback._pool() if threadpool is None else pool)
+            assert file.threadpool is (_pool.thread_pool() if threadpool is None else pool)
             assert file.threadpool is not gevent.get_hub().threadpool
     assert len({threading.get_ident(), *used}) == 3
     pool.kill()

@@ -16,8 +16,8 @@ from test_file import SECCOMP
 
 import greenaio
 from greenaio._core import hub as _hub
-from greenaio._files import portable as _fallback
-from greenaio._files import streams
+from greenaio._files import copies, streams
+from greenaio._files import loop as _loop
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_python
@@ -672,7 +672,7 @@ def test_copy_that_is_timed_out_does_not_take_that_for_an_answer(folder, monkeyp
 
     def waiting(function):
         def wait(*args, **kwargs):
-            _fallback.wait_for(one, 1)
+            _loop.wait_for(one, 1)
             return function(*args, **kwargs)
         return wait
 
@@ -680,10 +680,10 @@ def test_copy_that_is_timed_out_does_not_take_that_for_an_answer(folder, monkeyp
         def new(name, flags=0, **options):
             return (waiting(greenaio.File) if flags & os.O_EXCL else greenaio.File)(name, flags, **options)
 
-        monkeypatch.setattr(streams, 'File', new)
+        monkeypatch.setattr(copies, 'File', new)
     else:
         name = {'stat': 'stat', 'copy': 'copy_file_range'}[waits_in]
-        monkeypatch.setattr(streams._calls, name, waiting(getattr(streams._calls, name)))
+        monkeypatch.setattr(copies._calls, name, waiting(getattr(copies._calls, name)))
     try:
         with pytest.raises(type(exception)) as caught, gevent.Timeout(0.05, exception):
             greenaio.copyfile(source, target)

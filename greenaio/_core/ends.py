@@ -12,8 +12,8 @@ that is thrown into it, and the layers above ask for the mark.
     code that parks a greenlet          an answer                      an exception thrown into it
     ==================================  =============================  ==========================
     `Driver._park`                      a number, in the request       marked
-    `_fallback.call`, `shielded`        returned by the job            marked
-    `_fallback.wait_for`, `Turn.wait`   none                           marked
+    `_pool.call`, `shielded`        returned by the job            marked
+    `_loop.wait_for`, `Turn.wait`   none                           marked
     ==================================  =============================  ==========================
 """
 

@@ -1,6 +1,6 @@
 import os
 
-from greenaio._files.portable import StrPath
+from greenaio._files.arguments import StrPath
 
 LEASE_MIN: float
 LEASE_MAX: float

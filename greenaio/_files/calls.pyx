@@ -24,7 +24,7 @@ from posix.unistd cimport close as close_fd, lseek as seek
 from gevent import sleep
 
 from greenaio._core import caller as _caller
-from greenaio._files import portable as _fallback, sectors as alignment
+from greenaio._files import arguments as _arguments, loop as _loop, sectors as alignment
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import using
 from greenaio._core.uninterrupted import is_uninterrupted
@@ -524,7 +524,7 @@ def initialize(object raw, int fd, str mode, bint is_shared=False):
     cdef bint appends = 'a' in mode
     cdef bint has_position = not appends or _open_file(fd).kind & LOCKED != 0
     if not has_position:                # the kernel knows that without the server
-        has_position = _fallback.has_position(fd, _fallback.WRITE) if is_shared else seek(fd, 0, SEEK_CUR) >= 0
+        has_position = _loop.has_position(fd, _loop.WRITE) if is_shared else seek(fd, 0, SEEK_CUR) >= 0
     others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
     try:
         FileIO.__init__(raw, others[0], mode, False)
@@ -605,7 +605,7 @@ cdef long _find_extents(void *arg) noexcept nogil:
 def extents(int fd, int64_t offset, int64_t end):
     """Return lengths in bytes, and whether there is data, from *offset* to *end*, or less far if there are many. A hole
     reads as zeros. Moves the file's own position. Raises OSError."""
-    cdef int room = _fallback.EXTENTS_MAX
+    cdef int room = _arguments.EXTENTS_MAX
     cdef AlignedBuffer memory = scratch(sizeof(survey) + room * sizeof(extent))
     cdef survey *this = <survey *>memory.address
     cdef Device device = _open_file(fd).device
@@ -813,7 +813,7 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
                 source, known)
             if result != -EAGAIN:
                 break
-            _fallback.wait_for(target, _fallback.WRITE)     # a non-blocking socket that is full, as gevent's are
+            _loop.wait_for(target, _loop.WRITE)     # a non-blocking socket that is full, as gevent's are
     if result < 0:
         raise failed(result, None)
     return result
@@ -922,7 +922,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=
     cdef Pool pool = None
     cdef int64_t result = 0
     check_open(fd)
-    _fallback.lose(fd)
+    _loop.lose(fd)
     hub = get_hub_if_exists()
     may_wait = may_wait and hub is not None and getcurrent() is not hub and not is_uninterrupted()
     handle = handle_of(fd)

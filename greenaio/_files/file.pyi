@@ -2,7 +2,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, final
 
-from greenaio._files.portable import StrPath
+from greenaio._files.arguments import StrPath
 
 @final
 class File:

@@ -12,7 +12,9 @@ import os
 import posix            # for what may be patched in os
 import stat
 
-from greenaio._files import portable as _fallback, sectors as alignment, sharing as _sharing
+from greenaio._files import loop as _loop, sectors as alignment, sharing as _sharing
+from greenaio._files.arguments import flat
+from greenaio._files.unclosed import warn_unclosed
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -389,7 +391,7 @@ cdef class File:
     def __del__(self):
         if self._fd >= 0 and self._closefd:
             try:
-                _fallback.warn_unclosed(self)
+                warn_unclosed(self)
             finally:                    # a warning may be an error
                 self._close(False, True)
 
@@ -692,7 +694,7 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
     got = max(0, min(<int64_t>asked.nbytes, got - before))
     view = memoryview(memory)[before:before + got]
     for buffer in buffers:
-        target = _fallback.flat(buffer)[:len(view)]
+        target = flat(buffer)[:len(view)]
         target[:] = view[:len(target)]
         view = view[len(target):]
     return got
@@ -711,7 +713,7 @@ def _hold_to(int fd, Known known, uint64_t start, uint64_t end):
 
 
 def _write_misaligned(Known known, Request asked, buffers):
-    data = b''.join([_fallback.flat(buffer) for buffer in buffers])
+    data = b''.join([flat(buffer) for buffer in buffers])
     cdef int fd = asked.fd
     cdef int flags = asked.flags
     cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
@@ -913,7 +915,7 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
                 os.set_blocking(fd, True)
             if result != -EAGAIN:
                 return result
-            _fallback.wait_for(fd, _fallback.READ)
+            _loop.wait_for(fd, _loop.READ)
             request = new_request(request.opcode, fd, request.offset, request.flags, 1)
             _pin(request, memory)
         return _by_thread(driver, request, known)
@@ -996,7 +998,7 @@ cdef object _steady(buffers, bint reading):
 cdef object _bounce(buffer, bint reading):
     bounce = aligned_buffer(buffer.nbytes)
     if not reading:
-        bounce[:] = _fallback.flat(buffer)
+        bounce[:] = flat(buffer)
     return bounce
 
 
@@ -1005,7 +1007,7 @@ cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
     for bounce, buffer in zip(steady, buffers):
         n = min(nbytes, memoryview(buffer).nbytes)
         if bounce is not buffer:
-            _fallback.flat(buffer)[:n] = bounce[:n]
+            flat(buffer)[:n] = bounce[:n]
         nbytes -= n
 
 

@@ -1,8 +1,4 @@
-"""The thread way: what native AIO can't do, in a gevent ThreadPool of our own.
-
-Not the hub's pool, for DNS lives in that one. `call` does one operation on an fd; `File` is what
-``greenaio.File`` is where the extension was not built.
-"""
+"""The calls of `_files.calls` and `_files.file`, by Python threads, for builds without the extension."""
 
 from __future__ import annotations
 
@@ -13,193 +9,26 @@ import mmap
 import os
 import posix  # not os: these are called as they are, whatever was patched
 import stat as _stat
-import warnings
 from collections.abc import Callable, Sequence
 from io import FileIO
-from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from gevent import get_hub, getcurrent, spawn
-from gevent._hub_local import get_hub_if_exists
-from gevent.exceptions import BlockingSwitchOutError
+from gevent import spawn
 
-from greenaio._core.bell import generation, listen
-from greenaio._core.ends import before_destroy, thrown, was_thrown
-from greenaio._core.handle import Handle, check_open, file_of, handle_of, inherited, take, using
-from greenaio._core.uninterrupted import REFUSED, is_uninterrupted
-from greenaio._files.sharing import share
-
-if TYPE_CHECKING:
-    from gevent.threadpool import ThreadPool
-
-StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-THREADS = 10    # per hub, as gevent's own pool
-EXTENTS_MAX = 1024      # that `extents` tells at once
-READ, WRITE = 1, 2      # the events of both loops
-
-
-_warning: set[Any] = set()      # greenlets that report a file which was not closed
-
-
-def warn_unclosed(source: object, stacklevel: int = 1) -> None:
-    """Warn that *source* was not closed. *stacklevel* counts from the caller, as for `warnings.warn`.
-
-    ``warnings.showwarning`` may itself forget a file. Its greenlet then reports no second one: each report
-    would make the next, and where the recursion ends with RecursionError, a frame below would begin again.
-    """
-    try:
-        me = getcurrent()
-    except RuntimeError:                # the interpreter is being finalized
-        return
-    if me in _warning:
-        return
-    _warning.add(me)
-    try:
-        warnings.warn(f'unclosed file {source!r}', ResourceWarning, source=source, stacklevel=stacklevel + 1)
-    finally:
-        _warning.discard(me)
-
-
-class _Job:
-    """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
-
-    __slots__ = ('args', 'began', 'fd', 'function', 'handle', 'result', 'waiter')
-
-    def __init__(self, function: Callable[..., Any], fd: int, args: tuple[Any, ...]) -> None:
-        self.began = monotonic_ns()
-        self.waiter: Any = getcurrent()         # None when it is over
-        self.function = function
-        self.fd = fd
-        self.args = args
-        self.handle = take(fd) if fd >= 0 else None
-        self.result: Any = None
-
-    def __call__(self) -> tuple[Any, BaseException | None]:
-        # An exception is returned: gevent prints those that a pool's function raises.
-        try:
-            return self.function(self.fd, *self.args), None
-        except BaseException as error:
-            return None, error
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        _jobs.discard(self)
-        self.waiter = None
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            handle.let_go()
-
-
-def flat(buffer: Any) -> memoryview:
-    """The bytes of *buffer*, without the shape, which can't be cast away where there is a zero in it."""
-    view = memoryview(buffer)
-    return view.cast('B') if view.nbytes else memoryview(bytearray())
-
-
-_jobs: set[_Job] = set()
-_made = 0
-_lost: dict[int, int] = {}      # inherited numbers: in which generation they were closed here
-_watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
-
-
-def _pool() -> ThreadPool:
-    from gevent.threadpool import ThreadPool  # it takes longer than all of greenaio
-
-    hub: Any = get_hub()
-    if getcurrent() is hub:
-        raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
-    if is_uninterrupted():
-        raise BlockingSwitchOutError(REFUSED)
-    pool: ThreadPool | None = hub.__dict__.get('_greenaio_pool')
-    # In a forked child gevent mends its own pool at once, others only later: make a new one.
-    if pool is None or hub._greenaio_generation != generation():
-        hub._greenaio_generation = generation()
-        pool = hub._greenaio_pool = ThreadPool(THREADS, hub)
-        before_destroy(hub, pool.kill)
-    return pool
-
-
-def renew_threads() -> None:
-    """Let new native threads make the calls of this hub from now on, instead of the present ones."""
-    hub: Any = get_hub()
-    pool = hub.__dict__.pop('_greenaio_pool', None)
-    if pool is not None:
-        spawn(pool.kill)                # it waits for the calls of its threads
-
-
-def jobs() -> list[_Job]:
-    """Return the calls that are not over yet."""
-    return list(_jobs)
-
-
-def jobs_made() -> int:
-    """Return how many calls were handed to threads."""
-    return _made
-
-
-def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
-    """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
-
-    If the greenlet is killed during the call, the call goes on by itself. A negative *fd* is no file.
-    """
-    global _made
-    pool = _pool()
-    if fd >= 0:
-        check_open(fd)
-    _made += 1
-    job = _Job(function, fd, args)
-    _jobs.add(job)
-    try:
-        job.result = pool.spawn(job)
-    except BaseException:
-        job.end()
-        raise
-    try:
-        value, error = job.result.get()
-    except BaseException as killed:
-        thrown(killed)
-        raise
-    if error is not None:
-        raise error
-    return value
+from greenaio._core.ends import thrown, was_thrown
+from greenaio._core.handle import Handle, check_open, handle_of, take, using
+from greenaio._files.arguments import EXTENTS_MAX, StrPath
+from greenaio._files.loop import WRITE, lose, wait_for
+from greenaio._files.loop import has_position as has_position
+from greenaio._files.place import Place
+from greenaio._files.place import working_directory as working_directory
+from greenaio._files.pool import call
+from greenaio._files.pool import renew_threads as renew_threads
+from greenaio._files.unclosed import warn_unclosed
 
 
 def settle(fd: int) -> None:
     """Here nothing is known of writes that are under way."""
-
-
-def working_directory() -> int:
-    """Return a new O_PATH fd of the working directory."""
-    return posix.open('.', os.O_PATH | os.O_CLOEXEC)
-
-
-def _is_path_fd(fd: int) -> bool:
-    """Whether *fd* is an O_PATH fd. If one of ours is none any more, a daemon has closed all numbers, and has
-    opened files of its own on them."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH != 0
-    except OSError:
-        return False
-
-
-class _Place:
-    """Where a thread begins to look up a path: *dir_fd*, or the working directory of this moment."""
-
-    __slots__ = ('_is_ours', 'dir_fd')
-
-    def __init__(self, dir_fd: int | None) -> None:
-        self._is_ours = False
-        self.dir_fd = dir_fd
-        if dir_fd is None:
-            with contextlib.suppress(OSError):      # without a free fd it is that of later
-                self.dir_fd = working_directory()
-                self._is_ours = True
-
-    def __del__(self) -> None:
-        if self._is_ours and self.dir_fd is not None and _is_path_fd(self.dir_fd):
-            posix.close(self.dir_fd)
 
 
 _umask = 0
@@ -234,7 +63,7 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
     """As ``os.open``, in a native thread. If the greenlet is killed during the call, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
-    place = _Place(dir_fd)
+    place = Place(dir_fd)
     changes, umask_then = _umask_changes, _umask
 
     def take_back() -> None:
@@ -256,70 +85,6 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
         raise
 
 
-def has_position(fd: int, event: int) -> bool:
-    """Whether the file has a position that reads (READ) or writes (WRITE) move. Some files of FUSE and
-    tracefs have none, and writes to seq_files of the kernel, such as /proc/self/comm, move none. This does
-    not need the lock of the position, which another process may have."""
-    try:
-        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
-    except OSError as error:
-        return error.errno != errno.ESPIPE
-    return True
-
-
-def wait_for(fd: int, event: int) -> None:
-    """Wait in the loop until *fd*, one that epoll accepts, is readable (READ) or writable (WRITE)."""
-    hub, forks = get_hub(), generation()
-    if is_uninterrupted():
-        raise BlockingSwitchOutError(REFUSED)
-    blocking = os.get_blocking(fd)
-    watcher = hub.loop.io(fd, event)
-    _watched[watcher] = hub, fd
-    try:
-        hub.wait(watcher)
-    except BaseException as error:
-        thrown(error)
-        raise
-    finally:
-        del _watched[watcher]
-        watcher.close()
-        if _is_kept(fd, forks):
-            os.set_blocking(fd, blocking)   # libuv changes that
-    check_kept(fd, forks)
-
-
-def lose(fd: int) -> None:
-    """*fd* is about to be closed: let greenlets that have waited for it since before a fork get EBADF. A loop
-    that watches a closed number aborts the process."""
-    now = generation()
-    share(fd)                           # the next file of that number is not known
-    if fd not in inherited:
-        return
-    _lost[fd] = now
-    here: Any = get_hub_if_exists()
-    for watcher, (hub, number) in list(_watched.items()):
-        if number == fd and hub is here and watcher.callback is not None:
-            waiter = watcher.callback.__self__
-            watcher.stop()
-            hub.loop.run_callback(waiter.throw, OSError(errno.EBADF, os.strerror(errno.EBADF)))
-
-
-def check_kept(fd: int, forks: int) -> None:
-    """Raise EBADF if this process was forked since the `generation` *forks*, and *fd* closed here since, or
-    given to another file.
-
-    For a greenlet that has waited and uses the number again. The original goes on in the parent, and here the
-    number may mean another file."""
-    if not _is_kept(fd, forks):
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-
-def _is_kept(fd: int, forks: int) -> bool:
-    if forks == generation():
-        return True
-    return _lost.get(fd, 0) <= forks and (fd not in inherited or file_of(fd) == inherited[fd])
-
-
 def close(fd: int, *, may_wait: bool = False, is_forgotten: bool = False) -> None:
     """Close *fd*, once all operations that need its number are over. Waits for none of them."""
     check_open(fd)
@@ -330,19 +95,6 @@ def close(fd: int, *, may_wait: bool = False, is_forgotten: bool = False) -> Non
     handle = take(fd)                   # first: its last user, a worker, may let go of it now
     handle.close_with(Handle.close_number)
     handle.let_go()
-
-
-def _after_fork_in_child() -> None:
-    # The threads stayed with the parent, and gevent mends a pool only when its loop next runs.
-    for job in list(_jobs):
-        if job.result is not None:
-            job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))
-        job.end()
-    for _, fd in _watched.values():
-        inherited[fd] = file_of(fd)
-
-
-listen(_after_fork_in_child)
 
 
 class File:
@@ -589,7 +341,7 @@ def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
 
 
 def stat(path: int | StrPath, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
-    place = _Place(dir_fd) if not isinstance(path, int) else None
+    place = Place(dir_fd) if not isinstance(path, int) else None
 
     def work(_: int) -> os.stat_result:
         where = place.dir_fd if place is not None else dir_fd

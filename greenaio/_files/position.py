@@ -39,8 +39,9 @@ from gevent.monkey import get_original
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import inode_of_facts, using
 from greenaio._files import sectors as alignment
+from greenaio._files.arguments import flat
 from greenaio._files.extension import File, Filling, _calls, _file
-from greenaio._files.portable import READ, WRITE, flat, has_position, wait_for
+from greenaio._files.loop import READ, WRITE, has_position, wait_for
 from greenaio._files.sectors import Shielded
 from greenaio._files.sharing import is_ours, ours
 from greenaio._files.turn import turn_of, turns

@@ -61,7 +61,7 @@ from gevent.monkey import get_original
 from greenaio._core.bell import generation, listen
 from greenaio._core.ends import before_end, thrown
 from greenaio._core.handle import Inode, Writes, all_inodes, using
-from greenaio._files import portable as _fallback
+from greenaio._files import loop as _loop
 from greenaio._files.sleeper import Sleeper
 
 EVERYTHING = 1 << 63            # the end of a range that makes the file longer
@@ -321,7 +321,7 @@ def hold(fd: int, inode: Inode, start: int, end: int) -> _Range:
         with _staying(fd):
             if not mine.granted:
                 mine.wait()
-            _fallback.check_kept(fd, forks)
+            _loop.check_kept(fd, forks)
     except BaseException as error:
         mine.let_go()
         thrown(error)
@@ -376,7 +376,7 @@ class Shielded:
     def _capture(self) -> None:
         with self._stays:
             try:
-                _fallback.check_kept(self._fd, self._forks)
+                _loop.check_kept(self._fd, self._forks)
                 self._result, self._error = self._work(), None
             except BaseException as error:  # not printed, but raised by `get`
                 self._error = error

@@ -89,7 +89,7 @@ from greenlet import getcurrent, greenlet
 from greenaio._core.bell import generation, listen
 from greenaio._core.ends import before_end, thrown
 from greenaio._core.uninterrupted import inside, thread_of
-from greenaio._files.portable import check_kept
+from greenaio._files.loop import check_kept
 from greenaio._files.sleeper import NativeSleeper, Sleeper
 
 VAIN_MAX = 16                   # wakes of the first in the queue that find the turn taken again by its leaver

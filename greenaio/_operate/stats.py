@@ -14,7 +14,7 @@ from typing import Any
 
 from greenaio._core.counters import COUNTERS
 from greenaio._core.describe import describe, path_of
-from greenaio._files import portable as _fallback
+from greenaio._files import pool as _pool
 from greenaio._files.extension import native
 
 if native:
@@ -80,8 +80,8 @@ def stats() -> Stats:
         numbers |= {name: getattr(tally, name) for name in numbers if hasattr(tally, name)} | _gauges()
         numbers['demoted'] = _route.demotions()
     else:
-        calls = len(_fallback.jobs())
-        numbers |= {'with_threads': calls, 'waiting': calls, 'by_thread': _fallback.jobs_made()}
+        calls = len(_pool.jobs())
+        numbers |= {'with_threads': calls, 'waiting': calls, 'by_thread': _pool.jobs_made()}
     return Stats(**numbers, latency=MappingProxyType({
         (way, direction): _latency(*(tally.latency(i, j) if native else ([], 0, 0)))
         for i, way in enumerate(WAYS) for j, direction in enumerate(DIRECTIONS)}))
@@ -155,7 +155,7 @@ def _waiting(now: int) -> list[tuple[int, Any, bool, tuple[str, str, int, int, s
     if not native:
         return [(job.began, job.waiter, False,
                  (job.function.__name__.strip('_'), path_of(job.fd), 0, 0, 'with a thread'))
-                for job in _fallback.jobs()]
+                for job in _pool.jobs()]
     return [(request.began or now, request.waiter, request.abandoned,
              describe(_job.operation(request), request, where))
             for driver in _hub.all_drivers() for request, where in driver.engine.requests()]

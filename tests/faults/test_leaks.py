@@ -28,7 +28,7 @@ import greenaio.os
 from greenaio import File, aligned_buffer, copyfile, monkey
 from greenaio._core import hub as _hub
 from greenaio._core import pools as _pools
-from greenaio._files import portable as _fallback
+from greenaio._files import pool as _pool
 from greenaio.block import BlockDevice
 from tests.support.disks import MIB, pattern, temporary_folder
 from tests.support.processes import contexts, run_python, side_by_side
@@ -379,7 +379,7 @@ def settle():
     end = time.monotonic() + 5
     while time.monotonic() < end:
         gevent.sleep(0.002)
-        workers = sum(pool.threads for pool in _pools.pools()) + _fallback._pool().size
+        workers = sum(pool.threads for pool in _pools.pools()) + _pool.thread_pool().size
         requests = len(engine.in_flight) + len(engine.lent) + len(engine.ready)
         if len(os.listdir('/proc/self/task')) == 1 + workers and requests == 0:
             break
