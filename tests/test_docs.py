@@ -311,7 +311,7 @@ def test_drawings_name_what_is_there():
 def test_the_house_has_every_module():
     drawings = ''.join(block.text for block in blocks(ROOT / 'docs' / 'how-it-works.md')
                        if block.language == 'none')
-    for path in (ROOT / 'greenaio').iterdir():
+    for path in (ROOT / 'greenaio').rglob('*'):
         if path.suffix in ('.py', '.pyx') and path.stem != '__init__':
             assert path.name in drawings, path.name
 

@@ -59,11 +59,12 @@ def test_no_operation_on_a_file_of_a_server_starts_a_python_thread(loopback):
     assert_no_thread_asked_for(mount)
 
 
-def test_only_the_fallback_knows_python_threads():
-    """It has the pool of objects that are no files, too."""
-    for path in pathlib.Path(greenaio.__file__).parent.iterdir():
-        if path.suffix in ('.py', '.pyx') and path.stem != '_fallback':
-            assert not re.search(r'_fallback\.call\(|ThreadPool\(', path.read_text()), path.name
+def test_only_the_portable_build_has_calls_made_by_python_threads():
+    """The pool has methods of objects that are not files, too."""
+    found = {path.stem for path in pathlib.Path(greenaio.__file__).parent.rglob('*.py*')
+             if path.suffix in ('.py', '.pyx')
+             and re.search(r'pool import .*\bcall\b|pool\.call\(|ThreadPool\(', path.read_text())}
+    assert found == {'pool', 'portable'}
 
 
 @pytest.mark.parametrize('mode', ['rb', 'ab'])
