@@ -75,7 +75,7 @@ cdef extern from *:
         return 0;
     }
 
-    static inline int facts_of(int dir, const char *path, struct facts *f)
+    __attribute__((always_inline)) static inline int facts_of(int dir, const char *path, struct facts *f)
     {
         struct { unsigned mask, blksize; uint64_t attributes; unsigned nlink, uid, gid; uint16_t mode, spare;
                  uint64_t ino, size, blocks, attributes_mask; uint64_t times[8];
@@ -808,11 +808,11 @@ cdef Known know_again(int fd, Known known):
     if known is None or facts_of(fd, b'', &found) or number_of(&found) != known.number or (
             found.device != known.device.number):
         return know(fd, None)
-    known.is_nameless = _is_nameless(&found, known.device)
+    known.is_nameless = _is_nameless(known, &found)
     return known
 
 
-cdef int _learn(Known known, int fd, facts *found, int flags) except -1:
+cdef inline int _learn(Known known, int fd, facts *found, int flags) except -1:
     """Note what *found* and the *flags* that it is open with tell of the file *fd*, which may also be an O_PATH fd."""
     global _knows_block_devices
     known.kind = _kind(found.mode, flags)
@@ -821,7 +821,7 @@ cdef int _learn(Known known, int fd, facts *found, int flags) except -1:
     known.mode, known.size = found.mode, found.size
     known.number = number_of(found)
     known.device = device_of(found.device, found.mount)
-    known.is_nameless = _is_nameless(found, known.device)
+    known.is_nameless = _is_nameless(known, found)
     if known.device.answers and known.kind & STORED:
         known.kind |= _kind_of_answer(fd, known.device.file_system)
     if known.kind & DIRECT:
@@ -830,11 +830,11 @@ cdef int _learn(Known known, int fd, facts *found, int flags) except -1:
     return 0
 
 
-cdef bint _is_nameless(facts *found, Device device) noexcept:
-    return found.links == 0 and (found.size > IN_LINE_MAX or not device.in_memory)
+cdef inline bint _is_nameless(Known known, facts *found) noexcept:
+    return found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
 
 
-cdef uint64_t number_of(facts *found) noexcept:
+cdef inline uint64_t number_of(facts *found) noexcept:
     """The number of its inode, on the device that its bytes are on."""
     return BLOCK_DEVICE if S_ISBLK(found.mode) else found.inode
 
