@@ -72,7 +72,7 @@ def driver():
     or a slow machine would end a pass where no test wants it, unless that is set free."""
     context = ScriptedContext()
     context.frozen_at = context.now()
-    driver = _hub.Driver(gevent.get_hub(), context, depth=64)
+    driver = _hub.HubDriver(gevent.get_hub(), context, depth=64)
     yield driver
     driver._check()
     driver.close()

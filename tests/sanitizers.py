@@ -99,27 +99,27 @@ cdef extern from *:
 CHANGES = [
     ('setup.py', "'-O3', ", ''),
     # A request that is let go is freed, not kept for the next.
-    ('greenaio/_core/engine.pyx', '@cython.freelist(256)\n', ''),
+    ('greenaio/_core/request.pyx', '@cython.freelist(256)\n', ''),
     # What the kernel was given has to be there when it is done.
-    ('greenaio/_core/engine.pxd', '    cdef void *_list\n\n    cdef int pin(',
-     '    cdef void *_list\n    cdef iovec *_looked_at\n    cdef int _looked_at_count\n\n'
+    ('greenaio/_core/request.pxd', '    cdef void *following\n\n    cdef int pin(',
+     '    cdef void *following\n    cdef iovec *_looked_at\n    cdef int _looked_at_count\n\n'
      '    cdef int pin('),
-    ('greenaio/_core/engine.pyx', '\ncdef enum:\n    STALL_NS', LOOK + '\ncdef enum:\n    STALL_NS'),
+    ('greenaio/_core/engine.pyx', '\ncdef enum:\n    STALL_NS', '''
+from libc.stdlib cimport free
+
+from greenaio._core.request cimport iovec
+''' + LOOK + '\ncdef enum:\n    STALL_NS'),
     ('greenaio/_core/engine.pyx', '            self.context.stage(<uint64_t>', '''\
             free(request._looked_at)
-            one.iov_base, one.iov_len = <void *><uintptr_t>address, length
-            request._looked_at_count = request._count if request._iovec != NULL else address != 0
-            request._looked_at = <iovec *>remembered(
-                request._iovec if request._iovec != NULL else &one, request._looked_at_count)
+            request._looked_at_count = request.buffer_count
+            request._looked_at = <iovec *>remembered(request.buffers, request._looked_at_count)
             self.context.stage(<uint64_t>'''),
-    ('greenaio/_core/engine.pyx', '        cdef bint alone = self._singly > 0\n',
-     '        cdef bint alone = self._singly > 0\n        cdef iovec one\n'),
     ('greenaio/_core/engine.pyx', '            self.in_flight.remove(request)\n', '''\
             self.in_flight.remove(request)
             look_at(request._looked_at, request._looked_at_count)
 '''),
-    ('greenaio/_core/engine.pyx', '        free(self._job)\n',
-     '        free(self._job)\n        free(self._looked_at)\n'),
+    ('greenaio/_core/request.pyx', '        free(self.job)\n',
+     '        free(self.job)\n        free(self._looked_at)\n'),
     ('greenaio/_core/threads.pyx', '\ncdef struct job:\n', LOOK + '\ncdef struct job:\n'),
     ('greenaio/_core/threads.pyx', '    return -c_errno if result < 0 else result\n', '''\
     if result < 0:
@@ -153,16 +153,16 @@ CHANGES = [
 
 # What is broken, file, text, what takes its place, tests, what address and valgrind (if it can) report.
 BREAKS = [
-    ('a list that owns no reference', 'greenaio/_core/engine.pyx', '        Py_INCREF(request)\n', '',
+    ('a list that owns no reference', 'greenaio/_core/request.pxd', '        Py_INCREF(request)\n', '',
      ['tests/test_engine.py'], 'heap-use-after-free', 'Invalid read'),
     ('a byte behind the buffer', 'greenaio/_core/memory.pyx', 'memset(buffer.address, 0, n)',
      'memset(buffer.address, 0, n + 1)', ['tests/test_memory.py'], 'use-after-poison', 'Invalid write'),
     ('the iovec freed as it is submitted', 'greenaio/_core/engine.pyx', '        self.submitted += 1\n',
-     '        self.submitted += 1\n        PyMem_Free(request._iovec)\n',
+     '        self.submitted += 1\n        free(request.buffers)\n',
      ['tests/test_file.py', '-k', 'test_preadv_fills'], 'attempting double-free', 'Invalid free'),
-    ('buffers let go by a kill', 'greenaio/_core/hub.pyx',
-     '        else:                           # the engine keeps it, and _drain lets go of it at its event\n',
-     '        else:\n            request.release()\n',
+    ('buffers let go by a kill', 'greenaio/_core/driver.pyx',
+     '            # The engine keeps it, and a pass releases it after its event.\n',
+     '            request.release()\n',
      ['tests/test_hub.py', '-k', 'kill'], 'use-after-', 'Invalid read'),
     ('an end of a file that overflows', 'greenaio/_files/file.pyx',
      '<uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)',

@@ -21,14 +21,16 @@ import traceback
 import weakref
 from _thread import allocate_lock, get_ident
 
+from gevent.exceptions import InvalidSwitchError
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from greenaio import config
+from greenaio._core import driver as _driver
 from greenaio._core import handle as _handle
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
-from greenaio._core.engine import Request, State
 from greenaio._core.mailbox import Inbox
+from greenaio._core.request import Request, State
 from greenaio._core.threads import Pool
 from tests.support.kernel import ScriptedContext
 
@@ -40,7 +42,7 @@ ERRNOS = sorted(set(errno.errorcode) - {errno.EAGAIN, errno.EINTR, errno.EINPROG
 STALL = 30_000_000              # ns
 RWF_NOWAIT = 8
 DECLINING = (-errno.EAGAIN, -errno.EOPNOTSUPP)
-ASK, PLAIN, THREAD, NONE = range(4)     # `Way` in _core/hub.pxd
+ASK, PLAIN, THREAD, NONE = range(4)     # `Way` in _core/driver.pxd
 
 
 class Struck(BaseException):
@@ -191,7 +193,7 @@ class Threads(Pool):
 THREADS = Threads('the disk')           # one for all histories: the memory of a pool is never freed
 
 
-class Ways(_hub.Ways):
+class Ways(_driver.Ways):
     """Any way may come next, as long as a part of the request is left."""
 
     def __init__(self, history):
@@ -378,7 +380,7 @@ class Worker(greenlet):
             del memory, request         # who asks for the same memory next must never see the kernel in it
             history.guards.append(bytearray(b'\xee' * NBYTES))
             raise
-        except _hub.InvalidSwitchError:
+        except InvalidSwitchError:
             history.end(number, 'switched')
             history.requests.pop(number, None)
             assert history.strangers, f'{number} was woken by nobody'
@@ -413,7 +415,7 @@ class History:
         self.loop = self.hub.loop
         self.threads = THREADS.begin(self)
         self.kernel = Kernel(self)
-        self.driver = _hub.Driver(self.hub, self.kernel, depth=self.rng.choice([1, 2, 8, 64]))
+        self.driver = _hub.HubDriver(self.hub, self.kernel, depth=self.rng.choice([1, 2, 8, 64]))
         self.workers = []
         self.parked = {}                # in a call of the driver's: the number
         self.memories = {}              # weak: who else has them is what this is about

@@ -13,7 +13,8 @@ from test_file import NEWER_CALLS, SECCOMP
 import greenaio
 from greenaio import aligned_buffer
 from greenaio._core.context import Context, Opcode
-from greenaio._core.engine import Engine, Request
+from greenaio._core.engine import Engine
+from greenaio._core.request import Request
 from tests.support.processes import contexts, run_python
 
 
@@ -286,7 +287,8 @@ def test_engine_and_below_run_without_gevent():
         sys.modules['gevent'] = sys.modules['greenlet'] = None     # importing them raises
         import os
         from greenaio._core.context import Context, Opcode
-        from greenaio._core.engine import Engine, Request
+        from greenaio._core.engine import Engine
+        from greenaio._core.request import Request
         from greenaio._core.memory import aligned_buffer
         engine = Engine(Context(), 16)
         engine.context.open(16)

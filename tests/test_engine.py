@@ -9,7 +9,8 @@ import weakref
 import pytest
 
 from greenaio._core.context import Opcode
-from greenaio._core.engine import Engine, Request, RequestList, State
+from greenaio._core.engine import Engine
+from greenaio._core.request import Request, RequestList, State
 from tests.support.kernel import ScriptedContext
 
 PREAD, FDSYNC = Opcode.PREAD, Opcode.FDSYNC

@@ -16,9 +16,10 @@ from greenlet import settrace
 import greenaio
 import greenaio.os
 from greenaio import File, aligned_buffer
+from greenaio._core import driver as _driver
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
-from greenaio._core.engine import Request, State
+from greenaio._core.request import Request, State
 from tests.support import missing
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_python
@@ -248,7 +249,7 @@ def test_read_whose_greenlet_was_killed_goes_no_other_way(kernel):
 
 
 def test_no_memory_for_the_next_way_is_an_error_of_that_read_alone(kernel):
-    class Ways(_hub.Ways):
+    class Ways(_driver.Ways):
         def next_way(self, driver, request, result, asked):
             raise MemoryError
 

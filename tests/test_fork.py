@@ -71,8 +71,8 @@ def test_idle_child_robs_the_parent_of_nothing(held_disk):
 def test_inherited_waiter_in_the_child_gets_ecanceled(fork_file):
     run_python(COMMON + '''
 from tests.support.kernel import ScriptedContext
-from greenaio._core.engine import Request
-driver = _hub.Driver(gevent.get_hub(), ScriptedContext(), depth=8)
+from greenaio._core.request import Request
+driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
 memory = bytearray(512)
 waiter = gevent.spawn(driver.perform_request, Request(0, 3, memory))
 queued = gevent.spawn(driver.perform_request, Request(0, 3, bytearray(512)))

@@ -11,8 +11,8 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 # modules of the rows above. `face` is the package itself: what users import.
 ORDER = {
     'settings': '_config',
-    '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally engine '
-             'caller job mailbox processor worker threads pools hub',
+    '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
+             'fifo request engine caller job mailbox processor worker threads pools driver hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper route sectors calls turn file '
               'extension position streams copies zones semaphore',
     '_operate': 'stats blocked',
@@ -71,7 +71,7 @@ def test_engine_and_below_do_not_know_gevent():
 
 def test_one_place_parks_and_one_place_wakes():
     for name, path, text in sources():
-        if name == '_core.hub' and path.suffix == '.pyx':
+        if name == '_core.driver' and path.suffix == '.pyx':
             switches = [line.strip() for line in text.splitlines()
                         if 'greenlet_switch(' in line and 'static' not in line
                         and 'PyObject *to)' not in line]

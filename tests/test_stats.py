@@ -21,7 +21,8 @@ from greenaio import File, aligned_buffer, config, events, monkey
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
 from greenaio._core.counters import COUNTERS
-from greenaio._core.engine import Engine, Request
+from greenaio._core.engine import Engine
+from greenaio._core.request import Request
 from greenaio._core.tally import Tally, bounds_of
 from tests.support.disks import MIB, pattern
 from tests.support.kernel import ScriptedContext
@@ -464,7 +465,7 @@ class Refusing(ScriptedContext):
 
 
 def test_refusal_by_the_kernel_is_told_of(told):
-    driver = _hub.Driver(gevent.get_hub(), Refusing(), depth=256)
+    driver = _hub.HubDriver(gevent.get_hub(), Refusing(), depth=256)
     gevent.sleep(0)
     driver.close()
     assert told == [events.Fallback('only 32 were to be had', 32, True)]

@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.caller cimport caller
-from greenaio._core.engine cimport Request
+from greenaio._core.request cimport Request
 
 cdef enum:
     POSIX_FALLOCATE = -1        # in place of a system call's number

@@ -1,3 +1,3 @@
-from greenaio._core.engine import Request
+from greenaio._core.request import Request
 
 def operation(request: Request) -> str: ...

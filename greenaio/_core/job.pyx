@@ -6,7 +6,7 @@ number, its arguments, and for whom it is made. The memory that the arguments po
 which keeps it until the hub has taken the job out of its mailbox.
 """
 
-from greenaio._core.engine import Opcode_name
+from greenaio._core.request import Opcode_name
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno as c_errno
@@ -14,7 +14,7 @@ from libc.stdlib cimport calloc
 
 from greenaio._core.caller cimport act_for, begin_for, creation_mode, take_signal
 from greenaio._core.context cimport FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._core.engine cimport CALL, Request, iovec, new_request
+from greenaio._core.request cimport CALL, Request, iovec, new_request
 from greenaio._core.tally cimport READ
 
 cdef extern from *:
@@ -55,12 +55,12 @@ cdef enum:
 
 
 cdef job *job_of(Request request) except NULL:
-    if request._job == NULL:
-        request._job = calloc(1, sizeof(job))
-        if request._job == NULL:
+    if request.job == NULL:
+        request.job = calloc(1, sizeof(job))
+        if request.job == NULL:
             raise MemoryError
-        (<job *>request._job).request = <void *>request
-    return <job *>request._job
+        (<job *>request.job).request = <void *>request
+    return <job *>request.job
 
 
 cdef void _set(job *one, long a, long b, long c, long d, long e, long f) noexcept:
@@ -86,7 +86,7 @@ cdef Request new_close(keep, chain call, void *arg):
     cdef Request request = new_call(-1, keep, CHAIN, <long>call, <long>arg)
     request.name = 'close'
     request.must_run = True
-    (<job *>request._job).kind = ON_CLOSE
+    (<job *>request.job).kind = ON_CLOSE
     return request
 
 
@@ -96,7 +96,7 @@ cdef Request new_chain(int fd, keep, str name, chain calls, void *arg, bint is_s
     memory."""
     cdef Request request = new_call(fd, keep, CHAIN, <long>calls, <long>arg)
     request.name = name
-    (<job *>request._job).kind = ON_NAMES if is_short else LONG
+    (<job *>request.job).kind = ON_NAMES if is_short else LONG
     return request
 
 
@@ -113,15 +113,15 @@ def operation(Request request not None):
         return Opcode_name(request.opcode).lower()
     if request.name is not None:
         return request.name
-    return _NAMES.get((<job *>request._job).number if request._job != NULL else 0, 'call')
+    return _NAMES.get((<job *>request.job).number if request.job != NULL else 0, 'call')
 
 
 cdef int as_call(Request request) except -1:
     """Give *request* a job: the system call for the operation that native AIO would do."""
     cdef job *one = job_of(request)
     cdef int opcode = request.opcode
-    cdef iovec *buffers = request._iovec
-    cdef long count = request._count
+    cdef iovec *buffers = request.buffers
+    cdef long count = request.buffer_count
     if opcode == FSYNC or opcode == FDSYNC:
         one.number = SYS_fsync if opcode == FSYNC else SYS_fdatasync
         one.kind = LONG
@@ -174,7 +174,7 @@ cdef void make_for_caller(job *one) noexcept nogil:
 
 cdef int64_t make_here(Request request) except? -4096:
     """Make the call of *request* in this thread, which it blocks. Return its result, or minus the errno."""
-    cdef job *one = <job *>request._job
+    cdef job *one = <job *>request.job
     cdef long result
     while True:
         with nogil:

@@ -1,4 +1,5 @@
-from greenaio._core.engine cimport Engine, Request
+from greenaio._core.engine cimport Engine
+from greenaio._core.request cimport Request
 from greenaio._core.job cimport job
 
 cdef extern from "<pthread.h>" nogil:

@@ -1,5 +1,5 @@
 from greenaio._core.context import Context
-from greenaio._core.engine import Request
+from greenaio._core.request import Request
 
 class Inbox:
     def __new__(cls, context: Context) -> Inbox: ...

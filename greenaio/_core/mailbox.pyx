@@ -19,7 +19,8 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from greenaio._core.context cimport Context, signal_eventfd
-from greenaio._core.engine cimport Engine, Request
+from greenaio._core.engine cimport Engine
+from greenaio._core.request cimport Request
 from greenaio._core.job cimport LONG, job, job_of
 
 cdef extern from *:
@@ -159,12 +160,12 @@ cdef class Inbox:
                 c_raise(one.signal)     # as if this thread had made the call
             if one.kind != LONG:
                 self._box.short_out -= 1
-            if one.wary != NULL and one.wary[0] > 0 and engine._reaped_ns > (<Request>one.request).began:
-                _waited(one.wary, engine._reaped_ns - (<Request>one.request).began)
-            engine._finish(<Request>one.request, one.result)
+            if one.wary != NULL and one.wary[0] > 0 and engine.reaped_ns > (<Request>one.request).began:
+                _waited(one.wary, engine.reaped_ns - (<Request>one.request).began)
+            engine.finish(<Request>one.request, one.result)
             one = following
             n += 1
-        engine._reaped_ns = 0
+        engine.reaped_ns = 0
         return n
 
     def put(self, Request request not None, long result):

@@ -1,4 +1,4 @@
-from greenaio._core.engine cimport Request
+from greenaio._core.request cimport Request
 from greenaio._core.mailbox cimport Inbox
 from greenaio._core.worker cimport pool
 

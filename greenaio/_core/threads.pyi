@@ -1,7 +1,7 @@
 from typing import Any
 
-from greenaio._core.engine import Request
 from greenaio._core.mailbox import Inbox
+from greenaio._core.request import Request
 
 class Pool:
     @property

@@ -21,7 +21,7 @@ from libc.errno cimport EACCES, EAGAIN, ENOSYS, EPERM
 from libc.stdlib cimport calloc
 
 from greenaio._core.caller cimport note_caller
-from greenaio._core.engine cimport Request
+from greenaio._core.request cimport Request
 from greenaio._core.job cimport LONG, job
 from greenaio._core.mailbox cimport (
     WARY, Inbox, give_out, inboxes, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, take_back,
@@ -132,7 +132,7 @@ cdef class Pool:
         """Queue the call of *request*, first in, first out; return whether it is. Nothing is queued if there is no
         thread, and none can be started."""
         cdef pool *home = self._pool
-        cdef job *one = <job *>request._job
+        cdef job *one = <job *>request.job
         cdef bint more, failed = False
         cdef worker *called
         cdef int cpu = WHEREVER
@@ -233,7 +233,7 @@ cdef _tell_of_no_thread(int error):
 
 cdef bint withdraw(Request request) noexcept:
     """Take *request* out of its pool's queue; False when a worker has it already."""
-    cdef job *one = <job *>request._job
+    cdef job *one = <job *>request.job
     cdef pool *home
     cdef bint waiting
     if one == NULL or one.home == NULL:

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._core.engine cimport Request
+from greenaio._core.request cimport Request
 from greenaio._files.route cimport Known
 
 cdef extern from "<fcntl.h>":

@@ -29,10 +29,12 @@ from greenaio._core.ends import was_thrown
 from greenaio._core.handle import using
 from greenaio._core.uninterrupted import is_uninterrupted
 
-from greenaio._core.engine cimport NEW, Request, close_path_fd, meetings, meetings_under_way
+from greenaio._core.driver cimport Driver
+from greenaio._core.fifo cimport close_path_fd, meetings, meetings_under_way
 from greenaio._core.handle cimport Handle, Inode, check_open, closing, handle_of, take
-from greenaio._core.hub cimport Driver, current_driver
+from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, scratch
+from greenaio._core.request cimport NEW, Request
 from greenaio._files.route cimport (
     GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
     block_size, c_int, failed, file_size, folder_at_hand, in_line, know, know_again, open_at_hand, open_fd_again, open_there,

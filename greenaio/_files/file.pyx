@@ -29,12 +29,12 @@ from greenaio._files.calls cimport (
     takes_turn, truncate_file, work_in,
 )
 from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._core.engine cimport (
-    IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Engine, Request, advance, iovec, new_request,
-)
+from greenaio._core.engine cimport Engine
 from greenaio._core.handle cimport check_open, closing, is_closing
-from greenaio._core.hub cimport ASK, THREAD, Driver, current_driver
+from greenaio._core.driver cimport ASK, THREAD, Driver
+from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, Filling, scratch
+from greenaio._core.request cimport IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Request, advance, iovec, new_request
 from greenaio._files.route cimport (
     ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, REGULAR, STORED, Device, Known, c_int,
     coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know, knows_block_devices,
@@ -620,7 +620,7 @@ cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, 
     request = new_request(_opcode(reading, many), fd, offset, flags, max_batch)
     _pin(request, memory)
     if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
-        if (request._count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
+        if (request.buffer_count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
                 and _is_misaligned(known, request)):
             driver.check_caller()
             steady = memory if many else (memory,)
@@ -673,10 +673,10 @@ cdef bint _is_misaligned(Known known, Request request) noexcept:
     cdef int i
     if known.device.in_memory or known.kind & APPEND:   # the one takes all; the other knows no offset
         return False
-    for i in range(request._count):
-        memory |= <uint64_t>request._iovec[i].iov_base
-        length |= request._iovec[i].iov_len
-    if request._count > 1:
+    for i in range(request.buffer_count):
+        memory |= <uint64_t>request.buffers[i].iov_base
+        length |= request.buffers[i].iov_len
+    if request.buffer_count > 1:
         memory |= length                # then each buffer begins where one ended
     return ((length | <uint64_t>request.offset) & (known.align - 1)) != 0 or memory & (known.align_memory - 1) != 0
 
@@ -882,7 +882,7 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
     if request.flags & RWF_NOWAIT or in_line(known, wanted, request.fd, request.offset) and _has_place(request, known):
         return _done_in_line(driver, _now(request, request.flags))
     if wanted <= IN_LINE_MAX and not known.kind & (DIRECT | ANSWER | LOCKED) and not _lacks_threads(known):
-        got = _read_in_line(request.fd, request._iovec, request._count, wanted, request.offset,
+        got = _read_in_line(request.fd, request.buffers, request.buffer_count, wanted, request.offset,
                             request.flags | RWF_NOWAIT, False, &more)
         if more != -EAGAIN and more != -EOPNOTSUPP:
             return _done_in_line(driver, got if got else more)
@@ -940,8 +940,8 @@ cdef bint _has_place(Request request, Known known) noexcept:
 
 cdef bint _means_its_writer(Request request, Known known) noexcept:
     """Whether it is the 0 that moves the thread that writes it into a control group."""
-    return (known.kind & ANSWER and request._count == 1 and 0 < request.nbytes <= 2
-            and (<char *>request._iovec.iov_base)[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
+    return (known.kind & ANSWER and request.buffer_count == 1 and 0 < request.nbytes <= 2
+            and (<char *>request.buffers.iov_base)[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
 
 
 cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
@@ -952,7 +952,7 @@ cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
 cdef int64_t _now(Request request, unsigned int flags) noexcept:
     """The system call, here and now."""
     cdef bint reading = request.opcode == PREAD or request.opcode == PREADV
-    return vector_now(reading, request.fd, request._iovec, request._count, request.offset, flags)
+    return vector_now(reading, request.fd, request.buffers, request.buffer_count, request.offset, flags)
 
 
 cdef object _sync(int fd, Known known, int opcode, name):

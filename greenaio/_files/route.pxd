@@ -1,9 +1,9 @@
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._core.engine cimport Request
+from greenaio._core.driver cimport Driver, Way, Ways
 from greenaio._core.handle cimport Inode
-from greenaio._core.hub cimport Driver, Way, Ways
+from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
 
 cdef class Nowait:

@@ -1,6 +1,6 @@
 from typing import Literal, final
 
-from greenaio._core.hub import Ways
+from greenaio._core.driver import Ways
 
 BLKSSZGET: int
 IN_MEMORY: frozenset[str]

@@ -32,12 +32,13 @@ from greenaio._core.bell import listen
 from greenaio._core.handle import all_inodes
 
 from greenaio._core.context cimport OWN_MIN, monotonic_ns
-from greenaio._core.engine cimport RWF_APPEND, RWF_NOWAIT, Request, close_path_fd
 from greenaio._core.handle cimport BLOCK_DEVICE, Inode, inode_of
-from greenaio._core.hub cimport ASK, NONE, PLAIN, THREAD, Driver, Way
 from greenaio._core.caller cimport creation_mode
+from greenaio._core.driver cimport ASK, NONE, PLAIN, THREAD, Driver, Way
+from greenaio._core.fifo cimport close_path_fd
 from greenaio._core.mailbox cimport WAITED_NS
 from greenaio._core.pools cimport lone_threads, pool_of
+from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request
 from greenaio._core.tally cimport WRITE
 from greenaio._core.threads cimport Pool, any_busy
 from greenaio._core.worker cimport start_worker

@@ -1,0 +1,6 @@
+cdef void close_path_fd(int fd) noexcept nogil
+cdef void close_elsewhere(int fd) noexcept
+cdef int join(int fifo) noexcept
+cdef void leave(int both) noexcept
+cdef int meetings() noexcept
+cdef int meetings_under_way() noexcept

@@ -1,0 +1,114 @@
+# cython: language_level=3
+"""A thread that waits in open(2) for the other end of a FIFO is released by opening both ends here.
+
+Nothing else ends such a wait: a signal would have to hit the one thread, and greenaio sends none. The kernel
+wakes every open that waits for a peer when a peer comes, and also an open that is about to begin finds it.
+
+    ==========================  ===================================================================
+    party                       what it sees
+    ==========================  ===================================================================
+    the waiting thread          its open returns an fd, which `Request.release` closes
+    other opens of this FIFO    may return as well: their greenlets compare `meetings` and open again
+    other processes             a peer that comes and goes
+    ==========================  ===================================================================
+
+Both ends stay open until the thread's open has returned. If they were closed before, a writer would get
+SIGPIPE. Where this process may not open both ends, the thread waits until a real peer comes.
+"""
+
+from posix.unistd cimport close
+
+cdef extern from *:
+    """
+    #include <fcntl.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <stdio.h>
+    #include <unistd.h>
+
+    /* Both ends of the FIFO that an O_PATH fd is of. */
+    static int open_both_ends(int fd)
+    {
+        char link[32];
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        return open(link, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    }
+
+    /* Close *fd*, if it is still the O_PATH fd that we have opened. A daemon closes all numbers, and opens files
+       of its own on them: in a child, while its parent waits for the path that this fd is of. */
+    static inline void close_path_fd(int fd)
+    {
+        if (fcntl(fd, F_GETFL) & O_PATH)    /* -1, too, has that bit: where the kernel does not tell, close it */
+            close(fd);
+    }
+
+    static void *close_one(void *fd)
+    {
+        close((int)(intptr_t)fd);
+        return NULL;
+    }
+
+    /* Close *fd* in a thread: the file may be a server's, which is told. */
+    static void close_elsewhere(int fd)
+    {
+        pthread_t thread;
+        pthread_attr_t attributes;
+        sigset_t all, before;
+        int error;
+        sigfillset(&all);
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        pthread_attr_setstacksize(&attributes, 128 * 1024);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        error = pthread_create(&thread, &attributes, close_one, (void *)(intptr_t)fd);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        pthread_attr_destroy(&attributes);
+        if (error)
+            close(fd);
+    }
+    """
+    void c_close_path_fd "close_path_fd"(int fd) noexcept nogil
+    void c_close_elsewhere "close_elsewhere"(int fd)
+    int open_both_ends(int fd)
+
+# The number of FIFOs that `join` has opened, and the number of them that are open now.
+cdef int _meetings = 0
+cdef int _under_way = 0
+
+
+cdef void close_path_fd(int fd) noexcept nogil:
+    """Close an O_PATH fd of ours, but not a file of the program that has its number by now."""
+    c_close_path_fd(fd)
+
+
+cdef void close_elsewhere(int fd) noexcept:
+    """Close *fd* in a native thread, because close(2) may wait for a server."""
+    c_close_elsewhere(fd)
+
+
+cdef int join(int fifo) noexcept:
+    """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1."""
+    global _meetings, _under_way
+    cdef int both = open_both_ends(fifo)
+    if both >= 0:
+        _meetings += 1
+        _under_way += 1
+    return both
+
+
+cdef void leave(int both) noexcept:
+    """Close what `join` returned."""
+    global _under_way
+    close(both)
+    _under_way -= 1
+
+
+cdef int meetings() noexcept:
+    """Return how often `join` has opened a FIFO."""
+    return _meetings
+
+
+cdef int meetings_under_way() noexcept:
+    """Return how many of those FIFOs are still open."""
+    return _under_way

@@ -1,0 +1,347 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""A request is one operation; while it is in a list, the list owns it.
+
+A request is in one place at a time, and these are all its ways:
+
+    ==========  ==============  =====================================  =================
+    from        to              when                                   list
+    ==========  ==============  =====================================  =================
+    NEW         PENDING         `Engine.enqueue`                       pending, or held
+                                                                       by its `Share`
+    PENDING     IN_FLIGHT       ``io_submit`` took it                  in_flight
+    PENDING     DONE            ``io_submit`` refused it, or the       ready
+                                process gave up (`refuse`, `cancel`)
+    PENDING     NEW             `Engine.withdraw`                      none
+    NEW         IN_FLIGHT       `Engine.lend`: a native thread's       lent
+    IN_FLIGHT   NEW             `Engine.take_back`: none had begun it  none
+    IN_FLIGHT   DONE            its event came, or its thread's        ready
+                                result, or a fork took both away
+                                (`cancel`)
+    IN_FLIGHT,  DECLINED        the kernel did not do it, or not all,  declined; moving,
+    PENDING                     and it may move to another way         while that is chosen
+    DECLINED    PENDING         `Engine.enqueue_again`                 pending
+    DECLINED    IN_FLIGHT       `Engine.lend`                          lent
+    DECLINED    NEW             `Engine.withdraw`                      none
+    DECLINED    DONE            no way was left, or a fork (`cancel`)  ready
+    NEW         DONE            `Engine.settle`: done in line          ready
+    DONE        --              handed over: `Engine.ready` loses it   none
+    ==========  ==============  =====================================  =================
+
+A request that the kernel declines is moved to its next way by the driver. Its greenlet stays parked, and its buffers
+stay pinned. The result of a DONE request is final.
+
+Ownership is what makes native AIO safe in Python. Three parties use the memory of a request:
+
+    ============  =========================================  ========================================
+    party         uses                                       until
+    ============  =========================================  ========================================
+    the greenlet  the buffers, and the result                it is killed or timed out, at any moment
+    the kernel    the buffers, without asking                its event is in the ring
+    the program   the buffers, if it kept them               it forgets them
+    ============  =========================================  ========================================
+
+The kernel names a request by its address (the iocb's data), and a reference that no Python object holds is
+invisible to everybody else. So the `RequestList` of a request holds one reference for it, from `Engine.enqueue`
+until the request is DONE and handed over. The request in turn pins its buffers (buffer protocol), so that a
+bytearray cannot be resized and a memory map cannot be closed below the kernel. A greenlet that is killed
+leaves its request in `in_flight`: the request is *abandoned*, and finishes by itself.
+
+`Request.release` ends all this: it unpins the buffers and lets go of the numbers. Both may run any Python
+code, even code that submits requests. Therefore a request is out of its list before it is released, and each
+field is empty before the object that was in it is let go.
+"""
+
+import errno
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdlib cimport free
+from posix.unistd cimport close
+
+from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
+from greenaio._core.fifo cimport close_elsewhere, close_path_fd, join, leave
+from greenaio._core.handle cimport Handle, Writes
+from greenaio._core.tally cimport OTHER, READ, SYNC, WRITE
+
+
+cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept:
+    """Move *buffers* behind their first *nbytes*."""
+    cdef int i
+    cdef uint64_t n
+    for i in range(count):
+        n = min(nbytes, <uint64_t>buffers[i].iov_len)
+        buffers[i].iov_base = <char *>buffers[i].iov_base + n
+        buffers[i].iov_len -= n
+        nbytes -= n
+
+
+cdef inline int direction_of(int opcode) noexcept:
+    if opcode == PREAD or opcode == PREADV:
+        return READ
+    if opcode == PWRITE or opcode == PWRITEV:
+        return WRITE
+    return OTHER if opcode == CALL else SYNC
+
+
+cdef Request new_request(int opcode, int fd, int64_t offset, unsigned int flags, int max_batch):
+    cdef Request request = Request.__new__(Request)
+    request.opcode = opcode
+    request.direction = direction_of(opcode)
+    request.fd = fd
+    request.offset = offset
+    request.flags = flags
+    request.max_batch = max_batch
+    request.other_fd = request.fifo = request.peer = -1
+    return request
+
+
+# No garbage collection: what a request refers to is let go at its end, and until then the engine's
+# own reference, which no collector can see, keeps it alive anyway.
+@cython.freelist(256)
+@cython.no_gc
+@cython.final
+cdef class Request:
+    """One operation on a file, from `Engine.enqueue` to its result.
+
+    *buffers* is one bytes-like object, a sequence of them for PREADV and PWRITEV, None for FSYNC and
+    FDSYNC; they stay pinned until the kernel is done. *offset* is in bytes, *flags* are ``os.RWF_*``.
+    Raises OSError (EIO) for an operation that is none of `Opcode`, and what the buffer protocol
+    raises for a buffer that can't be pinned.
+    """
+
+    def __init__(self, int opcode, int fd, buffers=None, int64_t offset=0, unsigned int flags=0,
+                 *, int max_batch=BATCH_MAX):
+        if self.opcode or self.state != NEW or self.buffer_count:
+            raise ValueError('a request is made once')
+        if opcode not in (PREAD, PWRITE, FSYNC, FDSYNC, PREADV, PWRITEV):
+            raise OSError(errno.EIO, f'unknown operation {opcode}')
+        if max_batch < 1:
+            raise ValueError(f'max_batch must be at least 1, not {max_batch}')
+        self.opcode = opcode
+        self.direction = direction_of(opcode)
+        self.fd = fd
+        self.offset = offset
+        self.flags = flags
+        self.max_batch = max_batch
+        self.other_fd = self.fifo = self.peer = -1
+        if opcode in (PREADV, PWRITEV):
+            self.pin_all(buffers)
+        elif opcode in (PREAD, PWRITE):
+            self.pin(buffers)
+
+    def __dealloc__(self):
+        if self.buffer_count or self._views != NULL:
+            self.unpin()
+        free(self.job)
+        if self.handle is not None or self.other is not None or self.writes is not None:
+            self._drop()
+
+    cdef _drop(self):
+        """Let go of the numbers and the writes of a request that never began, or was to go again."""
+        try:
+            self.let_go_of_numbers()
+        finally:
+            if self.writes is not None:
+                self.end_write()
+
+    cdef int pin(self, buffer) except -1:
+        """Pin one buffer: writable for a read."""
+        PyObject_GetBuffer(buffer, &self._view,
+                           PyBUF_WRITABLE if self.opcode == PREAD else PyBUF_SIMPLE)
+        self.buffer_count = 1
+        self._one.iov_base, self._one.iov_len = self._view.buf, self._view.len
+        self.buffers = &self._one
+        self.nbytes = self._view.len
+        return 0
+
+    cdef int pin_all(self, buffers) except -1:
+        """Pin a sequence of buffers, and name them in an iovec on the heap."""
+        cdef int kind = PyBUF_WRITABLE if self.opcode == PREADV else PyBUF_SIMPLE
+        cdef Py_ssize_t n = len(buffers)
+        self._views = <Py_buffer *>PyMem_Malloc((n or 1) * (sizeof(Py_buffer) + sizeof(iovec)))
+        if self._views == NULL:
+            raise MemoryError
+        self.buffers = <iovec *>(self._views + n)
+        for buffer in buffers:
+            if self.buffer_count == n:
+                # The sequence grew while its buffers were pinned.
+                break
+            PyObject_GetBuffer(buffer, &self._views[self.buffer_count], kind)
+            self.buffers[self.buffer_count].iov_base = self._views[self.buffer_count].buf
+            self.buffers[self.buffer_count].iov_len = self._views[self.buffer_count].len
+            self.nbytes += self._views[self.buffer_count].len
+            self.buffer_count += 1
+        return 0
+
+    cpdef int count_done(self, uint64_t nbytes) except -1:
+        """One of its ways has moved *nbytes*: the next begins behind them, and the result will have them."""
+        self.done += nbytes
+        advance(self.buffers, self.buffer_count, nbytes)
+        self.skip(nbytes)
+        return 0
+
+    cdef void skip(self, uint64_t nbytes) noexcept:
+        """*nbytes* are there already, and the iovec begins behind them."""
+        # An offset of -1 means the file's own position, which has moved by itself.
+        if self.offset >= 0:
+            self.offset += nbytes
+        self.nbytes -= nbytes
+
+    cdef unpin(self):
+        cdef int i
+        cdef int count = self.buffer_count
+        cdef Py_buffer *views = self._views
+        # Empty the fields first, because a release may run code that comes back here.
+        self.buffer_count = 0
+        self._views = NULL
+        self.buffers = NULL
+        if views == NULL:
+            if count:
+                PyBuffer_Release(&self._view)
+            return
+        for i in range(count):
+            PyBuffer_Release(&views[i])
+        PyMem_Free(views)
+
+    cdef release(self):
+        """Let go of the buffers, the numbers and all else. May run any code: take the request out of its list
+        first."""
+        if self.buffer_count:
+            self.unpin()
+        self.waiter = None
+        if self.abandoned and self.gives_fd and self.answer >= 0:
+            # No greenlet is there to take the fd.
+            self.gives_fd = False
+            if self.fifo >= 0 or self.peer >= 0:
+                # Close it here and now, because until then it is a peer for others.
+                close(<int>self.answer)
+            else:
+                close_elsewhere(<int>self.answer)
+        if self.fifo >= 0:
+            close_path_fd(self.fifo)
+        if self.peer >= 0:
+            leave(self.peer)
+        self.fifo = self.peer = -1
+        self.keep = None
+        self.file = None
+        if self.writes is not None:
+            self.end_write()
+        if self.handle is not None or self.other is not None:
+            self.let_go_of_numbers()
+
+    cdef int count_in(self, Writes writes, owner) except -1:
+        """Count it in *writes*, the writes of *owner*, until it is over. Runs no other code, unless it counts
+        already."""
+        cdef Writes before = self.writes
+        writes.begin(owner)
+        self.writes = writes
+        if before is not None:
+            before.end()
+        return 0
+
+    cdef end_write(self):
+        """It changes the file no more, nor will it. This may run any code."""
+        cdef Writes writes = self.writes
+        self.writes = None
+        writes.end()
+
+    cdef end_write_unless_under_way(self):
+        """Stop counting it, if neither the kernel nor a thread has it: it was done inline, or has failed before."""
+        if self.writes is not None and self.queue == NULL:
+            self.end_write()
+
+    cdef let_go_of_numbers(self):
+        """It needs them no more. This may close one of them, and run any code."""
+        cdef Handle handle = self.handle, other = self.other
+        self.handle = self.other = None
+        if handle is not None:
+            handle.let_go()
+        if other is not None:
+            other.let_go()
+
+    cdef void meet(self) noexcept:
+        """Have the open of a FIFO return, in which a thread waits for the other end. See `greenaio._core.fifo`."""
+        if self.fifo >= 0 and self.peer < 0:
+            self.peer = join(self.fifo)
+            if self.peer >= 0:
+                # Fds may be few: 1,000 killed opens need no more of them than before.
+                close(self.fifo)
+                self.fifo = -1
+
+    cpdef int ask(self) except -1:
+        """Let native AIO decline it instead of waiting. The caller has not set that flag."""
+        self.asked = True
+        self.flags |= RWF_NOWAIT
+        return 0
+
+    def of(self, Share share):
+        """Make it count in *share*; return it. Before it is enqueued."""
+        self.share = share
+        return self
+
+    @property
+    def result(self):
+        """Bytes moved, or minus the errno; None while in progress."""
+        return self.answer if self.state == DONE else None
+
+    @property
+    def entered(self):
+        """Whether no greenlet is parked on this very request: it must not be switched into."""
+        return self.waiter is None
+
+    def __repr__(self):
+        return (f'<Request {Opcode_name(self.opcode)} fd={self.fd} offset={self.offset} '
+                f'nbytes={self.nbytes} {State_name(self.state)} result={self.result}>')
+
+
+def Opcode_name(int opcode):
+    return {PREAD: 'PREAD', PWRITE: 'PWRITE', FSYNC: 'FSYNC', FDSYNC: 'FDSYNC',
+            PREADV: 'PREADV', PWRITEV: 'PWRITEV', CALL: 'CALL'}.get(opcode, str(opcode))
+
+
+def State_name(int state):
+    return ('NEW', 'PENDING', 'IN_FLIGHT', 'DECLINED', 'DONE')[state]
+
+
+@cython.final
+cdef class RequestList:
+    """A first-in-first-out list of requests that owns them; removal from the middle costs nothing."""
+
+    def __dealloc__(self):
+        # A request in flight is leaked, because the kernel may still write its memory.
+        cdef Request request
+        while self.head != NULL and (<Request>self.head).state != IN_FLIGHT:
+            request = <Request>self.head
+            self.remove(request)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        # First of all: to make the list may run a finalizer, which may change the queue.
+        requests = []
+        cdef void *at = self.head
+        while at != NULL:
+            requests.append(<Request>at)
+            at = (<Request>at).following
+        return iter(requests)
+
+    def __contains__(self, Request request not None):
+        return request.queue == <void *>self
+
+@cython.final
+cdef class Share:
+    """The requests that one device has in an engine: *limit* at most, from admission to event.
+
+    A full device queue blocks ``io_submit``, even for requests with RWF_NOWAIT. So no device gets more than it can
+    queue. A frozen device fills its share, and the rest of the engine goes on.
+    """
+
+    def __init__(self, int limit):
+        self.limit = limit
+        self.held = RequestList()
+
+
