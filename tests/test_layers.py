@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import greenaio
+from tests.support.processes import run_python
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 
@@ -55,6 +56,17 @@ def test_imports_go_strictly_down():
     arrows = {(name, other) for name, _, text in modules() for other in imported(text) if name != other}
     assert {(name, other) for name, other in arrows if PLACES[other] >= PLACES[name]} == set()
     assert len(arrows) > 100
+
+
+def test_handlers_of_forks_run_in_the_order_of_the_layers():
+    """A handler uses the layers below, which must have been put right."""
+    done = run_python('''
+        import greenaio.block, greenaio.monkey, greenaio.os, greenaio.wsgi
+        from greenaio._core.bell import _handlers
+        print(*(getattr(one, '__module__', None) or type(one.__self__).__name__ for one in _handlers))
+    ''')
+    layers = [name.split('.')[1] for name in done.stdout.split() if name.startswith('greenaio._')]
+    assert layers == sorted(layers, key=list(ORDER).index) and layers.count('_core') > 4
 
 
 def test_only_the_context_knows_an_aio_structure():

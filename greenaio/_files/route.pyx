@@ -27,6 +27,7 @@ from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
+import greenaio._core.hub       # in a forked child, its handler runs before the one of this module
 from greenaio._core import pools as _pools
 from greenaio._core.bell import listen
 from greenaio._core.handle import all_inodes
