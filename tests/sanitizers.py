@@ -120,8 +120,8 @@ from greenaio._core.request cimport iovec
 '''),
     ('greenaio/_core/request.pyx', '        free(self.job)\n',
      '        free(self.job)\n        free(self._looked_at)\n'),
-    ('greenaio/_core/threads.pyx', '\ncdef struct job:\n', LOOK + '\ncdef struct job:\n'),
-    ('greenaio/_core/threads.pyx', '    return -c_errno if result < 0 else result\n', '''\
+    ('greenaio/_core/job.pyx', '\ncdef enum:\n    SHORT_BYTES', LOOK + '\ncdef enum:\n    SHORT_BYTES'),
+    ('greenaio/_core/job.pyx', '    return -c_errno if result < 0 else result\n', '''\
     if result < 0:
         result = -c_errno
     if one.number == SYS_preadv2 or one.number == SYS_pwritev2:
@@ -164,7 +164,7 @@ BREAKS = [
      '            # The engine keeps it, and a pass releases it after its event.\n',
      '            request.release()\n',
      ['tests/test_hub.py', '-k', 'kill'], 'use-after-', 'Invalid read'),
-    ('an end of a file that overflows', 'greenaio/_files/file.pyx',
+    ('an end of a file that overflows', 'greenaio/_files/route.pyx',
      '<uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)',
      'request.offset + <int64_t>request.nbytes > file_size(request.fd)',
      ['tests/test_file.py', '-k', 'test_bad_arguments'], '__ubsan_handle_add_overflow', None),
@@ -181,7 +181,9 @@ def replace(source: Path, name: str, old: str, new: str) -> None:
 
 def copy(target: Path) -> None:
     shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(
-        '.git', '.*_cache', '.hypothesis', '__pycache__', 'build', '*.so', '_*.c'))
+        '.git', '.*_cache', '.hypothesis', '__pycache__', 'build', '*.so'))
+    for built in target.glob('greenaio/*/*.c'):
+        built.unlink()
     for change in CHANGES:
         replace(target, *change)
 

@@ -1,7 +1,8 @@
-"""The mutants fit the code, so that ``python -m tests.mutants`` can be run, which takes a while."""
+"""The mutants and the changes of the sanitizers fit the code: to run them takes a while."""
 
 import pytest
 
+from tests import sanitizers
 from tests.mutants.edits import Misfit, Mutant, Sources, names
 
 CODE = '''
@@ -38,6 +39,12 @@ def test_each_mutant_fits_the_code():
     sources = Sources()
     misfits = {name: Mutant.read(name).misfit(sources) for name in names()}
     assert misfits == dict.fromkeys(names(), '')
+
+
+def test_each_change_of_the_sanitizers_fits_the_code():
+    texts = [change[:2] for change in sanitizers.CHANGES] + [row[1:3] for row in sanitizers.BREAKS]
+    misfits = [(name, old) for name, old in texts if (sanitizers.ROOT / name).read_text().count(old) != 1]
+    assert misfits == []
 
 
 def test_a_mutant_edits_one_place(tmp_path):
