@@ -7,9 +7,9 @@ from greenaio._core.policy cimport budget, polling
 from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
 
-# How a request goes. ASK: native AIO with RWF_NOWAIT, so that a request that would wait comes back with EAGAIN.
-# PLAIN: native AIO; the request does not wait here, or there is no way to ask. NONE: no way is left, and the last
-# result is the result.
+# The ways that a request can go. ASK: native AIO with RWF_NOWAIT, so that a request that would wait comes
+# back with EAGAIN. PLAIN: native AIO; the request does not wait here, or there is no way to ask. THREAD: a
+# native thread makes the system call, and may wait. NONE: no way is left, and the last result is the result.
 cdef enum Way:
     ASK
     PLAIN
@@ -18,6 +18,7 @@ cdef enum Way:
 
 cdef class Driver
 
+# An open file implements this. The driver asks it for the next way of a request that the kernel has declined.
 cdef class Ways:
     cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1
     cpdef Pool pool(self)
@@ -36,15 +37,18 @@ cdef class Driver:
     cdef readonly int forks
     # After a fork the next use attaches the driver to the kernel again.
     cdef bint must_attach
-    # The number of drain passes under way.
+    # The number of drain passes under way. In a pass, `_park` may
+    # switch to the next greenlet, and the end of the pass submits.
     cdef int sections
     # The eventfd is signalled, and the watcher was not called since.
     cdef bint asked_for_pass
-    # The queued callback that ends the section of this hub turn, or None.
+    # The queued callback that submits at the end of this hub turn, or None.
     cdef object turn_end
+    # See policy.pxd for both.
     cdef budget _budget
     cdef polling _polling
 
+    # For the layers above: a request as its greenlet sees it.
     cdef int64_t perform(self, Request request) except? -4096
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096
     cdef int begin(self, Request request, bint more) except -1
@@ -56,6 +60,7 @@ cdef class Driver:
     cdef int flush(self) except -1
     cdef int ask_for_pass(self) except -1
 
+    # For driver.pyx alone.
     cdef bint _lend(self, Request request, Pool pool) except -1
     cdef int _move_declined(self) except -1
     cdef int _move(self, Request request) except -1
@@ -76,7 +81,7 @@ cdef class Driver:
     cdef bint _run_is_over(self, int limit=*, uint64_t now=*) noexcept
     cdef bint _poll(self) except -1
 
-    # The part that knows the loop and the kernel's context is `hub.HubDriver`.
+    # `hub.HubDriver` implements these: it knows the loop, and opens the context of the kernel.
     cdef int attach(self) except -1
     cpdef bint has_aio(self) except -1
     cdef int hold_loop(self) except -1

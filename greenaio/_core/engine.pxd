@@ -6,27 +6,48 @@ from greenaio._core.tally cimport Tally
 
 cdef class Engine(Tally):
     cdef readonly Context context
+
+    # The places of a request: see the table in request.pyx. A list owns its requests.
     cdef readonly RequestList pending
     cdef readonly RequestList in_flight
-    cdef readonly RequestList lent      # with native threads
-    cdef readonly RequestList declined  # to be moved to their next ways ...
-    cdef readonly RequestList moving    # ... which they are asked for
-    cdef readonly RequestList ready     # DONE, not yet handed over
-    cdef readonly dict shares           # by device
-    cdef readonly bint blocked          # the kernel is full: the next completion submits
+    # `lent` requests are with native threads. `declined` ones wait for their next way. The next way of the
+    # `moving` ones is being chosen. `ready` ones are DONE and not yet handed over.
+    cdef readonly RequestList lent
+    cdef readonly RequestList declined
+    cdef readonly RequestList moving
+    cdef readonly RequestList ready
+
+    # The `Share` of each device.
+    cdef readonly dict shares
+    # The kernel is full, so the next completion has to submit the pending requests.
+    cdef readonly bint blocked
+    # The number of requests that may be in flight at once.
     cdef readonly int depth
-    cdef int burst                      # so many may wait for each other, if there is anything in flight; 0 in a pass
-    cdef bint is_instant                # what was submitted last was done by the time that it was submitted
-    cdef object _device                 # asked for last
-    cdef Share _share                   # of it
-    cdef readonly uint64_t slow_ns      # how long the last slow submission took
-    cdef readonly int slow_batch        # and how many requests it had
-    cdef uint64_t reaped_ns            # when what is being reaped was done, or a little later; 0: not known
-    cdef bint _to_close                 # a request that the kernel has taken is the last to need a number
-    cdef int _singly                    # so many more are offered one by one, to find who stalls
-    cdef uint64_t submitted_ns          # what the clock said after the last io_submit
-    cdef readonly Request culprit       # the first found of those, until the driver takes it
-    cdef readonly uint64_t culprit_ns   # how long it took
+    # The number of requests that may wait for each other while any request is in flight. The driver sets it
+    # to 0 during a pass, because a pass may be long, and the device must not run dry in that time.
+    cdef int burst
+    # The last submission left nothing in flight, so the device does its work inside io_submit.
+    cdef bint is_instant
+    # The device that was asked for last, and its share.
+    cdef object _device
+    cdef Share _share
+    # The last slow submission: how long it took, and how
+    # many requests it had. The driver resets `slow_ns` to 0.
+    cdef readonly uint64_t slow_ns
+    cdef readonly int slow_batch
+    # The time at which the completions that are being reaped
+    # were done, or a little later, in ns; 0: not known.
+    cdef uint64_t reaped_ns
+    # A request in flight is the last user of a number that is being closed: `flush` closes it at its end.
+    cdef bint _to_close
+    # The number of requests that are still to be offered one by one, to find the one that stalls.
+    cdef int _singly
+    # The time after the last io_submit, in ns.
+    cdef uint64_t submitted_ns
+    # The first request that stalled when it went alone, until the driver takes it, and how long its
+    # submission took, in ns.
+    cdef readonly Request culprit
+    cdef readonly uint64_t culprit_ns
 
     cdef void reaps(self) noexcept
     cdef void _time(self, Request request, int way, int64_t result) noexcept

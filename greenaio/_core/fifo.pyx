@@ -27,7 +27,9 @@ cdef extern from *:
     #include <stdio.h>
     #include <unistd.h>
 
-    /* Both ends of the FIFO that an O_PATH fd is of. */
+    /* Open both ends of the FIFO that an O_PATH fd is of. Return an fd, or -1. The link in /proc leads to the
+       file itself, even if its path leads to another file by now. With O_RDWR, Linux opens both ends in one
+       call and waits for no peer. It needs the permission to read and to write. */
     static int open_both_ends(int fd)
     {
         char link[32];
@@ -35,11 +37,15 @@ cdef extern from *:
         return open(link, O_RDWR | O_NONBLOCK | O_CLOEXEC);
     }
 
-    /* Close *fd*, if it is still the O_PATH fd that we have opened. A daemon closes all numbers, and opens files
-       of its own on them: in a child, while its parent waits for the path that this fd is of. */
+    /* Close *fd*, if it is still the O_PATH fd that we have opened. In a forked child another file may have
+       its number: a daemon closes all numbers, and opens files of its own on them. The child then releases
+       the requests of its parent, and with them this number.
+
+       A result of -1 has all bits, so the number is also closed if the kernel does not tell. That is right
+       for a sandbox that denies the question, and does no harm to a number that is closed already. */
     static inline void close_path_fd(int fd)
     {
-        if (fcntl(fd, F_GETFL) & O_PATH)    /* -1, too, has that bit: where the kernel does not tell, close it */
+        if (fcntl(fd, F_GETFL) & O_PATH)
             close(fd);
     }
 
@@ -49,7 +55,13 @@ cdef extern from *:
         return NULL;
     }
 
-    /* Close *fd* in a thread: the file may be a server's, which is told. */
+    /* Close *fd* in a thread of its own, because the file may be on a server, and close(2) may wait until the
+       server has been told.
+
+       The thread is detached, because no code waits for it. It blocks all signals, which are for the threads
+       of Python. A new thread inherits the mask of the thread that starts it, so the mask is set around the
+       start. If no thread can be started, the call is made here, and the hub may wait. A number that stays
+       open would be worse. */
     static void close_elsewhere(int fd)
     {
         pthread_t thread;
@@ -72,7 +84,9 @@ cdef extern from *:
     void c_close_elsewhere "close_elsewhere"(int fd)
     int open_both_ends(int fd)
 
-# The number of FIFOs that `join` has opened, and the number of them that are open now.
+# The number of FIFOs that `join` has opened, and the number of them that are
+# open now. An open of a FIFO compares them before and after, to find out
+# whether its peer was only one of ours. All code that changes them has the GIL.
 cdef int _meetings = 0
 cdef int _under_way = 0
 
@@ -88,9 +102,13 @@ cdef void close_elsewhere(int fd) noexcept:
 
 
 cdef int join(int fifo) noexcept:
-    """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1."""
+    """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1 if that
+    fails.
+
+    It fails if this process may not both read and write the FIFO, or has no fd left."""
     global _meetings, _under_way
     cdef int both = open_both_ends(fifo)
+    # `leave` counts `_under_way` down, and only a request that has an fd from here calls it.
     if both >= 0:
         _meetings += 1
         _under_way += 1
@@ -98,9 +116,11 @@ cdef int join(int fifo) noexcept:
 
 
 cdef void leave(int both) noexcept:
-    """Close what `join` returned."""
+    """Close *both*, an fd that `join` returned. The open of the thread has returned by now."""
     global _under_way
     close(both)
+    # Count after the close: as long as `meetings_under_way`
+    # counts it, an open may still find our ends as its peer.
     _under_way -= 1
 
 

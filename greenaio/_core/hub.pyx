@@ -11,8 +11,8 @@
     the interpreter ends        nothing: the end of the process frees what the kernel may still write
     ==========================  ===================================================================
 
-After a close, greenlets still parked never return, as with every wait on a destroyed hub. Requests in flight keep
-their memory until the kernel is done. io_destroy waits for that, so a native thread calls it.
+After a close, greenlets still parked never return, as with every wait on a destroyed hub. Requests in flight
+keep their memory until the kernel is done. io_destroy waits for that, so a native thread calls it.
 """
 
 import logging
@@ -50,7 +50,7 @@ cdef extern from *:
 cdef extern from "<errno.h>":
     const int ECANCELED
 
-# With fewer requests a context is not worth having.
+# The smallest depth that the kernel is asked for. With fewer requests a context is not worth having.
 cdef enum:
     DEPTH_MIN = 16
 
@@ -58,50 +58,65 @@ cdef enum:
 cdef enum:
     ATTACH_AGAIN_NS = 1000000000
 
-# Seconds that the end of a hub waits for the thread that frees its context to begin.
+# The seconds that the end of a hub waits for the thread that frees its context to begin.
 BEGIN_MAX = 1
-# Seconds after EAGAIN with nothing in flight that could end it. The time doubles up to the maximum; then the
-# requests take threads.
+# The seconds after which the driver submits again, if io_submit answered EAGAIN and nothing is in flight that
+# could end the lack. The time doubles up to the maximum. Then the requests that have another way take
+# threads, and the others end with EAGAIN.
 RETRY_MIN = 0.001
 RETRY_MAX = 0.05
 
-# Both loops call the event of a readable fd so.
+# The event of a readable fd. libev and libuv use the same number.
 cdef object READ = 1
 
 log = logging.getLogger('greenaio')
+# gevent may have patched the module `_thread`. The driver
+# needs real threads, real locks and the thread's own number.
 _start_new_thread = get_original('_thread', 'start_new_thread')
 _new_lock = get_original('_thread', 'allocate_lock')
 _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
-# The drivers of all threads; a driver that closes leaves.
+# The drivers of all threads. A driver that closes leaves this set.
 cdef set _drivers = set()
-# Engines of closed drivers, until the kernel is done with them.
+# The engines of closed drivers, until the kernel and the threads are done with their requests.
 cdef set _ending = set()
 # The sum of the counters of all closed drivers.
 cdef Tally _past = Tally()
+# True: the lack of native AIO was logged. It is logged once
+# in a process, because every hub has the same lack.
 _warned = False
 
 
 cdef class _Sentinel:
-    """Lives in a thread-local, so that the end of a thread closes its driver: gevent tells of no such end."""
+    """Close the driver of a thread when the thread ends.
+
+    It lives in a thread-local, because gevent tells of no such end."""
 
     cdef HubDriver driver
 
     def __del__(self):
         global thread_driver
         if sys is None or sys.is_finalizing():
-            # The end of the process frees the memory that the kernel may still write.
+            # Close nothing: the end of the process frees the memory that the kernel may still write. Only see
+            # to it that no later finalizer uses the driver.
             thread_driver = NULL
         elif self.driver is not None:
             # In a forked child Python ends the other threads before any hook runs.
+            # Hear of the fork first, which closes the drivers of those threads:
+            # their context is the parent's, and must not be destroyed here.
             _notice_fork()
             self.driver.close()
 
 
 cdef HubDriver current_driver():
-    """The driver of this thread's hub, made if there is none."""
+    """Return the driver of this thread's hub, which is made if there is none.
+
+    Raises RuntimeError while the interpreter shuts down, and OSError if no eventfd can be had."""
     cdef HubDriver driver
+    # A child must not find the driver of its parent as it was.
     _notice_fork()
+    # Each operation comes here, so this is a C variable of the thread, not a look into a Python thread-local.
+    # The hub may have been destroyed since, and its thread may have another hub by now.
     if thread_driver != NULL:
         driver = <HubDriver>thread_driver
         if not driver.closed:
@@ -110,13 +125,15 @@ cdef HubDriver current_driver():
 
 
 cdef HubDriver _make_driver():
+    """Make the driver of this thread's hub, and a sentinel that owns it."""
     global thread_driver
     if sys.is_finalizing():
         raise RuntimeError('the interpreter is shutting down: no greenlet can wait any more')
     check_environment()
     driver = HubDriver(get_hub_noargs())
     if thread_driver != NULL and not (<HubDriver>thread_driver).closed:
-        # Another greenlet was here while a handler logged our warning.
+        # A handler that logs our warning may switch to another greenlet, and that one has made a driver. Each
+        # hub has one driver, so take the other.
         driver.close()
         return <HubDriver>thread_driver
     cdef _Sentinel sentinel
@@ -127,6 +144,7 @@ cdef HubDriver _make_driver():
     except BaseException:
         driver.close()
         raise
+    # The pointer is borrowed, so set it only now that the sentinel owns the driver.
     thread_driver = <PyObject *>driver
     return driver
 
@@ -137,7 +155,7 @@ def get_driver():
 
 
 def use_driver(HubDriver driver not None):
-    """Give this thread *driver*, and return the one that it had. For tests with a kernel of their own."""
+    """Give this thread *driver*, and return the driver that it had. For tests with a kernel of their own."""
     global thread_driver
     cdef HubDriver before = current_driver()
     (<_Sentinel>_local.sentinel).driver = driver
@@ -146,7 +164,7 @@ def use_driver(HubDriver driver not None):
 
 
 def driver_if_exists():
-    """Return the `Driver` of the current hub, or None when it never did any I/O."""
+    """Return the `Driver` of the current hub, or None if the hub has not done any I/O."""
     _notice_fork()
     if thread_driver != NULL and not (<HubDriver>thread_driver).closed:
         return <HubDriver>thread_driver
@@ -155,12 +173,12 @@ def driver_if_exists():
 
 def all_drivers():
     """Return the drivers of all threads."""
-    # In one step, because other threads add drivers and take them out.
+    # Copy the set in one step, because other threads add drivers and take them out.
     return list(_drivers)
 
 
 def all_engines():
-    """Return the engines of all threads, and those of ended threads that have something in flight."""
+    """Return the engines of all threads, and the engines of closed drivers that have requests in flight."""
     return [(<HubDriver>driver).engine for driver in all_drivers()] + list(_ending)
 
 
@@ -173,8 +191,10 @@ def tally():
 
 
 cdef class HubDriver(Driver):
-    """The driver of *hub*, over a context of the kernel. Raises OSError if no eventfd is to be had. If the kernel
-    refuses only the context, ``native`` is False."""
+    """Drive the requests of *hub*, with a context of the kernel and a watcher in the loop.
+
+    *depth* is the number of requests in flight, by default `config.depth`. Raises OSError if no eventfd can
+    be had. If the kernel refuses only the context, `native` is False, and threads make all calls."""
 
     def __init__(self, hub, context=None, *, depth=None):
         Driver.__init__(self, hub, Context() if context is None else context,
@@ -184,31 +204,41 @@ cdef class HubDriver(Driver):
         self._watcher = self._new_watcher()
         try:
             self._watcher.start(self._on_eventfd)
-            # Before the hub's own end, because the watcher needs the loop.
+            # gevent destroys the loop at the end of a hub. Close
+            # before that, because the watcher needs the loop.
             before_destroy(hub, self.close)
             _drivers.add(self)
         except BaseException:
-            # Otherwise the loop would keep the watcher.
+            # Otherwise the loop would keep the watcher, and call a driver that no code knows.
             self.close()
             raise
 
     def _new_watcher(self):
+        """Return a watcher of the eventfd, not started. It does not hold the loop before `hold_loop`."""
         loop = self.hub.loop
-        # libuv's loop.io() is a proxy whose ref does nothing. The class behind it has a ref, and the watcher is
-        # ours alone, because no other code watches our eventfd.
+        # gevent's loop.io() for libuv returns a proxy whose `ref` does nothing, because several watchers of
+        # an fd share one handle there. The class behind the proxy has a `ref` that works. The handle is ours
+        # alone, because no other code watches our eventfd.
         io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
         return io(loop, self.engine.context.eventfd, READ, ref=False)
 
     cdef int attach(self) except -1:
-        """Get a context of the kernel, with fewer requests if it must be; `native` says whether."""
+        """Get a context from the kernel, with fewer requests if needed. `native` says whether there is one.
+
+        The kernel allows all processes together `aio-max-nr` requests. io_setup fails with EAGAIN if they are
+        used up. Then ask for half as many, down to `DEPTH_MIN`. Without a context the driver works with
+        threads, and asks again at most once in `ATTACH_AGAIN_NS`. Other errors, such as ENOSYS or EPERM in a
+        sandbox, will not go away."""
         global _warned
         cdef Context context = self.engine.context
         cdef int depth = self.engine.depth
         cdef bint again = self._attach_again != 0
         asked = depth
+        # Set the flags first. The report and the log below may run code that uses this driver.
         self.native = True
         self.must_attach = False
         self._attach_again = 0
+        # An open context is kept, so a second call is harmless.
         while not context.is_open:
             try:
                 context.open(depth)
@@ -219,17 +249,20 @@ cdef class HubDriver(Driver):
                 self.native = False
                 problem = error
                 if error.errno == EAGAIN:
-                    # Other processes have it all, and may end.
+                    # Other processes have all requests that the kernel allows, and may end.
                     self._attach_again = context.now() + ATTACH_AGAIN_NS
                 break
+        # The lack was reported when it began.
         if again:
             return self._attached_again(depth)
         if self.native:
+            # The engine must not have more in flight than the context was made for.
             self.engine.depth = depth
             if depth == asked:
                 return 0
             problem = f'only {depth} were to be had'
         self._tell('Fallback', str(problem), depth if self.native else 0, self.native)
+        # Set it before the log call, because a handler may use files, and come here again in another hub.
         if not _warned:
             _warned = True
             log.warning(
@@ -240,7 +273,7 @@ cdef class HubDriver(Driver):
         return 0
 
     cdef int _attached_again(self, int depth) except -1:
-        """Report the end of the lack of native AIO, after another attempt. Its beginning was reported before."""
+        """Report that native AIO can be had again, if another attempt has succeeded."""
         if self.native:
             self.engine.depth = depth
             self._tell('Fallback', 'to be had again', depth, True)
@@ -248,7 +281,9 @@ cdef class HubDriver(Driver):
         return 0
 
     cpdef bint has_aio(self) except -1:
-        """Return whether native AIO can be used. If it was used up, ask the kernel again, at most once a second."""
+        """Return whether native AIO can be used.
+
+        If it was used up before, ask the kernel again, at most once a second."""
         if self.native:
             return True
         if self._attach_again == 0 or self.engine.context.now() < self._attach_again:
@@ -259,15 +294,22 @@ cdef class HubDriver(Driver):
     # The loop -------------------------------------------------------------------------------
 
     cdef int hold_loop(self) except -1:
+        """Keep the loop running, because a greenlet is parked.
+
+        The watcher is in the loop all the time. Only its `ref` changes, which costs less than to start and
+        stop it."""
         if not self._holds_loop:
             self._holds_loop = True
             if self._watcher is not None:
                 self._watcher.ref = True
+            # The timer ends by itself when no request is under
+            # way, so it is started again by the next that waits.
             if self._stuck is None and config.stuck_after:
                 self._look_for_stuck()
         return 0
 
     cdef int let_go_of_loop(self) except -1:
+        """Let the loop end, because no greenlet is parked."""
         # Abandoned requests do not hold the loop. Otherwise hub.join() would wait for a frozen disk.
         if self._holds_loop and not self.closed:
             self._holds_loop = False
@@ -278,16 +320,21 @@ cdef class HubDriver(Driver):
     # Requests that take too long ----------------------------------------------------------------------
 
     cdef int _look_for_stuck(self) except -1:
+        """Look for requests that take too long after a while.
+
+        At half of the limit each time, a stuck request is reported after one and a half of the limit at the
+        latest. The timer does not keep the loop running, because only a greenlet that waits does so."""
         self._stuck = self.hub.loop.timer(config.stuck_after / 2, ref=False)
         self._stuck.start(self._on_stuck_timer)
         return 0
 
     def _on_stuck_timer(self):
-        """Report each request that has been under way for too long, and look again while there is any request."""
+        """Report each request that is under way for too long, and look again while there is any request."""
         _notice_fork()
         cdef Engine engine = self.engine
         self._stuck.close()
         self._stuck = None
+        # The setting may have been changed to 0 since, which switches this off.
         if self.closed or not config.stuck_after:
             return
         for request, where, ns in engine.stuck(<uint64_t><int>config.stuck_after * 1000000000):
@@ -296,9 +343,14 @@ cdef class HubDriver(Driver):
             self._look_for_stuck()
 
     cdef int retry_soon(self) except -1:
+        """Flush again after a while, because no completion will come that could do it.
+
+        Each attempt waits twice as long as the one before. After the last one the driver gives up: requests
+        that have another way are declined, and a pass moves them to threads. The others end with EAGAIN."""
         if self._retry is not None:
             return 0
         if self._retry_after > RETRY_MAX:
+            # Begin again with the shortest time at the next lack.
             self._retry_after = RETRY_MIN
             self.engine.refuse(EAGAIN)
             self.ask_for_pass()
@@ -308,14 +360,17 @@ cdef class HubDriver(Driver):
         return 0
 
     def _on_retry(self):
+        """Flush again. If that fails in the same way, `flush` has started the next timer."""
         _notice_fork()
         self._retry.close()
         self._retry = None
         if self.closed:
             return
+        # Set the next time first, because the flush uses it.
         self._retry_after *= 2
         try:
             self.flush()
+            # The kernel took the requests.
             if self._retry is None:
                 self._retry_after = RETRY_MIN
         except BaseException:
@@ -324,10 +379,12 @@ cdef class HubDriver(Driver):
             self.ask_for_pass()
 
     def _check(self):
-        """Assert all that must hold between two turns of the loop, and of the engine too.
+        """Assert all that must hold between two turns of the loop, and of the engine too. For tests.
 
-        E1: pending requests are submitted later, because a completion, a retry or the end of a section will come.
-        D1: the watcher holds the loop exactly while a greenlet is parked. A pass may hold it a little longer."""
+        E1: pending requests are submitted later, because a completion, a retry or the end of a turn or pass
+        will come.
+
+        D1: the watcher holds the loop while a greenlet is parked. A pass may hold it a little longer."""
         cdef Engine engine = self.engine
         engine._check()
         if self.closed:
@@ -341,22 +398,34 @@ cdef class HubDriver(Driver):
     # Ends -----------------------------------------------------------------------------------
 
     def after_fork_in_child(self):
-        """Cancel what was inherited; the kernel's context is made again at the next request.
+        """Cancel all inherited requests. The context of the kernel is made again at the next request.
 
-        The watcher stays as it is, over a fresh eventfd: closing or stopping it here would abort the loop
-        or rob the parent of its wake-ups. Only if its number is a file of the program by now, it has to go.
-        Greenlets of the parent that waited get OSError(ECANCELED).
+            ==================  ======================================  ==================================
+            part                in the parent                           in the child
+            ==================  ======================================  ==================================
+            the context         goes on                                 forgotten, never destroyed
+            the eventfd         goes on                                 a fresh one under the same numbers
+            native threads      go on, and fill the parent's inbox      there are none
+            requests            go on                                   done with ECANCELED
+            parked greenlets    get their results                       copies get OSError (ECANCELED)
+            ==================  ======================================  ==================================
+
+        The watcher stays as it is, over a fresh eventfd. To close or stop it here would abort the loop, or
+        take wake-ups from the parent. It has to go only if its number is a file of the program by now.
         """
         watched = self.engine.context.eventfd
         self.forks += 1
+        # The context comes first, because the new inbox signals its fresh eventfd.
         self.engine.context.after_fork_in_child()
         inbox = Inbox(self.engine.context)
-        # The parent's workers put their results into the parent's inbox.
+        # The workers of the parent put their results into the inbox of the parent. Do not free our copy in
+        # the usual way: a worker may have held its lock at the fork, and here that lock is held for ever.
         self.inbox.forget()
         self.inbox = inbox
         self.engine.cancel(ECANCELED)
         if self.hub.thread_ident != _get_ident():
-            # Its thread stayed with the parent, so no greenlet waits here.
+            # Its thread stayed with the parent, so no greenlet waits here. Its watcher and its loop are left
+            # alone, because no code will run that loop.
             self.closed = True
             _drivers.discard(self)
             _past.add(self.engine)
@@ -365,12 +434,16 @@ cdef class HubDriver(Driver):
             # Otherwise the loop would watch the file of the program.
             self._stop(self._watcher)
             self._watcher = None
-            # libuv's loop takes no watcher before it is forked as well.
+            # libuv's loop takes no watcher before it has been told of the fork as well. So the new watcher is
+            # made in the next turn of the loop.
             self.hub.loop.run_callback(self._watch_anew)
+        # Copies of greenlets wait for the cancelled requests, so the next turn of the loop has to run a pass.
+        # There is no context before the first request of the child, because many children never do I/O.
         self.must_attach = self.asked_for_pass = True
         self.engine.context.signal()
 
     def _watch_anew(self):
+        """Watch the fresh eventfd, in a child where the old number is a file of the program."""
         if self.closed or self._watcher is not None:
             return
         self._watcher = self._new_watcher()
@@ -378,36 +451,45 @@ cdef class HubDriver(Driver):
         self._watcher.start(self._on_eventfd)
 
     def close(self):
-        """Stop watching and give everything back; called when the hub is destroyed or its thread ends.
+        """Stop watching and give everything back, because the hub is destroyed or its thread ends.
 
-        Greenlets still parked here never return, as with every gevent wait on a destroyed hub. Requests
-        in flight keep their memory until the kernel is done, which a native thread waits for.
+        Greenlets that are still parked here never return, as with every gevent wait on a destroyed hub.
+        Requests in flight keep their memory until the kernel is done, and a native thread waits for that. A
+        second call does nothing.
         """
         global thread_driver
         _notice_fork()
         if self.closed:
             return
+        # Set this first. The steps below may run any code, and from here on that code gets another driver,
+        # and no pass runs here.
         self.closed = True
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
-        # Every step is made, even if the one before it fails.
+        # Every step is made, even if the one before it fails. The engine is in `_ending` until its memory is
+        # free to go, so `all_engines` still finds its requests.
         try:
             _ending.add(self.engine)
         finally:
             _drivers.discard(self)
             _past.add(self.engine)
             try:
+                # First the loop, so that it calls nothing here any more. Then the requests that have not
+                # begun. At last the context, which may have to wait for the disk.
                 self._stop_watching()
             finally:
                 try:
                     self._give_up()
                 finally:
                     self._end()
+                # Threads that belong to this hub alone have no more
+                # work. Only the thread of the hub knows which they are.
                 if self.hub.thread_ident == _get_ident():
                     _pools.end_own_threads()
 
     def _stop_watching(self):
-        # gevent keeps the hub of an ended thread for ever.
+        """Stop all that may call this driver from the loop."""
+        # gevent keeps the hub of an ended thread for ever, and with it `close` and the driver.
         forget(self.hub, self.close)
         self._stop(self.turn_end)
         self._stop(self._watcher)
@@ -415,33 +497,41 @@ cdef class HubDriver(Driver):
         self._stop(self._stuck)
 
     def _stop(self, watcher):
+        """Stop *watcher*, which may be None."""
         try:
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
         except ValueError:
-            # The loop is gone, and its watchers with it.
+            # The loop is destroyed already, and its watchers with it.
             pass
 
     def _give_up(self):
+        """End the requests that have not begun, and leave the others to the thread of `_end_context`."""
+        # After ECANCELED no request goes another way, so this leaves none declined.
         self.engine.refuse(ECANCELED)
         self.engine.cancel_declined(-<int64_t>ECANCELED)
         self._abandon_all(self.engine.in_flight)
         self._abandon_all(self.engine.lent)
         for request in self.engine.ready:
-            # A greenlet that is not parked looks at its request by itself.
+            # A request with a waiter has a greenlet that never returns, so an fd that it opened is closed. A
+            # greenlet that is not parked looks at its request by itself, and takes the fd.
             (<Request>request).abandoned = (<Request>request).waiter is not None
         _let_go(self.engine.ready)
 
     cdef int _abandon_all(self, RequestList requests) except -1:
+        """Abandon all of *requests*. A call that no thread has begun with ends with ECANCELED."""
         cdef Request request, following = requests.first()
-        # There may be no memory for a list of them.
+        # Go from link to link, because there may be no memory for a list of them. Take the next one first:
+        # the loop may move the request to another list, and then its link is another.
         while following is not None:
             request = following
             following = <Request>request.following if request.following != NULL else None
             # No greenlet ends here, because a parked greenlet has itself on its stack.
             request.waiter = None
             request.abandoned = True
+            # A request of native AIO has no job, and `withdraw` says no. An open of a FIFO may wait for ever,
+            # so it is made to return.
             if not request.must_run and withdraw(request):
                 self.engine.finish(request, -<int64_t>ECANCELED)
             else:
@@ -449,38 +539,53 @@ cdef class HubDriver(Driver):
         return 0
 
     def _end(self):
+        """Free the context, or have a native thread wait for the disk and free it then.
+
+        io_destroy waits for all requests in flight. In the hub it would hold up the end of the thread, for
+        ever on a frozen disk."""
+        # Workers must not signal an eventfd whose number may
+        # mean another file in a moment. So tell them first.
         self.inbox.stop_signalling()
         self.engine.context.close_eventfd()
+        # Without a context the kernel has no memory of ours, and
+        # no thread has any either. So do not start a thread.
         if not self.engine.context.is_open and self.engine.lent.count == 0:
             _ending.discard(self.engine)
             return
+        # A real lock, which the new thread releases as its first step.
         begun = _new_lock()
         begun.acquire()
         try:
             _start_new_thread(_end_context, (self.engine, self.inbox, begun))
         except (RuntimeError, MemoryError):
-            # There is no thread, or the interpreter ends. The end of the process frees the context.
+            # There is no thread, or the interpreter ends. The end of the
+            # process frees the context. Until then the memory is kept, and code
+            # that waits for the last write of a file must not wait for these.
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
             self.engine.forget_writes()
             _ending.discard(self.engine)
             return
-        # An interpreter that ends frees the state of each thread, also of one that is being started, which then
-        # crashes (python/cpython#110052). A thread that has begun finds out and ends. While the interpreter ends
-        # none begins.
+        # An interpreter that ends frees the state of each thread, also of one that is being started, which
+        # then crashes (python/cpython#110052). So wait until the thread has begun: then it finds out by
+        # itself and ends. While the interpreter ends, no thread begins, and there is nothing to wait for.
         if not sys.is_finalizing():
             begun.acquire(True, BEGIN_MAX)
 
 
-# Engines whose memory the kernel may still write, until the process ends.
+# The engines whose memory the kernel may still write, and for
+# which no thread waits. They stay until the process ends.
 _leaked = []
 
 
 def _end_context(Engine engine, Inbox inbox, begun):
-    """Wait, in a native thread, for the disk; then release the memory that it was writing."""
+    """Wait, in a native thread, for the disk. Then release the memory that it was writing."""
     begun.release()
+    # io_destroy returns when the kernel has finished all requests. From here on it writes no memory of ours,
+    # so the requests may go, although their events were never read.
     engine.context.destroy()
     _let_go(engine.in_flight)
+    # Then the same for the native threads: wait until all jobs are back.
     inbox.wait()
     inbox.reap(engine)
     _let_go(engine.ready)
@@ -488,7 +593,10 @@ def _end_context(Engine engine, Inbox inbox, begun):
 
 
 cdef int _let_go(RequestList requests) except -1:
+    """Release all of *requests*."""
     cdef Request request
+    # A release may run any code and change the list, so take
+    # each request out first and look at the list again.
     while requests.count:
         request = requests.popleft()
         request.release()
@@ -501,18 +609,22 @@ def _log_in_greenlet(depth):
 
 
 cdef inline _notice_fork():
+    """Run the handlers of the bell, if this process was forked by C code and has not heard of it."""
     if forked():
         ring()
 
 
 def _after_fork_in_child():
-    # The threads that wait for their disks stayed with the parent.
+    """Make the drivers fit for this process. The bell calls this in each forked child."""
+    # The threads that wait for their disks stayed with the parent, and so did the requests.
     _ending.clear()
+    # A driver of another thread leaves the set during the loop.
     for driver in list(_drivers):
         driver.after_fork_in_child()
 
 
 def _proc(name):
+    """Return the value of a setting in /proc/sys/fs, or 'unknown'."""
     try:
         with open(f'/proc/sys/fs/{name}') as file:
             return file.read().strip()
