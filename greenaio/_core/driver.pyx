@@ -71,6 +71,8 @@ from greenaio._core.threads cimport Pool, withdraw
 
 from greenaio._core.bell import ring
 
+# The C interface of greenlet: a switch through a method of Python would cost more. The target is a
+# plain pointer, so Cython takes no reference to it across the switch: see point 3 of "Park and next".
 cdef extern from *:
     """
     #include "greenlet/greenlet.h"
@@ -131,7 +133,9 @@ cdef class Driver:
     def __init__(self, hub, Context context, int depth):
         self.hub = hub
         self.engine = Engine(context, depth)
+        # This is the number outside of passes. `_drain` changes it for the time of a pass.
         self.engine.burst = BURST
+        # Threads wake the loop by the eventfd of the context, as the kernel does.
         self.inbox = Inbox(context)
 
     cdef int attach(self) except -1:
@@ -246,7 +250,8 @@ cdef class Driver:
 
         The code that chooses a way may run any Python code, such as a finalizer. During the choice the
         request is in `Engine.moving`. A kill withdraws it from there, a fork or the end of the hub cancels
-        it, and then it goes no way. From the choice until the request is in another list no Python code runs.
+        it, and then it goes no way. From the choice until the request is in another list no Python code
+        runs, except the log of a lack of threads. After that `_lend` looks at the request again.
 
         At most `RUN_MAX` are moved at once. The rest waits for a pass."""
         cdef Engine engine = self.engine
@@ -288,8 +293,10 @@ cdef class Driver:
             if request.queue == <void *>engine.moving:
                 self._move_to(way, request, pool)
         except BaseException as error:
-            # The request may be in `moving` still, or NEW because its number is being closed or a signal
-            # handler has interrupted its call. In both cases its greenlet is parked and needs an answer.
+            # The request may be in `moving` still, or NEW because its number is being
+            # closed or a signal handler has interrupted its call. Then its greenlet is
+            # parked and needs an answer. A request that a kill has withdrawn is NEW as
+            # well. It has no waiter, so a pass only releases it again, which does nothing.
             is_memory = isinstance(error, MemoryError)
             if request.state == DECLINED or request.state == NEW and not request.abandoned:
                 engine.settle(request, -<int64_t>ENOMEM if is_memory else -<int64_t>EIO)
@@ -298,7 +305,9 @@ cdef class Driver:
         return 0
 
     cdef int _move_to(self, int way, Request request, Pool pool) except -1:
-        """Move a DECLINED request to *way*. No Python code runs before it is in another list."""
+        """Move a DECLINED request to *way*.
+
+        No Python code runs before it is in another list, except the log of a lack of threads: see `_lend`."""
         if way == NONE:
             # The answer of the last way is the result.
             self.engine.settle(request, request.answer)
@@ -344,6 +353,7 @@ cdef class Driver:
         """Do the same as `begin`, by a native thread of *pool*."""
         self._caller()
         request.stays = True
+        # Begun requests read or write. So this never leaves the request as it is, as it may with an open.
         self._lend(request, pool)
         self._unready(request)
         return 0
@@ -411,8 +421,10 @@ cdef class Driver:
     cdef object _caller(self):
         """Return the current greenlet. Raises BlockingSwitchOutError if it must not wait."""
         current = greenlet_current()
+        # The hub wakes all greenlets of its thread. If it waited itself, no code would wake it.
         if current is self.hub:
             raise BlockingSwitchOutError('greenaio was called in the hub, where nobody can wait')
+        # The dictionary is empty in most programs, so look at that first.
         if _inside and current in _inside:
             raise BlockingSwitchOutError(REFUSED)
         return current
@@ -445,6 +457,7 @@ cdef class Driver:
         """Do the same as `perform`, for callers in Python.
 
         Raises RuntimeError in another thread than the hub's."""
+        # Callers in Cython get the driver of their own thread. A caller in Python may have any driver.
         if self.hub.thread_ident != _get_ident():
             raise RuntimeError(f'{self!r} belongs to the hub of another thread')
         return self.perform(request)
@@ -537,6 +550,7 @@ cdef class Driver:
             # Another greenlet may come for its result, and a drain pass releases it when it is done.
             return 0
         if engine.withdraw(request):
+            # Neither the kernel nor a thread has the request, so its buffers may go at once.
             request.release()
             self._submit_admitted()
         elif request.state == DONE:
@@ -623,6 +637,7 @@ cdef class Driver:
         _notice_fork()
         # Reset it first: code that runs below may need another end of a turn.
         self.turn_end = None
+        # The loop is about to serve timers and sockets, so the run of this turn is over.
         self._budget.run = 0
         if not self.closed:
             try:
@@ -631,6 +646,7 @@ cdef class Driver:
                 if self.engine.ready.count == 0:
                     self._poll()
             except BaseException:
+                # An exception must not get into the loop, because no greenlet would see it there.
                 self._failed()
             finally:
                 self.ask_for_pass()
@@ -642,6 +658,7 @@ cdef class Driver:
         eventfd brings the watcher's callback, in the same way as a completion of the kernel. One signal is
         enough for any number of requests."""
         if (self.engine.ready.count or self.engine.declined.count) and not self.asked_for_pass:
+            # Set the flag after the signal: if the signal raises, the next call tries again.
             self.engine.context.signal()
             self.asked_for_pass = True
         return 0
@@ -694,6 +711,7 @@ cdef class Driver:
         If requests wait for room in the kernel, submit them before any greenlet wakes, to keep the device
         busy."""
         cdef int n = self.engine.reap() + self.inbox.reap(self.engine)
+        # A completion has made room in the kernel. The flush also moves the declined requests.
         if n and self.engine.blocked:
             self.flush()
         elif self.engine.declined.count:
@@ -710,6 +728,7 @@ cdef class Driver:
         # Requests without a greenlet do not count in the budget. Otherwise more could be abandoned in a turn
         # than a pass releases.
         cdef int nobodys = 0
+        # This turn of the loop begins with a full budget.
         self._budget.run = 0
         self.sections += 1
         # A pass may be long, so its requests wait for each other only while the device has plenty to do.
@@ -776,6 +795,7 @@ cdef class Driver:
         because it gives the GIL away."""
         cdef Engine engine = self.engine
         cdef uint64_t limit
+        # No completion can come.
         if engine.in_flight.count == 0:
             return False
         # Read the setting each time, because a program may change it at any time. 0 switches polling off.
@@ -783,6 +803,7 @@ cdef class Driver:
         if limit == 0:
             self._polling.spin_ns = self._polling.unpolled_since = 0
             return False
+        # The setting may have been lowered since.
         self._polling.spin_ns = min(self._polling.spin_ns, limit)
         if self._polling.spin_ns and engine.context.spin(self._polling.spin_ns):
             self._polling.unpolled_since = 0

@@ -102,10 +102,9 @@ cdef void close_elsewhere(int fd) noexcept:
 
 
 cdef int join(int fifo) noexcept:
-    """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1 if that
-    fails.
+    """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1.
 
-    It fails if this process may not both read and write the FIFO, or has no fd left."""
+    This fails if this process may not both read and write the FIFO, or has no fd left."""
     global _meetings, _under_way
     cdef int both = open_both_ends(fifo)
     # `leave` counts `_under_way` down, and only a request that has an fd from here calls it.
@@ -116,7 +115,7 @@ cdef int join(int fifo) noexcept:
 
 
 cdef void leave(int both) noexcept:
-    """Close *both*, an fd that `join` returned. The open of the thread has returned by now."""
+    """Close *both*, an fd that `join` returned. No thread of this process waits for it any more."""
     global _under_way
     close(both)
     # Count after the close: as long as `meetings_under_way`

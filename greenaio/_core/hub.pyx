@@ -54,7 +54,7 @@ cdef extern from "<errno.h>":
 cdef enum:
     DEPTH_MIN = 16
 
-# Time between two attempts to get a context, which cost a few system calls, in ns.
+# The time between two attempts to get a context, which cost a few system calls, in ns.
 cdef enum:
     ATTACH_AGAIN_NS = 1000000000
 
@@ -127,6 +127,7 @@ cdef HubDriver current_driver():
 cdef HubDriver _make_driver():
     """Make the driver of this thread's hub, and a sentinel that owns it."""
     global thread_driver
+    # A driver needs a native thread at its end, and none can begin while the interpreter ends.
     if sys.is_finalizing():
         raise RuntimeError('the interpreter is shutting down: no greenlet can wait any more')
     check_environment()
@@ -158,6 +159,7 @@ def use_driver(HubDriver driver not None):
     """Give this thread *driver*, and return the driver that it had. For tests with a kernel of their own."""
     global thread_driver
     cdef HubDriver before = current_driver()
+    # The sentinel owns the driver, and `thread_driver` only borrows it. So change both.
     (<_Sentinel>_local.sentinel).driver = driver
     thread_driver = <PyObject *>driver
     return before
@@ -184,6 +186,7 @@ def all_engines():
 
 def tally():
     """Return the counters of this process: the sum over all drivers, also over closed ones."""
+    # A closed driver leaves its counters in `_past` and goes out of the set, so each event counts once.
     found = Tally().add(_past)
     for driver in all_drivers():
         found.add((<HubDriver>driver).engine)
@@ -200,6 +203,8 @@ cdef class HubDriver(Driver):
         Driver.__init__(self, hub, Context() if context is None else context,
                         config.depth if depth is None else depth)
         self._retry_after = RETRY_MIN
+        # Without a context this sets `native` to False and goes on. Only a lack of the eventfd is an error,
+        # and that was raised above.
         self.attach()
         self._watcher = self._new_watcher()
         try:
@@ -286,6 +291,7 @@ cdef class HubDriver(Driver):
         If it was used up before, ask the kernel again, at most once a second."""
         if self.native:
             return True
+        # 0 means that the kernel or a sandbox refuses native AIO altogether.
         if self._attach_again == 0 or self.engine.context.now() < self._attach_again:
             return False
         self.attach()
@@ -314,6 +320,7 @@ cdef class HubDriver(Driver):
         if self._holds_loop and not self.closed:
             self._holds_loop = False
             if self._watcher is not None:
+                # In a forked child there may be no watcher until the next turn of the loop.
                 self._watcher.ref = False
         return 0
 
@@ -332,6 +339,7 @@ cdef class HubDriver(Driver):
         """Report each request that is under way for too long, and look again while there is any request."""
         _notice_fork()
         cdef Engine engine = self.engine
+        # The timer has run once. A new one is made below, if there is anything to look for.
         self._stuck.close()
         self._stuck = None
         # The setting may have been changed to 0 since, which switches this off.
@@ -339,6 +347,7 @@ cdef class HubDriver(Driver):
             return
         for request, where, ns in engine.stuck(<uint64_t><int>config.stuck_after * 1000000000):
             self._tell('RequestStuck', request, where, ns / 1e9)
+        # Abandoned requests are among them, so an operator hears of a frozen disk even if no greenlet waits.
         if engine.requests():
             self._look_for_stuck()
 
@@ -347,6 +356,7 @@ cdef class HubDriver(Driver):
 
         Each attempt waits twice as long as the one before. After the last one the driver gives up: requests
         that have another way are declined, and a pass moves them to threads. The others end with EAGAIN."""
+        # A timer runs already, and one is enough for all pending requests.
         if self._retry is not None:
             return 0
         if self._retry_after > RETRY_MAX:
@@ -447,6 +457,7 @@ cdef class HubDriver(Driver):
         if self.closed or self._watcher is not None:
             return
         self._watcher = self._new_watcher()
+        # A greenlet may be parked here by now.
         self._watcher.ref = self._holds_loop
         self._watcher.start(self._on_eventfd)
 
@@ -511,6 +522,8 @@ cdef class HubDriver(Driver):
         # After ECANCELED no request goes another way, so this leaves none declined.
         self.engine.refuse(ECANCELED)
         self.engine.cancel_declined(-<int64_t>ECANCELED)
+        # The kernel may still write the buffers of these, and
+        # a worker may be busy with a call of those below.
         self._abandon_all(self.engine.in_flight)
         self._abandon_all(self.engine.lent)
         for request in self.engine.ready:
@@ -632,4 +645,6 @@ def _proc(name):
         return 'unknown'
 
 
+# The order of the handlers matters: the modules of files,
+# which import this one, hear of a fork after the drivers.
 listen(_after_fork_in_child)

@@ -137,6 +137,7 @@ cdef class Request:
 
     cdef inline bint stop_asking(self) noexcept:
         """Give the request the caller's flags again. Return whether it was asked not to wait."""
+        # The flag may also be the caller's own, and then it stays.
         if not self.asked:
             return False
         self.asked = False
@@ -159,6 +160,8 @@ cdef class Request:
         return self.asked and (result == -EAGAIN or result == -EOPNOTSUPP or 0 <= result < <int64_t>self.nbytes)
 
 
+# A list that goes through its requests, by `preceding` and `following`. A request is in
+# one list at a time, so two links are enough. `append` and `remove` run no other code.
 @cython.final
 cdef class RequestList:
     cdef void *head

@@ -15,8 +15,8 @@ A request is in one place at a time, and these are all its ways:
     NEW         IN_FLIGHT       `Engine.lend`: a native thread's       lent
     IN_FLIGHT   NEW             `Engine.take_back`: none had begun it  none
     IN_FLIGHT   DONE            its event came, or its thread's        ready
-                                result, or a fork took both away
-                                (`cancel`)
+                                result; or a fork (`cancel`) or the
+                                end of the hub took both away
     IN_FLIGHT,  DECLINED        the kernel did not do it, or not all,  declined; moving,
     PENDING                     and it may move to another way         while that is chosen
     DECLINED    PENDING         `Engine.enqueue_again`                 pending
@@ -72,6 +72,7 @@ cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept:
     cdef int i
     cdef uint64_t n
     for i in range(count):
+        # Bytes that are left over after this buffer come out of the next one.
         n = min(nbytes, <uint64_t>buffers[i].iov_len)
         buffers[i].iov_base = <char *>buffers[i].iov_base + n
         buffers[i].iov_len -= n
@@ -79,6 +80,7 @@ cdef void advance(iovec *buffers, int count, uint64_t nbytes) noexcept:
 
 
 cdef inline int direction_of(int opcode) noexcept:
+    """Return the kind of operation that the statistics count *opcode* as."""
     if opcode == PREAD or opcode == PREADV:
         return READ
     if opcode == PWRITE or opcode == PWRITEV:
@@ -145,12 +147,15 @@ cdef class Request:
         # with all its fields.
         if self.buffer_count or self._views != NULL:
             self.unpin()
+        # A worker may use the job until the hub has taken it out of its mailbox. Until then a list keeps the
+        # request, so no worker has the job now.
         free(self.job)
         if self.handle is not None or self.other is not None or self.writes is not None:
             self._drop()
 
     cdef _drop(self):
         """Let go of the numbers and writes of a request that never began, or was withdrawn."""
+        # A failed close must not leave the file with a write that never ends.
         try:
             self.let_go_of_numbers()
         finally:
@@ -201,6 +206,7 @@ cdef class Request:
         """Note that a way has moved *nbytes* only.
 
         The next way begins behind them, and the result includes them."""
+        # `Engine._end` adds these bytes to the result of the last way.
         self.done += nbytes
         advance(self.buffers, self.buffer_count, nbytes)
         self.skip(nbytes)
@@ -309,6 +315,7 @@ cdef class Request:
 
         For a request that was just abandoned. A request that opens no FIFO is left alone."""
         if self.fifo >= 0 and self.peer < 0:
+            # Until `release` closes it, this fd is the other end that the open of the thread finds.
             self.peer = join(self.fifo)
             if self.peer >= 0:
                 # One fd takes the place of the other, because fds may be few: 1,000 killed opens need no more
@@ -335,6 +342,7 @@ cdef class Request:
     @property
     def entered(self):
         """Whether no greenlet is parked on this very request, so that none may be resumed for it."""
+        # The code that switches into a greenlet takes the waiter away first.
         return self.waiter is None
 
     def __repr__(self):
@@ -383,6 +391,7 @@ cdef class RequestList:
 
     def __contains__(self, Request request not None):
         return request.queue == <void *>self
+
 
 @cython.final
 cdef class Share:

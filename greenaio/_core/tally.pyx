@@ -61,10 +61,10 @@ cdef class Tally:
         return self
 
     def latency(self, int way, int direction):
-        """Return the number of requests in each bucket (see `bounds_of`), and the sum and the longest time,
-        in ns.
+        """Return the number of requests in each bucket, and the sum and the longest of all times, in ns.
 
-        *way* and *direction* are numbers of tally.pxd. Raises IndexError for others."""
+        `bounds_of` tells the bounds of a bucket. *way* and *direction* are numbers of tally.pxd. Raises
+        IndexError for others."""
         # `took` is an array of C, whose bounds no other code checks.
         if not (0 <= way < WAYS and 0 <= direction < DIRECTIONS):
             raise IndexError((way, direction))
