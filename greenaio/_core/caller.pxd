@@ -7,14 +7,19 @@ cdef extern from *:
 
     #ifndef GREENAIO_CALLER
     #define GREENAIO_CALLER
+    /* The things that a call takes from the thread which asks for it, as they were at that time. */
     struct caller {
+        /* The number of changes of the umask before the call, and the umask after them. */
         unsigned umask_changes;
         unsigned umask;
         uid_t fsuid;
         gid_t fsgid;
-        int has_ids;                    /* fsuid and fsgid are known, and perhaps differ from the ids of the process */
+        /* fsuid and fsgid are known. They may differ from the ids of the process. */
+        int has_ids;
+        /* The caller is under a seccomp filter. */
         int is_filtered;
-        uint64_t effective;             /* capabilities */
+        /* The effective capabilities, as a set of bits. */
+        uint64_t effective;
     };
     #endif
     """

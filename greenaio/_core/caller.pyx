@@ -1,29 +1,37 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The thread for which a worker makes a call, and what the worker borrows of it.
+"""The thread for which a worker makes a call, and the attributes that the worker takes over from it.
 
-A call takes some things from the thread that makes it: fsuid and fsgid, capabilities, the umask. A worker
-makes the call for another thread, and later. So `note_caller` writes these things down in the job, in the
+A call takes some attributes from the thread that makes it: fsuid and fsgid, capabilities, the umask. A worker
+makes the call for another thread, and later. So `note_caller` writes these attributes down in the job, in the
 caller's thread, and `begin_for` puts them on in the worker. A worker keeps them until the next job.
 
 fsuid and fsgid. setfsuid(-1) changes nothing and returns the present one. glibc changes these two in one
 thread only, and the other ids in all threads, workers included, by a signal that sigfillset leaves out.
-Such a change sets the fsuid of every thread again, so a worker trusts no memory of its own: it asks.
+Such a change sets the fsuid of every thread again. So a worker does not remember its ids, it asks each time.
 
-capabilities. Setting the fsuid from 0 to another takes those on files away from a thread, in the caller and
-in the worker alike. capset also changes one thread only: the worker lowers its effective set as the caller
-has. It can't have what it was not born with.
+capabilities. If the fsuid changes from 0 to another, a thread loses its capabilities on files, in the caller
+and in the worker alike. capset also changes one thread only. The worker lowers its effective set to the
+caller's. It can't have a capability that it was not born with.
 
 A seccomp filter may end the process at setfsuid: systemd's ``SystemCallFilter=~@privileged`` does. Under a
-filter nothing is set that need not be, and the ids are read off a new file. That takes 3 us; so they are
+filter nothing is set that need not be, and the ids are read off a new file. That takes 3 us, so they are
 read only where the capabilities show that this thread is not as the process began.
 
-umask. A worker shares it with the process. `os.umask`, patched, counts its changes before it makes them; a
-job knows the number and the umask at its call. If the number has changed, the file that the worker creates
-gets no bit that the umask of the call forbids. If not, the kernel applies the umask: below a directory with
-a default ACL it does not, so nothing else may.
+umask. A worker shares it with the process. `os.umask`, patched, counts its changes before it makes them. A
+job knows the number of changes and the umask at its call. If the number has changed, the file that the worker
+creates gets no bit that the umask of the call forbids. If not, the kernel applies the umask. Below a
+directory with a default ACL the kernel ignores the umask, so this code must not apply it either.
+
+    the caller                         another thread                     the worker
+    notes: 3 changes, umask 022
+                                       counts: 4 changes
+                                       sets the umask to 0
+                                                                          sees 4 changes: applies 022 itself
+                                                                          creates the file
 """
 
-import posix            # `os` may be patched
+# `os` may be patched.
+import posix
 
 from cpython.number cimport PyNumber_Index
 
@@ -40,11 +48,15 @@ cdef extern from *:
     #include <errno.h>
     #include <unistd.h>
 
-    static unsigned umask_changes;      /* the hub's side changes it with the GIL; workers read it */
+    /* The hub's side changes this with the GIL. Workers read it at any time, so its changes and
+       their loads are atomic. */
+    static unsigned umask_changes;
     static unsigned umask_now;          /* with the GIL */
-    static uint64_t first_permitted;    /* capabilities; with the GIL */
+    /* The permitted capabilities of the process when it first made a call. Guarded by the GIL. */
+    static uint64_t first_permitted;
     static int has_first_permitted;
 
+    /* Version 3 of the kernel's structure splits each set into two words of 32 bits. */
     static int get_capabilities(uint64_t *effective, uint64_t *permitted)
     {
         struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
@@ -56,6 +68,7 @@ cdef extern from *:
         return 0;
     }
 
+    /* capset wants all three sets, so the other two are read before and written back. */
     static int set_effective(uint64_t effective)
     {
         struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
@@ -67,6 +80,8 @@ cdef extern from *:
         return (int)syscall(SYS_capset, &head, data);
     }
 
+    /* Under a filter setfsuid may end the process. A new file belongs to the fsuid and fsgid of the thread
+       that makes it, so it tells them without that call. Return whether they were found. */
     static int read_ids(struct caller *one)
     {
         struct stat made;
@@ -74,6 +89,7 @@ cdef extern from *:
         int found = fd >= 0 && fstat(fd, &made) == 0;
         if (fd >= 0)
             close(fd);
+        /* memfd_create makes a file in memory, so no disk is asked. */
         if (found) {
             one->fsuid = made.st_uid;
             one->fsgid = made.st_gid;
@@ -81,16 +97,18 @@ cdef extern from *:
         return found;
     }
 
-    /* Whether this thread is under a seccomp filter. */
+    /* Return whether this thread is under a seccomp filter. */
     static int is_filtered(void)
     { return prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0; }
 
+    /* Write down, in the thread that asks, all that the worker needs. With the GIL. */
     static void note_caller(struct caller *one)
     {
         uint64_t permitted = 0;
         one->umask_changes = umask_changes;
         one->umask = umask_now;
         one->effective = 0;
+        /* An error leaves both sets empty, and `act_for` finds out by itself. */
         get_capabilities(&one->effective, &permitted);
         if (!has_first_permitted) {
             first_permitted = permitted;
@@ -98,6 +116,8 @@ cdef extern from *:
         }
         one->is_filtered = is_filtered();
         if (one->is_filtered)
+            /* A difference shows that this thread was changed since the process began, so its ids may be,
+               too. */
             one->has_ids = (one->effective != permitted || permitted != first_permitted) && read_ids(one);
         else {
             one->fsuid = setfsuid(-1);
@@ -106,43 +126,61 @@ cdef extern from *:
         }
     }
 
-    static __thread struct caller *acting_for;      /* NULL but in a worker's call */
-    static __thread int has_foreign_ids;            /* it has put on some under a filter */
-    static __thread int is_lowered;                 /* its effective capabilities are fewer than the permitted */
-    static __thread uint64_t own_permitted = ~0ull; /* as far as it knows: not yet */
+    /* These four variables are the worker's own. This one is NULL outside of a worker's call. */
+    static __thread struct caller *acting_for;
+    /* Under a filter the worker has put on other ids than the process has. */
+    static __thread int has_foreign_ids;
+    /* The worker's effective capabilities are fewer than its permitted ones. */
+    static __thread int is_lowered;
+    /* The worker's permitted capabilities, as far as it knows them. No set is equal to this first value. */
+    static __thread uint64_t own_permitted = ~0ull;
 
+    /* setfsuid and setfsgid report no error: they return the id before. If that is not the wanted one, the
+       second call shows whether the first has worked. */
     static int put_on_ids(uid_t uid, gid_t gid)
     {
+        /* The group is first, because a thread that has given up its fsuid may no longer change its group. */
         if (setfsgid(gid) != gid && setfsgid(-1) != gid)
             return -EPERM;
         return setfsuid(uid) != uid && setfsuid(-1) != uid ? -EPERM : 0;
     }
 
-    /* 0, or minus the errno: then the call must not be made. */
+    /* Put the ids and capabilities of *one* on. Return 0, or minus the errno: then the call must not be
+       made, because it would have the rights of another user. */
     static int act_for(struct caller *one)
     {
         uint64_t effective, wanted;
         uid_t uid = one->has_ids ? one->fsuid : geteuid();
         gid_t gid = one->has_ids ? one->fsgid : getegid();
+        /* Effective ids belong to the whole process, and glibc keeps the fsuid equal to them. Only
+           setfsuid makes a difference. */
         int is_foreign = one->is_filtered && one->has_ids && (uid != geteuid() || gid != getegid());
-        if (is_lowered) {               /* or it may not set the ids */
+        /* The worker needs its capabilities back first, or it may not set the ids. */
+        if (is_lowered) {
             if (get_capabilities(&effective, &own_permitted) < 0 || set_effective(own_permitted) < 0)
                 return -EPERM;
             is_lowered = 0;
         }
+        /* Under a filter the ids are set only if they are foreign, or were foreign at the last job. */
         if ((!one->is_filtered || is_foreign || has_foreign_ids) && put_on_ids(uid, gid) < 0)
             return -EPERM;
         has_foreign_ids = is_foreign;
+        /* The usual case: the caller has all capabilities that the worker has, so none are asked for or
+           set. */
         if (one->effective == own_permitted)
             return 0;
         if (get_capabilities(&effective, &own_permitted) < 0)
-            return 0;                   /* denied: then the caller's are not known either */
+            /* The sandbox denies the question. Then the caller's capabilities are not known either. */
+            return 0;
+        /* The worker can only lower its set. A capability that it was not born with stays missing. */
         wanted = one->effective & own_permitted;
-        is_lowered = wanted != own_permitted;       /* so it may have been born, by a thread that was */
+        /* A worker that was started by a thread with a lowered set is born with one, and lowers nothing
+           here. */
+        is_lowered = wanted != own_permitted;
         return effective != wanted && set_effective(wanted) < 0 ? -EPERM : 0;
     }
 
-    /* The mode with which a worker creates a file. */
+    /* Return the mode with which a worker creates a file. See "umask" in the docstring of this module. */
     static long mode_for_caller(long mode)
     {
         struct caller *one = acting_for;
@@ -151,15 +189,18 @@ cdef extern from *:
         return mode & ~(long)one->umask;
     }
 
+    /* Release: a worker that sees the new umask of the process also sees the new number. */
     static void count_umask_change(void)
     { __atomic_add_fetch(&umask_changes, 1, __ATOMIC_RELEASE); }
 
-    /* The signal that a call has sent to the worker, which blocks it; or 0. */
+    /* Return the signal that a call has sent to the worker, or 0. A worker blocks all signals, so this one
+       stays pending until it is taken here. It waits for no time. */
     static int take_signal(long result)
     {
         int number = result == -EFBIG ? SIGXFSZ : result == -EPIPE ? SIGPIPE : 0;
         struct timespec now = { 0, 0 };
         sigset_t one;
+        /* Only these two errors come together with a signal. */
         if (number == 0)
             return 0;
         sigemptyset(&one);
@@ -167,6 +208,7 @@ cdef extern from *:
         return sigtimedwait(&one, NULL, &now) == number ? number : 0;
     }
     """
+    # The functions are static in this module. Other modules call them through the Cython functions below.
     bint c_is_filtered "is_filtered"() noexcept nogil
     void c_note_caller "note_caller"(caller *one) noexcept nogil
     int put_on "act_for"(caller *one) noexcept nogil
@@ -184,24 +226,26 @@ cdef bint is_filtered() noexcept nogil:
 
 
 cdef void note_caller(caller *one) noexcept:
-    """Write down what a call takes from this thread, which asks for it."""
+    """Write down the attributes that a call takes from this thread, which asks for it. With the GIL."""
     c_note_caller(one)
 
 
 cdef int begin_for(caller *one) noexcept nogil:
-    """Give this worker the ids and capabilities of the caller. Return 0, or minus the errno: then the worker must
-    not make the call."""
+    """Give this worker the ids and capabilities of the caller. Return 0, or minus the errno. After an error
+    the worker must not make the call."""
     return put_on(one)
 
 
 cdef void act_for(caller *one) noexcept nogil:
-    """From now on files are created with the umask of *one*, or of the process if it is NULL."""
+    """Let this thread create files with the umask of *one* from now on, or with the umask of the process if
+    it is NULL."""
     global acting_for
     acting_for = one
 
 
 cdef long creation_mode(long mode) noexcept nogil:
-    """Return the *mode* with which a worker creates a file for its caller, whose umask may have been another."""
+    """Return the *mode* with which a worker creates a file for its caller, whose umask may have been
+    another."""
     return mode_for_caller(mode)
 
 
@@ -211,20 +255,25 @@ cdef int take_signal(long result) noexcept nogil:
 
 
 cdef void forget_first_permitted() noexcept:
-    """Look again, at the next call, which capabilities the process begins with."""
+    """Look again, at the next call, at the capabilities that the process begins with."""
     global has_first_permitted
     has_first_permitted = False
 
 
 cdef void _learn_umask(unsigned int mask) noexcept:
+    """Remember the umask of the process, for the jobs to come."""
     global umask_now
     umask_now = mask
 
 
 def learn_umask():
-    """Learn the umask before `umask` changes it, unless a sandbox denies both."""
+    """Learn the umask before `umask` changes it, unless a sandbox denies both.
+
+    The kernel tells the umask only to a thread that sets it.
+    """
     try:
-        mask = posix.umask(0o077)       # for that moment a file gets no bit too many
+        # During that moment a file gets no bit too many. Another value could open a file to other users.
+        mask = posix.umask(0o077)
     except OSError:
         return
     posix.umask(mask)
@@ -232,9 +281,11 @@ def learn_umask():
 
 
 def umask(mask, /):
-    """`os.umask`. A file whose creation has been asked for and not begun gets no bit that the umask until now
-    forbids."""
-    count_umask_change()                # first: else a worker could create a file between the two
+    """Set the umask as `os.umask` does, and return the one before. A file whose creation was asked for and
+    has not begun gets no bit that the umask until now forbids."""
+    # The count changes first. Otherwise a worker could create a file between the two, with the new umask and
+    # without knowing of it.
+    count_umask_change()
     old = posix.umask(mask)
     _learn_umask(PyNumber_Index(mask) & 0o777)
     return old

@@ -3,10 +3,15 @@ from libc.stdint cimport int64_t, uint64_t
 from greenaio._core.abi cimport aio_context_t, aio_ring, io_event, iocb
 
 cdef enum:
-    BATCH_MAX = 32      # requests in one io_submit: QEMU's bound; above it nothing is gained
-    PEEK_MAX = 64       # events copied out at once: one drain pass
-    OWN_MIN = 500       # numbers of our own: who closes one twice closes a low number, which is in use again
+    # Requests in one `io_submit`. QEMU has the same bound, and a larger batch gains nothing.
+    BATCH_MAX = 32
+    # Events that are copied out at once: one drain pass.
+    PEEK_MAX = 64
+    # Our own numbers begin here. A program that closes a number twice closes a low one, which is in use
+    # again.
+    OWN_MIN = 500
 
+# The numbers are the kernel's, see <linux/aio_abi.h>.
 cpdef enum Opcode:
     PREAD = 0
     PWRITE = 1
@@ -20,15 +25,23 @@ cdef void signal_eventfd(int fd, int same, long name) noexcept nogil
 cdef long times_waited() noexcept nogil
 
 cdef class Context:
-    cdef aio_context_t _ctx         # 0: not set up, or not ours after a fork
-    cdef aio_ring *_ring            # NULL: not readable from user space, io_getevents instead
-    cdef iocb *_iocbs               # BATCH_MAX of them; the kernel copies each in io_submit
+    # 0 if no context is set up, or if it belongs to the parent after a fork.
+    cdef aio_context_t _ctx
+    # NULL if the ring can't be read from user space. Then `io_getevents` reads it.
+    cdef aio_ring *_ring
+    # An array of BATCH_MAX. The kernel copies each iocb in `io_submit`.
+    cdef iocb *_iocbs
     cdef iocb **_pointers
-    cdef io_event *_events          # PEEK_MAX, the copies that peek() makes
-    cdef long _getevents_ns         # io_getevents: how long to wait, for the probe alone
-    cdef readonly long denied       # minus the errno that eventfd gave, where a pipe stands for it; else 0
-    cdef readonly int eventfd       # this number is for the loop, which watches it
-    cdef readonly int own_eventfd   # the same, for us and the kernel
+    # An array of PEEK_MAX: the copies that `peek` makes.
+    cdef io_event *_events
+    # Not used at present.
+    cdef long _getevents_ns
+    # Minus the errno that `eventfd` gave, if a pipe stands for it. Otherwise 0.
+    cdef readonly long denied
+    # The number for the loop, which watches it.
+    cdef readonly int eventfd
+    # Another number of the same eventfd, for the kernel and for our own calls.
+    cdef readonly int own_eventfd
     cdef readonly int depth
     cdef readonly int staged
 
@@ -47,7 +60,8 @@ cdef class Context:
     cpdef after_fork_in_child(self)
     cpdef destroy(self)
     cdef long _make_eventfd(self) noexcept
-    cdef long name                  # by which the kernel knows the eventfd
+    # The name by which the kernel knows the eventfd, see `abi_name`.
+    cdef long name
     cdef bint _may_take(self, int number) noexcept
     cdef int _renewed(self, int number, int fresh) noexcept
     cdef void _close_eventfd(self) noexcept

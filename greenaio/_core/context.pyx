@@ -1,14 +1,40 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """One native AIO context: its completion ring, its eventfd, no policy.
 
-The only code besides ``_abi`` that knows an AIO structure of the kernel. A request goes in as plain
-words (`Context.stage`, `Context.submit`) and comes out as a token and a result (`Context.peek`,
-`Context.commit`). The kernel copies an iocb while it accepts it, so one array of them, on the heap,
-serves every batch; of a request in flight only its data buffer and its token still matter.
+This is the only code above `greenaio._core.abi` that knows an AIO structure of the kernel. A request goes in
+as plain words (`Context.stage`, `Context.submit`) and comes out as a token and a result (`Context.peek`,
+`Context.commit`). The kernel copies an iocb while it accepts it, so one array of them, on the heap, serves
+every batch. Of a request in flight only its data buffer and its token still matter.
+
+The completion ring
+-------------------
+
+The ring is one piece of memory that the kernel and this thread share. `tail` belongs to the kernel, `head` to
+us.
+
+    ============================  ==================================  =======================================
+    the kernel, any processor     this thread                         why in this order
+    ============================  ==================================  =======================================
+    writes an event                                                   the event is whole before it can be seen
+    stores `tail`                                                     the event can be seen from here on
+    signals the eventfd                                               a wake-up always finds its event
+                                  clears the eventfd                  a later signal is not lost
+                                  loads `tail` (acquire)              all events before `tail` are whole
+                                  copies the events out               `peek`: the slots are still ours
+                                  stores `head` (release)             `commit`: the copies are made by then
+    may overwrite the slots
+    ============================  ==================================  =======================================
+
+A finished request frees no place in the kernel. Only the store to `head` does, so a full context stays full
+until `commit`.
+
+After a fork the child must not touch the ring. The ring is not mapped there, and a store to `head` would lose
+an event of the parent if it were. The kernel refuses the parent's context to the child.
 """
 
 import os
-import posix            # for what may be patched in os
+# Functions of `os` may be patched, and the patched `os.close` would come back here.
+import posix
 
 from libc.errno cimport EBADF, EMFILE, ENFILE, ENOMEM, errno as c_errno
 from libc.stdlib cimport calloc, free
@@ -39,11 +65,14 @@ cdef extern from "<time.h>" nogil:
     const int CLOCK_MONOTONIC
 
 cdef enum:
-    PAGE = 4096
-    PROBE_NS = 1000000000       # an fsync of an empty memory file: microseconds, unless all is lost
+    PAGE = 4096                 # bytes
+    # An fsync of an empty file in memory takes microseconds. Without an answer after this time the probe says
+    # no.
+    PROBE_NS = 1000000000
 
 
 cdef uint64_t monotonic_ns() noexcept nogil:
+    """Return nanoseconds of CLOCK_MONOTONIC."""
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
@@ -57,39 +86,46 @@ cdef extern from "<sys/resource.h>" nogil:
 
 
 cdef long times_waited() noexcept nogil:
-    """How often this thread has given up the processor to wait; being preempted does not count."""
+    """Return how often this thread has given up the processor to wait. A preemption does not count."""
     cdef rusage usage
     getrusage(RUSAGE_THREAD, &usage)
     return usage.ru_nvcsw
 
 
-cdef object _fdsync = None      # what the probe found; a kernel does not change its mind
+# The answer of the probe, or None before it. One probe for a process is enough, because its kernel stays the
+# same.
+cdef object _fdsync = None
 
 
 def _os_error(long code, what):
+    """Return the OSError of *code*, which is minus an errno."""
     return OSError(-code, f'{what}: {os.strerror(-code)}')
 
 
 cdef void signal_eventfd(int fd, int same, long name) noexcept nogil:
-    """Make readable the eventfd *name* that has the numbers *fd* and *same*. From any thread."""
+    """Make the eventfd *name*, which has the numbers *fd* and *same*, readable. Call it from any thread."""
     abi_signal(fd, same, name)
 
 
 cdef class Context:
     """An eventfd and, once `open` was called, an ``io_context_t`` that signals it.
 
-    Not for more than one thread. A test may subclass it in Python and override any method.
+    Only one thread at a time may use it. A test may subclass it in Python and override any method.
     """
 
     def __cinit__(self):
         self.eventfd = self.own_eventfd = -1
+        # On the heap and zeroed once. A greenlet's stack moves, so nothing that the kernel reads may lie on
+        # it.
         self._iocbs = <iocb *>calloc(BATCH_MAX, sizeof(iocb))
         self._pointers = <iocb **>calloc(BATCH_MAX, sizeof(iocb *))
         self._events = <io_event *>calloc(PEEK_MAX, sizeof(io_event))
+        # `__dealloc__` runs after this error, and frees the arrays that there are.
         if self._iocbs == NULL or self._pointers == NULL or self._events == NULL:
             raise MemoryError
         cdef int i
         for i in range(BATCH_MAX):
+            # The kernel wants pointers. They never change, because each batch begins at the first iocb.
             self._pointers[i] = &self._iocbs[i]
 
     def __init__(self):
@@ -97,27 +133,37 @@ cdef class Context:
         if fd < 0:
             raise _os_error(fd, 'eventfd')
         self.eventfd = fd
-        # Closed by mistake, one number leaves the other: epoll reports an eventfd while it has any.
+        # The program may close a number by mistake, such as one that it closes twice. Then the other number
+        # is left, because epoll reports an eventfd as long as any number refers to it.
         self.own_eventfd = fcntl(fd, F_DUPFD_CLOEXEC, OWN_MIN)
-        if self.own_eventfd < 0:        # so many are not allowed
+        # The limit of open files may lie below OWN_MIN. One number must do then.
+        if self.own_eventfd < 0:
             self.own_eventfd = fd
+        # All numbers of the eventfd have this name. It tells later whether a number still belongs to the
+        # eventfd.
         self.name = abi_name(fd)
 
     cdef long _make_eventfd(self) noexcept:
-        """Return a new eventfd, or minus the errno. Where a sandbox denies it, a pipe stands for it: threads can
-        signal that, but native AIO can't, so there is none."""
+        """Return a new eventfd, or minus the errno.
+
+        Where a sandbox denies the eventfd, a pipe stands for it. Threads can signal the pipe, but the kernel
+        can't, so there is no native AIO then, and `denied` says why.
+        """
         cdef long fd = abi_eventfd(), pipe
         self.denied = 0
+        # A lack of numbers or of memory is no denial. It is reported as it is, and may end.
         if fd >= 0 or fd == -EMFILE or fd == -ENFILE or fd == -ENOMEM:
             return fd
         pipe = abi_pipe()
+        # The first error tells the reader more than the error of the substitute.
         if pipe < 0:
             return fd
         self.denied = fd
         return pipe
 
     def __dealloc__(self):
-        # Only a context that never had a request is still set up here: see destroy().
+        # Only a context that never had a request is still set up here, because `destroy` may wait for a disk.
+        # In a forked child the address may belong to a context of its own.
         if self._ctx and not forked():
             abi_io_destroy(self._ctx)
         self._close_eventfd()
@@ -126,36 +172,50 @@ cdef class Context:
         free(self._events)
 
     cpdef open(self, int depth):
-        """Set the context up for *depth* requests in flight. Raises OSError as ``io_setup`` does, or as ``eventfd``
-        did."""
+        """Set the context up for *depth* requests in flight. Raise OSError as ``io_setup`` does, or as
+        ``eventfd`` did."""
         cdef long code
         if self._ctx:
             raise ValueError('the context is set up already')
         if depth < 1:
             raise ValueError(f'depth must be at least 1, not {depth}')
+        # The kernel signals only an eventfd, so without one no completion would wake the hub.
         if self.denied:
             raise _os_error(self.denied, 'eventfd')
+        # EAGAIN means that the system has no room for so many requests (aio-max-nr). The caller then tries a
+        # smaller depth.
         code = abi_io_setup(depth, &self._ctx)
         if code < 0:
             self._ctx = 0
             raise _os_error(code, f'io_setup({depth})')
         self.depth = depth
+        # The kernel's handle of a context is the address of its ring in our memory.
         self._ring = <aio_ring *>self._ctx
+        # Another layout than the known one must not be guessed. `io_getevents` works with each.
         if self._ring.magic != AIO_RING_MAGIC or self._ring.incompat_features != 0:
-            self._ring = NULL       # another layout than we know: never guess, ask io_getevents
+            self._ring = NULL
         try:
+            # The ring must be hidden from children before the first request, or a fork could come between.
             self._unmap_from_children()
         except OSError:
+            # A ring that children would inherit is worse than no native AIO.
             self.destroy()
             raise
         global _fdsync
+        # Nothing is in flight yet, so the probe needs no token.
         if _fdsync is None:
             _fdsync = self._probe()
 
     cdef int _unmap_from_children(self) except -1:
-        # A child inherits the ring writable and *shared*: its store to head loses events of ours.
+        # A child would inherit the ring writable and *shared*, and its store to `head` would lose events of
+        # the parent. So the ring is taken out of every later child. A read there is a SIGSEGV, which `peek`
+        # avoids.
+        #
+        # A ring of an unknown layout is never read or written here, so a child does not do it either.
+        # Without a readable ring the kernel does all that the code below does.
         if self._ring == NULL:
             return 0
+        # The kernel maps the header and all events, rounded up to whole pages.
         cdef size_t size = self._ring.header_length + self._ring.nr * sizeof(io_event)
         size = (size + PAGE - 1) & ~<size_t>(PAGE - 1)
         if madvise(<void *>self._ctx, size, MADV_DONTFORK) < 0:
@@ -177,34 +237,42 @@ cdef class Context:
         self._ring = NULL
 
     def supports(self, int opcode):
-        """Tell whether the kernel knows *opcode*; for FDSYNC by the probe that `open` made once."""
+        """Return whether the kernel knows *opcode*. For FDSYNC the probe has found out, which `open` made
+        once."""
         if opcode == FDSYNC:
             return bool(_fdsync)
         return opcode in (PREAD, PWRITE, FSYNC, PREADV, PWRITEV)
 
     cdef bint _probe(self):
-        # Nothing else is in flight yet, so the first event is the probe's own, and it is reaped
-        # here. Its token is 0, which peek() drops should it come later than we wait.
+        # Nothing else is in flight yet, so the first event is the event of the probe, and it is reaped here.
+        # Its token is 0. If it comes later than the probe waits, the engine ignores it by this token.
         try:
             fd = os.memfd_create('greenaio-probe')
         except OSError:
             return False
         try:
             self.stage(0, FDSYNC, fd, 0, 0, 0, 0)
-            self._iocbs[0].aio_flags = 0        # and it wakes nobody
+            # Without IOCB_FLAG_RESFD the event signals no eventfd, so it causes no pass.
+            self._iocbs[0].aio_flags = 0
+            # A kernel that does not know FDSYNC refuses the request at once.
             if self.submit() != 1:
                 return False
+            # This call stores `head` itself, in the kernel, so no `commit` follows.
             return abi_io_getevents(self._ctx, 1, 1, self._events, PROBE_NS) == 1
         finally:
             posix.close(fd)
 
     cpdef int stage(self, uint64_t token, int opcode, int fd, uint64_t address, uint64_t nbytes,
                     int64_t offset, unsigned int flags) except -1:
-        """Add a request to the batch that the next `submit` offers. *address* and *nbytes* name
-        the buffer, or for PREADV and PWRITEV the iovec array and its length."""
+        """Add a request to the batch that the next `submit` offers.
+
+        *address* and *nbytes* name the buffer in bytes, or for PREADV and PWRITEV the iovec array and its
+        length. *flags* are RWF flags. Raise ValueError if the batch is full.
+        """
         if self.staged >= BATCH_MAX:
             raise ValueError(f'a batch holds {BATCH_MAX} requests')
         cdef iocb *cb = &self._iocbs[self.staged]
+        # The kernel returns this word with the event and does not look at it.
         cb.aio_data = token
         cb.aio_rw_flags = flags
         cb.aio_lio_opcode = opcode
@@ -213,79 +281,102 @@ cdef class Context:
         cb.aio_buf = address
         cb.aio_nbytes = nbytes
         cb.aio_offset = offset
+        # The kernel signals this eventfd after it has published the event. It looks the number up in
+        # `io_submit`, and holds the eventfd until then.
         cb.aio_flags = IOCB_FLAG_RESFD
         cb.aio_resfd = self.own_eventfd
         self.staged += 1
         return 0
 
     cpdef long submit(self) except? -4096:
-        """Offer the staged batch, which is then gone, and return how many of its *first* requests
-        the kernel took, or minus the errno that its head got."""
-        # The GIL stays: to give it away around 1 µs is to wait 5 ms for it in a threaded program.
+        """Offer the staged batch, which is empty afterwards. Return how many of its *first* requests the
+        kernel took, or minus the errno that its head got."""
+        # The GIL stays here. A thread that releases the GIL for 1 us may wait up to 5 ms to get it back, if
+        # other threads run Python code.
         cdef long n = self.staged, result
         cdef int i
+        # The batch is gone with any answer of the kernel. The engine stages the rest again.
         self.staged = 0
         result = abi_io_submit(self._ctx, n, self._pointers)
+        # EBADF means the file of the head or our own eventfd. If the program has closed our number, the other
+        # number serves, and the batch is offered again. With EBADF the kernel took nothing of it.
         if result == -EBADF and fcntl(self.own_eventfd, F_GETFD) < 0:
-            self.own_eventfd = self.eventfd     # somebody has closed it
+            self.own_eventfd = self.eventfd
             for i in range(n):
                 self._iocbs[i].aio_resfd = self.own_eventfd
             result = abi_io_submit(self._ctx, n, self._pointers)
         return result
 
     cpdef int peek(self) except -1:
-        """Copy out up to PEEK_MAX completions, and return how many; `token` and `result` read
-        them, `commit` must follow before the next peek."""
+        """Copy out up to PEEK_MAX completions, and return how many.
+
+        `token` and `result` read the copies. `commit` must follow before the next peek, or the same
+        completions are copied again.
+        """
         cdef unsigned int head, tail, nr
         cdef int n = 0, i, kept
         if self._ring == NULL:
             if not self._ctx:
                 return 0
+            # It takes the events out at once, so `commit` has nothing to do then. With a time of 0 it does
+            # not wait.
             n = <int>abi_io_getevents(self._ctx, 0, PEEK_MAX, self._events, 0)
             return n if n > 0 else 0
+        # The ring of the parent is not mapped in a child, and a look at it would be a SIGSEGV.
         if forked():
-            return 0                        # the parent's ring: it is not mapped here
+            return 0
         nr = self._ring.nr
-        head = self._ring.head              # only we store it
-        tail = abi_load_tail(self._ring)    # acquire: the events before it are the kernel's, whole
+        # Only this thread stores `head`, so a plain load will do.
+        head = self._ring.head
+        # Acquire: all events before this tail were written by the kernel before it stored the tail. So they
+        # are whole.
+        tail = abi_load_tail(self._ring)
         while head != tail and n < PEEK_MAX:
+            # The slot is copied, because the kernel may overwrite it after `commit`, and requests are
+            # finished later.
             self._events[n] = self._ring.io_events[head]
             n += 1
             head += 1
+            # In this ring `head` and `tail` are indices, below `nr`, and not counters that only grow.
             if head >= nr:
                 head = 0
         return n
 
     cpdef uint64_t token(self, int index) except? 0:
-        """The token of the peeked completion at *index*; 0 is nobody's."""
+        """Return the token of the peeked completion at *index*. 0 belongs to no request."""
         return self._events[index].data
 
     cpdef int64_t result(self, int index) except? -4096:
-        """The peeked completion's bytes moved, or minus its errno."""
+        """Return the bytes moved by the peeked completion at *index*, or minus its errno."""
         return self._events[index].res
 
     cpdef int commit(self, int count) except -1:
         """Give *count* peeked slots back to the kernel, which may overwrite them at once."""
         cdef unsigned int head
         if self._ring == NULL or count == 0:
-            return 0                        # io_getevents took them out already
+            # `io_getevents` took them out already.
+            return 0
+        # *count* is below `nr`, so one subtraction is enough.
         head = self._ring.head + <unsigned int>count
         if head >= self._ring.nr:
             head -= self._ring.nr
-        abi_store_head(self._ring, head)    # release: our copies are made before the kernel looks
+        # Release: our copies are made before the kernel can see the new `head`.
+        abi_store_head(self._ring, head)
         return 0
 
     cpdef int spin(self, uint64_t limit_ns) except -1:
-        """Watch the ring for up to *limit_ns* without the GIL; return 1 as soon as there is an
-        event, else 0. Without a readable ring there is nothing to watch."""
+        """Watch the ring for up to *limit_ns* without the GIL. Return 1 as soon as there is an event, else 0.
+        Without a readable ring return 0 at once."""
         cdef aio_ring *ring = self._ring
         cdef uint64_t end
         cdef bint found = False
         if ring == NULL or forked():
             return 0
         with nogil:
+            # No other thread uses this context, so nothing else stores `head` while the GIL is away.
             end = monotonic_ns() + limit_ns
             while True:
+                # No event is read here. `peek` loads `tail` again, in the right order, before it reads one.
                 if ring.head != abi_load_tail(ring):
                     found = True
                     break
@@ -295,7 +386,8 @@ cdef class Context:
         return found
 
     cpdef uint64_t now(self) except? 0:
-        """Nanoseconds of CLOCK_MONOTONIC. Here, because who simulates the kernel simulates time as well."""
+        """Return nanoseconds of CLOCK_MONOTONIC. It is a method of the context, because a test that simulates
+        the kernel simulates time as well."""
         return monotonic_ns()
 
     cpdef int signal(self) except -1:
@@ -304,74 +396,98 @@ cdef class Context:
         return 0
 
     cpdef int clear(self) except -1:
-        """Make the eventfd unreadable. Do so *before* peeking: the kernel publishes the tail
-        first and signals then, so what is signalled later is peeked later."""
+        """Make the eventfd unreadable.
+
+        Call this *before* `peek`. The kernel publishes the tail first and signals then, so a completion that
+        is signalled after the clear is found by the next pass.
+        """
         abi_clear(self.own_eventfd, self.eventfd, self.name)
         return 0
 
     cpdef after_fork_in_child(self):
         """Forget the parent's context, and put a fresh eventfd under the same numbers.
 
-        The context's address may be a context of this child's soon, the eventfd is shared with
-        the parent, and a watcher of the inherited loop sits on its number: so nothing is
-        destroyed, closed or stopped here. But a number that a daemon has closed and given to a file of its own
-        is left alone, and `eventfd` is another then.
+        Nothing is destroyed, closed or stopped here, for three reasons. The context's address may be a
+        context of this child's soon. The eventfd is shared with the parent. A watcher of the inherited loop
+        sits on its number.
+
+        A daemon may have closed a number and given it to a file of its own. Such a number is left alone, and
+        `eventfd` is another number then.
         """
         cdef int fresh
         cdef bint keeps, keeps_own
         self._ctx = 0
         self._ring = NULL
+        # A batch that was staged at the fork belongs to the parent, which submits it.
         self.staged = 0
+        # It was closed before the fork, so no code here waits for it.
         if self.eventfd < 0:
             return
+        # Look before the fresh eventfd is made, because it may get one of these numbers.
         keeps, keeps_own = self._may_take(self.eventfd), self._may_take(self.own_eventfd)
         fresh = <int>self._make_eventfd()
+        # No number is free, not even to ask for a name. So the inherited number has to go, and asking becomes
+        # possible. A child that kept it would take wake-ups from its parent.
         if fresh == -EMFILE and abi_is_eventfd(self.own_eventfd):
-            close(self.own_eventfd)     # else the child would take wake-ups from its parent
+            close(self.own_eventfd)
             keeps, keeps_own = self._may_take(self.eventfd), False
             fresh = <int>self._make_eventfd()
+        # There is none to be had, so the numbers stay as they are.
         if fresh < 0:
             return
         self.name = abi_name(fresh)
+        # A number has to be free to ask for the name. The watched number is about to be replaced anyway, so
+        # it can be freed for that moment.
         if self.name == -2 and keeps and fresh != self.eventfd:
-            close(self.eventfd)         # a number has to be free to ask for the name
+            close(self.eventfd)
             self.name = abi_name(fresh)
         self.eventfd = self._renewed(self.eventfd, fresh) if keeps else fresh
         self.own_eventfd = self._renewed(self.own_eventfd, fresh) if keeps_own else fresh
+        # Two numbers of the fresh eventfd are enough. The third would leak with every fork.
         if fresh != self.eventfd and fresh != self.own_eventfd:
             close(fresh)
 
     cdef bint _may_take(self, int number) noexcept:
-        """Whether *number* is our eventfd's, or no file's."""
+        """Return whether *number* belongs to our eventfd or to no file."""
         return fcntl(number, F_GETFD) < 0 or abi_name(number) == self.name
 
     cdef int _renewed(self, int number, int fresh) noexcept:
-        """Put the eventfd *fresh* under *number* as well. Return its number."""
-        dup3(fresh, number, O_CLOEXEC)  # which does nothing if they are the same
+        """Put the eventfd *fresh* under *number* as well. Return that number."""
+        # dup3 replaces the file of the number in one step, so a watcher on the number never sees it closed.
+        # If both numbers are the same, dup3 does nothing.
+        dup3(fresh, number, O_CLOEXEC)
         return number
 
     cpdef destroy(self):
-        """Free the context: waits, without the GIL, until the kernel has done all in flight."""
+        """Free the context. Wait, without the GIL, until the kernel has done all that is in flight.
+
+        On a frozen disk this lasts until the disk answers. So the driver calls it in a native thread.
+        """
         cdef aio_context_t ctx = self._ctx
+        # First, because other threads may run while the GIL is away. They must find no context to destroy.
         self._ctx = 0
         self._ring = NULL
-        if ctx and not forked():            # in a child the address may be a context of its own
+        # In a child the address may be a context of its own.
+        if ctx and not forked():
             with nogil:
                 abi_io_destroy(ctx)
 
     def close_eventfd(self):
-        """Close the eventfd; stop what watches it first. The kernel holds it for what is in flight."""
+        """Close the eventfd. Stop its watcher first. The kernel holds the eventfd as long as a request in
+        flight signals it."""
         self._close_eventfd()
 
     cdef void _close_eventfd(self) noexcept:
         cdef int own = self.own_eventfd if self.own_eventfd != self.eventfd else -1
+        # The program may have closed a number and opened a file under it. A number that has another name is
+        # not ours to close.
         if own >= 0 and abi_name(own) == self.name:
             close(own)
-        if self.eventfd >= 0 and abi_name(self.eventfd) == self.name:      # else a file of the program
+        if self.eventfd >= 0 and abi_name(self.eventfd) == self.name:
             close(self.eventfd)
         self.eventfd = self.own_eventfd = -1
 
     def close(self):
-        """`close_eventfd` and `destroy`. May be called twice."""
+        """Call `close_eventfd` and `destroy`. A second call does nothing."""
         self.close_eventfd()
         self.destroy()

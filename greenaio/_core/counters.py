@@ -9,15 +9,20 @@ from typing import Final, Literal, NamedTuple
 
 
 class Counter(NamedTuple):
-    name: str                               #: a field of `Stats`
-    kind: Literal['gauge', 'counter']       #: as it is at this moment, or counted since the process began
-    metric: str                             #: its name in Prometheus, without ``greenaio_``
+    #: A field of `Stats`.
+    name: str
+    #: A gauge is the value at this moment. A counter counts since the process began.
+    kind: Literal['gauge', 'counter']
+    #: The name in Prometheus, without ``greenaio_``.
+    metric: str
+    #: The text in Prometheus and in the documentation.
     help: str
 
 
 GAUGE: Final = 'gauge'
 COUNTER: Final = 'counter'
 
+# Prometheus shows them in this order.
 COUNTERS = (
     Counter('hubs', GAUGE, 'hubs', 'Hubs that have done I/O and are not destroyed.'),
     Counter('in_flight', GAUGE, 'requests_in_flight', 'Requests that the kernel has.'),

@@ -3,12 +3,14 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+# As C variables these cost no look-up in the dictionary of the module.
 cdef int closing
 cdef list _handles
 
 cdef uint64_t BLOCK_DEVICE
 cdef dict _inodes
 
+# The classes can't be subclassed, so their methods are called without a look-up.
 @cython.final
 cdef class Writes:
     cdef readonly int count
@@ -41,6 +43,7 @@ cdef class Handle:
 
     cpdef Handle again(self)
     cpdef let_go(self)
+    # `noexcept`, because the engine calls it while its lists are not right, and could not raise there.
     cpdef bint let_go_unless_last(self) noexcept
     cpdef close_with(self, close)
     cpdef close_number(self)

@@ -4,33 +4,54 @@ from greenaio._core.caller cimport caller
 from greenaio._core.request cimport Request
 
 cdef enum:
-    POSIX_FALLOCATE = -1        # in place of a system call's number
-    CHAIN = -2                  # a function of ours, which makes several
+    # These stand where the number of a system call does. This one is the function of the C library.
+    POSIX_FALLOCATE = -1
+    # A function of ours, which makes several calls.
+    CHAIN = -2
 
 # The kind of a call tells on which processor it runs best.
 cdef enum:
-    LONG = 0                    # may copy much, or is likely to wait
-    ON_NAMES = 1                # likely to be short: looks up names ...
-    ON_BYTES = 2                # ... or writes a few bytes ...
-    ON_CLOSE = 3                # ... or closes a file
+    # It may copy much, or is likely to wait.
+    LONG = 0
+    # It is likely to be short, because it looks up names.
+    ON_NAMES = 1
+    # It is likely to be short, because it writes a few bytes.
+    ON_BYTES = 2
+    # It is likely to be short, because it closes a file.
+    ON_CLOSE = 3
     KINDS = 4
 
 ctypedef long (*chain)(void *arg) noexcept nogil
 
+# Plain memory. The thread that asks fills it, with the GIL. Then the lock of the pool passes it to a worker,
+# and the mailbox passes it back to the hub. One side has it at a time. The other side reads nothing of it
+# except `home` and, with the lock of the pool, `waiting`.
 cdef struct job:
-    job *next                   # in the queue of the pool, then in the mailbox
+    # The links in the queue of the pool. In the mailbox `next` alone is used.
+    job *next
     job *previous
-    void *home                  # the pool, or NULL
-    int *wary                   # of the pool: so many calls more take threads; or NULL
-    bint waiting                # in the queue still; home's lock guards it
-    void *back                  # the mailbox
-    void *request               # keeps this memory; no worker touches it
-    long number                 # the system call ...
-    long args[6]                # ... and its arguments
-    long result                 # its answer, or minus the errno
-    int signal                  # that it sent to the worker, or 0
-    caller by                   # for whom it is made
-    int kind                    # LONG or ON_...
+    # The pool, or NULL.
+    void *home
+    # A field of the pool: the number of calls that are still to take threads. Or NULL.
+    int *wary
+    # It is still in the queue. The lock of `home` guards this.
+    bint waiting
+    # The mailbox that it comes back to.
+    void *back
+    # The request that keeps this memory. No worker touches it.
+    void *request
+    # The number of the system call, or POSIX_FALLOCATE or CHAIN.
+    long number
+    # The arguments of the call. For CHAIN: the function and its argument.
+    long args[6]
+    # Its answer, or minus the errno.
+    long result
+    # The signal that it sent to the worker, or 0.
+    int signal
+    # The thread that it is made for.
+    caller by
+    # LONG or one of ON_...
+    int kind
 
 cdef job *job_of(Request request) except NULL
 cdef Request new_close(keep, chain call, void *arg)

@@ -15,20 +15,33 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_signal(pthread_cond_t *cond)
 
 cdef enum:
-    WAITED_NS = 20000000        # a call that takes as long has waited for something
-    WARY = 16                   # calls by threads that have to be quick
+    # In ns. A call that takes this long has waited for a disk or another party.
+    WAITED_NS = 20000000
+    # The number of calls that take threads after one in the hub has waited.
+    WARY = 16
 
+# Shared by one hub and the workers that have a job of it. The comments say which side uses a field, and how.
 cdef struct mailbox:
     pthread_mutex_t lock
-    pthread_cond_t empty        # no worker has a job for it any more
-    void *done                  # jobs for the hub to take, the last first
-    int out                     # jobs that are in a queue or with a worker
-    int short_out               # of those, the ones likely to be short; the hub's alone
-    int looks                   # the hub is about to look at `done`, so need not be woken
-    int eventfd                 # the hub's, which a job wakes; -1 when the hub is gone
+    # Signalled when no worker has a job for this mailbox any more.
+    pthread_cond_t empty
+    # A stack of the jobs for the hub, the last one on top. Workers push, the hub takes all. Only atomic
+    # operations.
+    void *done
+    # The number of jobs that are in a queue or with a worker. Each change is atomic. A worker makes its
+    # change with the lock.
+    int out
+    # The number of those jobs that are likely to be short. Only the hub uses it.
+    int short_out
+    # The hub is about to look at `done`, so a worker need not wake it.
+    int looks
+    # The hub's eventfd, which a job wakes, or -1 after the hub is gone. The lock guards its two numbers and
+    # its name.
+    int eventfd
     int same_eventfd
     long name                   # of the eventfd
-    bint orphan                 # the Inbox is gone: the last job frees this
+    # The Inbox is gone, so the last job frees this memory. Guarded by the lock.
+    bint orphan
 
 cdef class Inbox:
     cdef mailbox *_box

@@ -3,11 +3,14 @@ from cpython.ref cimport PyObject
 cdef class AlignedBuffer:
     cdef char *address
     cdef readonly Py_ssize_t nbytes
-    cdef char *_block           # what mmap returned, _capacity bytes of it
+    # The address that mmap returned, with `_capacity` bytes behind it.
+    cdef char *_block
     cdef size_t _capacity
 
 cdef class Filling:
-    cdef PyObject *_data        # ours alone, or the size could not be changed; NULL once it was taken
+    # The only reference to the bytes, or their size could not be changed. NULL after they were taken.
+    cdef PyObject *_data
+    # Views that exist of the bytes.
     cdef Py_ssize_t _exports
     cdef int _check_there(self) except -1
 

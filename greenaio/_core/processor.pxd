@@ -5,11 +5,15 @@ cdef extern from *:
 
     #ifndef GREENAIO_PLACE
     #define GREENAIO_PLACE
+    /* The processors of one worker. The worker uses it while it works. While it rests, the holder of the
+       pool's lock does. */
     struct place {
         pid_t thread;
-        int cpu;                        /* to which it is bound, or -1 */
-        int is_restricted;              /* by the user, before it was bound, to ... */
-        cpu_set_t cpus;                 /* ... these */
+        /* The processor to which the worker is bound, or -1. */
+        int cpu;
+        /* The user had restricted the worker, before it was bound, to these processors. */
+        int is_restricted;
+        cpu_set_t cpus;
     };
     #endif
     """

@@ -34,33 +34,40 @@ cdef extern from *:
     #include <sys/wait.h>
     #include <unistd.h>
 
+    /* Return whether this thread is under a seccomp filter. */
     static int is_filtered(void)
     { return prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0; }
 
+    /* Both return 0 or minus the errno. *thread* is a thread's id, not a process's, and 0 is this thread. */
     static int set_cpus(pid_t thread, const cpu_set_t *cpus)
     { return sched_setaffinity(thread, sizeof *cpus, cpus) < 0 ? -errno : 0; }
 
     static int get_cpus(pid_t thread, cpu_set_t *cpus)
     { return sched_getaffinity(thread, sizeof *cpus, cpus) < 0 ? -errno : 0; }
 
+    /* Return whether *cpu* is the only processor in *cpus*. */
     static int is_only(int cpu, const cpu_set_t *cpus)
     { return CPU_COUNT(cpus) == 1 && CPU_ISSET(cpu, cpus); }
 
-    /* A thread with another policy, such as SCHED_FIFO, may leave a worker on its processor no time. */
+    /* Return whether this thread has an ordinary policy. A thread with another, such as SCHED_FIFO, may
+       leave a worker on its processor no time. */
     static int is_ordinary(void)
     {
+        /* Batch threads share the processor as ordinary ones do. */
         int policy = sched_getscheduler(0);
         return policy == SCHED_OTHER || policy == SCHED_BATCH;
     }
 
     /* Note a worker that has the processors *now*, to which it was not bound. If these are all of its
-       cpuset, the user has not restricted it, and it gets all that there may ever be. */
+       cpuset, the user has not restricted it, and it gets all that there may ever be. Return 0 or minus an
+       errno. */
     static int note_place(struct place *at, const cpu_set_t *now)
     {
         cpu_set_t all;
         int error;
         at->cpu = -1;
         at->cpus = *now;
+        /* The kernel cuts this set down to the cpuset, which is how the cpuset becomes known. */
         memset(&all, 255, sizeof all);
         if ((error = set_cpus(at->thread, &all)) < 0 || (error = get_cpus(at->thread, &all)) < 0)
             return error;
@@ -68,19 +75,24 @@ cdef extern from *:
         return at->is_restricted ? set_cpus(at->thread, now) : 0;
     }
 
-    /* Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it is
-       not to be bound at present. */
+    /* Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it
+       is not to be bound at present. */
     static int bind_worker(struct place *at, int cpu)
     {
         cpu_set_t now, one;
         int error;
         if (!is_ordinary())
             return -EAGAIN;
+        /* The processors are asked for at each change, because the user may change them at any time. */
         if ((error = get_cpus(at->thread, &now)) < 0)
             return error;
+        /* Either the worker is not bound, or the user has given it other processors since. Both need a
+           fresh note. */
         if (at->cpu < 0 || !is_only(at->cpu, &now)) {
             if ((error = note_place(at, &now)) < 0)
                 return error;
+            /* With one processor there is nothing to choose. A processor that the user took from the
+               worker stays taken. */
             if (CPU_COUNT(&now) == 1 || cpu >= CPU_SETSIZE || !CPU_ISSET(cpu, &now))
                 return -EAGAIN;
         }
@@ -91,24 +103,30 @@ cdef extern from *:
         return error;
     }
 
-    /* A hub whose thread has other ids than the worker may not: then this is bound still, and does it itself. */
+    /* Give a worker back the processors that it had. A hub whose thread has other ids than the worker may
+       not do that. Then the worker stays bound, and does it itself. */
     static void release_worker(struct place *at)
     {
         cpu_set_t now, process;
         if (get_cpus(at->thread, &now) < 0)
             return;
+        /* The user has changed the processors, of the worker or of the whole process, since it was bound.
+           They stay. */
         if (!is_only(at->cpu, &now) || (get_cpus(getpid(), &process) == 0 && is_only(at->cpu, &process))) {
             note_place(at, &now);
             return;
         }
+        /* If the noted processors are no longer to be had, all are better than one. */
         memset(&now, 255, sizeof now);
         if ((at->is_restricted && set_cpus(at->thread, &at->cpus) == 0) || set_cpus(at->thread, &now) == 0)
             at->cpu = -1;
     }
 
-    static int filters_tried;           /* seccomp filters under which a child could bind itself; 0: none */
+    /* The number of seccomp filters under which a child could bind itself. 0 if none was tried. */
+    static int filters_tried;
 
-    /* How many seccomp filters this thread is under, or -1 where that is not known. */
+    /* Return the number of seccomp filters that this thread is under, or -1 where it is not known. A
+       thread that adds a filter has a larger number. */
     static int count_filters(void)
     {
         char text[4096], *line;
@@ -118,18 +136,21 @@ cdef extern from *:
             close(fd);
         if (n < 0)
             return -1;
+        /* An older kernel writes no such line. There no worker is bound under a filter. */
         text[n] = 0;
         line = strstr(text, "Seccomp_filters:");
         return line == NULL ? -1 : atoi(line + strlen("Seccomp_filters:"));
     }
 
-    /* The child shares no memory, its end sends no signal, and it leaves no core. */
+    /* Try the calls in a child, because a filter may end the process that makes them. The child shares no
+       memory, its end sends no signal, and it leaves no core. */
     static void try_filters(void)
     {
         int status = -1;
         long child;
         if (!is_filtered())
             return;
+        /* The plain system call runs no handlers of fork, neither Python's nor the C library's. */
         child = syscall(SYS_clone, 0L, 0L, 0L, 0L, 0L);
         if (child == 0) {
             cpu_set_t cpus;
@@ -139,6 +160,7 @@ cdef extern from *:
         }
         if (child < 0)
             return;
+        /* A child that sends no signal at its end is only waited for with __WALL. */
         while (waitpid((pid_t)child, &status, __WALL) < 0 && errno == EINTR)
             ;
         if (status == 0)
@@ -146,6 +168,7 @@ cdef extern from *:
     }
 
     /* Whether this thread may ask for, and change, the processors of a thread. */
+    /* Return whether this thread may ask for, and change, the processors of a thread. */
     static int filters_allow(void)
     { return !is_filtered() || (filters_tried > 0 && count_filters() == filters_tried); }
     """
@@ -157,14 +180,14 @@ cdef extern from *:
 
 
 cdef int bind_worker(place *at, int cpu) noexcept nogil:
-    """Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it is not to
-    be bound at present."""
+    """Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it is
+    not to be bound at present."""
     return c_bind_worker(at, cpu)
 
 
 cdef void release_worker(place *at) noexcept nogil:
-    """Let a bound worker run on the processors that it had before. If this thread may not do that, because it has
-    other ids than the worker, the worker stays bound, and does it itself."""
+    """Let a bound worker run on the processors that it had before. This thread may not do that if it has
+    other ids than the worker. Then the worker stays bound, and does it itself."""
     c_release_worker(at)
 
 
@@ -174,9 +197,10 @@ cdef bint filters_allow() noexcept nogil:
 
 
 cdef bint is_ordinary() noexcept nogil:
-    """Return whether this thread has no policy, such as SCHED_FIFO, that may leave a worker on its processor no
-    time."""
+    """Return whether this thread has an ordinary policy. Another, such as SCHED_FIFO, may leave a worker on
+    its processor no time."""
     return c_is_ordinary()
 
 
+# Once, at import: see the docstring of this module.
 try_filters()

@@ -4,7 +4,8 @@ from greenaio._core.worker cimport pool
 
 cdef class Pool:
     cdef pool *_pool
-    cdef readonly object device         # st_dev; None: for calls that wait for no disk
+    # An `st_dev`. None: for calls that wait for no disk.
+    cdef readonly object device
 
     cpdef int submit(self, Request request, Inbox inbox) except -1
     cdef bint all_busy(self) noexcept

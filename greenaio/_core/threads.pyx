@@ -1,11 +1,36 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Native threads make the system calls that native AIO can't: a bounded pool for each device.
 
-A worker never takes the GIL and touches nothing of Python's. It gets a `job`, plain memory that hangs from a
-Request; makes its one system call; and puts the job into the mailbox of the hub that asked. `Engine.lent` keeps
-request, job and buffers until the hub has taken it out there. A pool starts a thread when there is more to do
-than there are idle ones, and keeps it for as long as the process lives: starting and ending threads is a
-latency spike of its own. A frozen disk fills its own pool and nobody else's.
+A worker never takes the GIL and touches no object of Python. It gets a `job`, plain memory that hangs from a
+Request, makes its one system call, and puts the job into the mailbox of the hub that asked. `Engine.lent`
+keeps request, job and buffers until the hub has taken the job out there. A pool starts a thread if there are
+more calls than idle threads, and keeps it for as long as the process lives, because starting and ending
+threads is a latency spike of its own. A frozen disk fills its own pool and no other.
+
+The way of a call
+-----------------
+
+    ==========================================  ==========================================================
+    the hub, with the GIL                       a worker, without it
+    ==========================================  ==========================================================
+    `note_caller`: ids, capabilities, umask
+    `give_out`: the mailbox expects the job
+    with the lock: queues the job, chooses a
+    worker that rests or counts a new thread
+    calls the worker, or starts the thread
+                                                with the lock: takes the first job of the queue
+                                                makes the call
+                                                with the lock: takes the next job, or goes to rest
+                                                `post`: the job is in the mailbox, the hub is woken
+    `Inbox.reap`: the request is done
+    ==========================================  ==========================================================
+
+A called worker need not get the job that it was called for, because another worker may come from its own call
+and be quicker. Then the called worker finds no job and rests again.
+
+If the greenlet is killed, `withdraw` takes the job out of the queue, unless a worker has it already. A call
+that has begun can't be stopped, and its request is abandoned. After a fork the child has none of these
+threads, and their locks may be held for ever, so it begins with new pools.
 
 A call that waits for a peer, such as the open of a FIFO, waits for no disk, and may do so for ever. It gets a
 thread of its own from `lone_threads`, which ends afterwards.
@@ -38,25 +63,34 @@ cdef extern from *:
     int sched_getcpu() noexcept nogil
 
 cdef enum:
-    LONE_KEPT = 4               # idle threads of `lone_threads`, for opens that wait briefly
-    DOUBTED = 16                # calls of a kind that go everywhere after a worker could not be bound
-    WHEREVER = -1               # instead of a processor: a worker wherever it is ...
-    EVERYWHERE = -2             # ... or one that may run on all
+    # Idle threads that `lone_threads` keeps, for opens that wait briefly.
+    LONE_KEPT = 4
+    # The number of calls of a kind that may run on all processors after a worker could not be bound.
+    DOUBTED = 16
+    # These stand where a processor does. This one means a worker on any processor, bound or not.
+    WHEREVER = -1
+    # A worker that may run on all processors.
+    EVERYWHERE = -2
 
+# The first of the list of all pools, linked by `older`. The GIL guards the list.
 cdef pool *_newest = NULL
-cdef bint _may_bind = True              # False: the kernel refuses it
+# False after the kernel has refused to bind a worker.
+cdef bint _may_bind = True
 cdef bint _told_of_no_thread = False
 
 log = logging.getLogger('greenaio')
 
 
 cdef class Pool:
-    """The threads of one device, ``config.threads`` of them at most; without *device*, as many as there are
-    calls."""
+    """The threads of one device, ``config.threads`` of them at most. Without *device* there is one for each
+    call."""
 
     def __cinit__(self, device, Pool used=None):
-        """The memory of a pool is never freed, because its threads wait on it and a job may still name it. It can
-        be that of a *used* pool, which is over."""
+        """Make a pool. Its memory is never freed, because its threads wait on it and a job may still name it.
+
+        The memory can come from a *used* pool, which has neither threads nor calls any more. Raise
+        MemoryError.
+        """
         global _newest
         self.device = device
         if used is not None:
@@ -66,6 +100,7 @@ cdef class Pool:
             if self._pool == NULL:
                 raise MemoryError
             pthread_mutex_init(&self._pool.lock, NULL)
+        # The threads of a disk stay, because the next call is likely to come soon.
         self._pool.kept = INT_MAX if device is not None else LONE_KEPT
         self._pool.wary = 0
         self._pool.older = _newest
@@ -73,17 +108,20 @@ cdef class Pool:
 
     @property
     def threads(self):
-        """How many were started."""
+        """The number of threads that were started and have not ended."""
         return self._pool.threads
 
     @property
     def queued(self):
-        """How many calls wait for a thread."""
+        """The number of calls that wait for a thread."""
         return self._pool.queued
 
     cdef void beware(self) noexcept:
-        """A call on this device has held the hub. The next ones take threads, until `WARY` more of them were quick
-        than slow: an on-access scanner answers late, for what is cached as well."""
+        """Have the next calls take threads, because a call on this device has held the hub.
+
+        It ends after `WARY` more quick calls than slow ones. An on-access scanner is such a case: it answers
+        late, also for cached files.
+        """
         self._pool.wary = WARY
 
     cdef void forgive(self) noexcept:
@@ -91,15 +129,15 @@ cdef class Pool:
         self._pool.wary = 0
 
     cdef bint is_wary(self) noexcept:
-        """Whether calls that would be made in the hub had better take a thread."""
+        """Return whether calls that would be made in the hub should take a thread."""
         return self._pool.wary > 0
 
     cdef bint all_busy(self) noexcept:
-        """Whether a call would have to wait for a thread, or may wait without one."""
+        """Return whether a call would have to wait for a thread, or may wait without one."""
         return _is_all_busy(self._pool)
 
     cdef int busy(self) noexcept:
-        """Calls that threads have, or are to have."""
+        """Return the number of calls that threads have, or are to have."""
         return _busy(self._pool)
 
     cdef void retire(self) noexcept:
@@ -108,13 +146,17 @@ cdef class Pool:
         cdef pool *one = self._pool
         cdef pool **link = &_newest
         cdef worker *called
+        # Out of the list first, so that `any_busy` does not count it. A used pool enters the list again.
         while link[0] != one and link[0] != NULL:
             link = &link[0].older
+        # It may be out of the list already, if the process was forked.
         if link[0] != NULL:
             link[0] = one.older
         pthread_mutex_lock(&one.lock)
+        # A worker that is at work reads this after its call. Those that rest have to be called.
         one.kept = 0
         while one.resting != NULL:
+            # Read the link before the call, because the worker's memory may be gone after it.
             called = one.resting
             one.resting = called.next
             call_to_work(called)
@@ -129,26 +171,35 @@ cdef class Pool:
         return is_over
 
     cpdef int submit(self, Request request, Inbox inbox) except -1:
-        """Queue the call of *request*, first in, first out; return whether it is. Nothing is queued if there is no
-        thread, and none can be started."""
+        """Queue the call of *request*, first in, first out. Return whether it is queued. Nothing is queued if
+        there is no thread and none can be started. No Python code runs here, except for a warning in that
+        case."""
         cdef pool *home = self._pool
         cdef job *one = <job *>request.job
         cdef bint more, failed = False
         cdef worker *called
         cdef int cpu = WHEREVER
+        # Such a call waits for a peer, so it must not take the processor of the hub.
         if self.device is None:
             one.kind = LONG
+        # Read at each call, so that a change of the configuration counts at once.
         home.limit = config.threads if self.device is not None else INT_MAX
+        # In this thread, because it is the caller.
         note_caller(&one.by)
         one.home, one.wary, one.previous, one.next = home, &home.wary, NULL, NULL
+        # Before the job is in the queue, because a worker may bring it back at once.
         give_out(one, inbox._box)
         if one.kind == LONG:
             cpu = EVERYWHERE
         elif inbox._box.short_out == 1:
+            # This is the only short call of this hub that is out, so its worker may run on the hub's
+            # processor. A second one would only wait for the first there.
             cpu = sched_getcpu()
             if home.bound and not one.by.is_filtered and not is_ordinary():
-                cpu = EVERYWHERE        # since it bound one
+                # This thread has changed its policy since it bound a worker, and might leave that no time.
+                cpu = EVERYWHERE
         pthread_mutex_lock(&home.lock)
+        # From here on the job may be taken by any worker that comes from its call.
         one.previous = home.last
         if home.last != NULL:
             home.last.next = one
@@ -158,25 +209,36 @@ cdef class Pool:
         one.waiting = True
         home.queued += 1
         if cpu >= 0 and home.doubted[one.kind]:
+            # The last attempt to bind a worker failed, or calls of this kind took long. The call may run
+            # anywhere, and counts towards the next attempt.
             home.doubted[one.kind] -= 1
             cpu = EVERYWHERE
+        # Without a worker at rest and without a free place, a worker that comes from its call takes this one.
         called = _choose(home, one, cpu, home.threads < home.limit)
         more = called == NULL and home.threads < home.limit
         if more:
+            # Counted before the thread exists, because the thread counts itself out at its end.
             home.threads += 1
         pthread_mutex_unlock(&home.lock)
+        # Without the lock, because starting a thread takes long, and its first step is to take the lock.
         if more:
             error = start_worker(work, home)
             if error:
                 pthread_mutex_lock(&home.lock)
                 home.threads -= 1
-                called = _choose(home, one, cpu, False)     # one that has hardly come to rest
+                # Another worker may have come to rest by now.
+                called = _choose(home, one, cpu, False)
+                # With other threads the call waits for one of them. A call that waits for a peer must not,
+                # because theirs may last for ever.
                 failed = called == NULL and (home.threads == 0 or self.device is None)
                 pthread_mutex_unlock(&home.lock)
+                # The lock was free in between. If a worker has taken the job, all is well.
                 if failed and withdraw(request):
                     _tell_of_no_thread(error)
                     return False
         if called != NULL:
+            # Before the call, because the worker must see this when its job is done. `Inbox.look` follows in
+            # the hub.
             inbox._box.looks = cpu >= 0
             call_to_work(called)
         return True
@@ -184,30 +246,42 @@ cdef class Pool:
 
 cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
     """Take a worker out of `resting` for the call of *one*, and bind it to *cpu*, or to none if that is
-    EVERYWHERE. Return NULL if there is none; or if another *may_start*, and none that may run everywhere is
-    asleep: one that is awake may wait for the processor of the hub."""
+    EVERYWHERE.
+
+    Return NULL if there is none. Return NULL also if another *may_start*, and no worker that may run
+    everywhere is asleep: one that is awake may wait for the processor of the hub. With the lock.
+    """
     cdef worker **link = &home.resting
     cdef worker **free = NULL
     cdef worker **bound = NULL
     cdef worker *it
+    # `link` is the pointer to the worker, not the worker, so that the worker can be taken out of the list.
     while link[0] != NULL and not (bound != NULL and bound[0].at.cpu == cpu):
         if link[0].at.cpu < 0:
+            # The list has the last to rest first. A short call gets that one, which may be awake and need no
+            # wake-up. A long call gets the one that has slept longest.
             if free == NULL or cpu == EVERYWHERE and is_asleep(link[0]):
-                free = link             # for a long call the one that has rested longest
+                free = link
         elif bound == NULL or link[0].at.cpu == cpu:
             bound = link
         link = &link[0].next
+    # A bound worker is the choice if it is on this processor already, or if no other worker may be bound.
     cdef bint is_bound = cpu >= 0 and (home.bound >= inboxes() or bound != NULL and bound[0].at.cpu == cpu)
     link = bound if bound != NULL and is_bound or free == NULL else free
+    # A new thread is better for a long call than to wait for a worker that is about to rest on the hub's
+    # processor, or to set a bound worker free.
     if link == NULL or cpu == EVERYWHERE and may_start and (link == bound or not is_asleep(link[0])):
         return NULL
     it = link[0]
     link[0] = it.next
+    # The usual case of short calls one after another: no system call is needed.
     if it.at.cpu == cpu:
         return it
+    # Count the worker out, and in again below, if it is bound then. Binding may fail either way.
     home.bound -= it.at.cpu >= 0
     if cpu >= 0 and home.bound < inboxes() and _may_bind:
         _bind(home, it, one, cpu)
+    # If it can't be released from here, the worker does it itself before the call.
     elif cpu == EVERYWHERE and it.at.cpu >= 0 and filters_allow():
         release_worker(&it.at)
     home.bound += it.at.cpu >= 0
@@ -215,27 +289,33 @@ cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
 
 
 cdef void _bind(pool *home, worker *it, job *one, int cpu) noexcept:
+    """Bind the worker *it* to *cpu* for the call of *one*, if that is allowed. With the lock."""
     global _may_bind
     cdef int error = bind_worker(&it.at, cpu) if filters_allow() else -EAGAIN
+    # The kernel will refuse it next time as well, so it is not asked again.
     if error == -EPERM or error == -EACCES or error == -ENOSYS:
         _may_bind = False
     if error:
-        home.doubted[one.kind] = DOUBTED        # try again later
+        # Any error may pass. After so many calls the next one tries again.
+        home.doubted[one.kind] = DOUBTED
 
 
 cdef _tell_of_no_thread(int error):
+    """Warn, once for the life of the process, that *error* (an errno) keeps threads from starting."""
     global _told_of_no_thread
     if not _told_of_no_thread:
-        _told_of_no_thread = True       # first: a handler may write to a file
+        # First, because a handler may write to a file, which may come here again.
+        _told_of_no_thread = True
         log.warning("can't start a thread: %s. Calls that need one block their hub, until one can be started. "
                     'pids.max, ulimit -u?', os.strerror(error))
 
 
 cdef bint withdraw(Request request) noexcept:
-    """Take *request* out of its pool's queue; False when a worker has it already."""
+    """Take *request* out of its pool's queue. Return False if a worker has it already."""
     cdef job *one = <job *>request.job
     cdef pool *home
     cdef bint waiting
+    # A request that was never given to a pool is in no queue.
     if one == NULL or one.home == NULL:
         return False
     home = <pool *>one.home
@@ -245,21 +325,25 @@ cdef bint withdraw(Request request) noexcept:
         unlink(home, one)
     pthread_mutex_unlock(&home.lock)
     if waiting:
+        # After the lock is free: only the hub counts its jobs here, so no other thread waits for it.
         take_back(one)
     return waiting
 
 
 cdef bint _is_all_busy(pool *one) noexcept nogil:
-    # Read without the lock: workers only make it better.
+    """Return whether no thread of *one* is free, or the pool is wary."""
+    # These are read without the lock. A worker that comes from its call at the same time only makes it
+    # better, so the answer errs on the safe side.
     return one.wary > 0 or one.limit > 0 and _busy(one) >= one.limit
 
 
 cdef int _busy(pool *one) noexcept nogil:
+    """Return the number of calls of *one* that threads have, or are to have."""
     return one.queued + one.threads - one.idle
 
 
 cdef bint any_busy() noexcept:
-    """Whether some pool is all busy, or wary."""
+    """Return whether some pool is all busy, or wary."""
     cdef pool *one = _newest
     while one != NULL:
         if _is_all_busy(one):
@@ -269,7 +353,7 @@ cdef bint any_busy() noexcept:
 
 
 def _after_fork_in_child():
-    """The threads stayed with the parent, and may have held any lock."""
+    """Forget all pools. The threads stayed with the parent, and may have held any lock."""
     global _newest
     _newest = NULL
 

@@ -1,6 +1,7 @@
-"""A greenlet inside `uninterrupted` is never parked: its patched calls block, and what would park it raises.
+"""A greenlet inside `uninterrupted` is never parked. Its patched calls block, or raise if they would park it.
 
-The dictionary is empty in most programs, and hot paths look at it first.
+The dictionary is empty in most programs, and hot paths look at it first. Each entry belongs to one greenlet,
+so no lock is needed. A kill leaves the block through `finally`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from greenaio._core.bell import listen
 REFUSED = ('inside greenaio.uninterrupted() no greenlet waits: use os and open there, '
            'instead of greenaio.os and File')
 
-inside: dict[greenlet, int] = {}        # how many contexts each greenlet is in
+# The number of contexts that each greenlet is in.
+inside: dict[greenlet, int] = {}
 
 
 @contextlib.contextmanager
@@ -34,31 +36,38 @@ def uninterrupted() -> Iterator[None]:
     gevent's own calls still switch: `gevent.sleep`, sockets, locks of `threading`, and so `logging`.
     """
     me = getcurrent()
+    # A thread without a hub has a greenlet, too, so one dictionary serves both.
     inside[me] = inside.get(me, 0) + 1
     try:
         yield
     finally:
+        # Contexts may be nested, so only the outermost takes the entry out. A dead greenlet must not stay in
+        # the dictionary, which would keep it.
         inside[me] -= 1
         if not inside[me]:
             del inside[me]
 
 
 def is_uninterrupted() -> bool:
-    """Whether the caller is inside `uninterrupted`."""
+    """Return whether the caller is inside `uninterrupted`."""
+    # The first test is enough in most programs.
     return bool(inside) and getcurrent() in inside
 
 
 def thread_of(one: Any) -> Any:
-    """The greenlet that its thread began with."""
+    """Return the greenlet that the thread of *one* began with."""
     while one.parent is not None:
         one = one.parent
     return one
 
 
 def _after_fork_in_child() -> None:
+    """Drop the entries of other threads, which stayed with the parent."""
+    # The child has one thread. A greenlet belongs to the thread in whose first greenlet its chain of parents
+    # ends.
     here = thread_of(getcurrent())
     for one in list(inside):
-        if thread_of(one) is not here:      # its thread stayed with the parent
+        if thread_of(one) is not here:
             del inside[one]
 
 

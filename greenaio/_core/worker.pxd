@@ -2,26 +2,39 @@ from greenaio._core.job cimport KINDS, job
 from greenaio._core.mailbox cimport pthread_mutex_t
 from greenaio._core.processor cimport place
 
-cdef struct worker:             # on the stack of its thread
-    worker *next                # in `resting`
-    int word                    # AT_WORK, CALLED or ASLEEP
+# It lies on the stack of its thread.
+cdef struct worker:
+    # The link in `resting`.
+    worker *next
+    # AT_WORK, CALLED or ASLEEP.
+    int word
     place at
 
+# The lock guards the changes of all fields. For `limit`, `wary` and `older` the GIL does.
 cdef struct pool:
     pthread_mutex_t lock
-    worker *resting             # the last to rest first
+    # A stack of the workers that rest. The last one to rest is on top.
+    worker *resting
     job *first
     job *last
     int queued
-    int idle                    # threads that wait for a job
+    # Threads that have gone to rest and have not come back. Also one that is called, until it takes the lock.
+    int idle
     int threads
     int limit
-    int bound                   # threads that are bound: one for each hub at most
-    int kept                    # idle threads: one more ends; 0 once it is retired
-    int doubted[KINDS]          # so many calls more of this kind are taken for long
-    bint was_long[KINDS]        # the last of this kind was: another thread may have had the processor
-    int wary                    # so many calls more take threads, for one made in the hub has waited
-    pool *older                 # all pools, for any_busy
+    # Threads that are bound to a processor: one for each hub at most.
+    int bound
+    # The number of idle threads that a pool keeps. One more ends. 0 after the pool is retired.
+    int kept
+    # For each kind, the number of calls that are still taken for long.
+    int doubted[KINDS]
+    # For each kind, whether the last call was long. One alone proves little, because another thread may have
+    # had the processor.
+    bint was_long[KINDS]
+    # The number of calls that still take threads, because one that was made in the hub has waited.
+    int wary
+    # The link of all pools, for `any_busy`.
+    pool *older
 
 cdef int start_worker(void *(*run)(void *) noexcept nogil, void *arg) noexcept
 cdef void *work(void *arg) noexcept nogil
