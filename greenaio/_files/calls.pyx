@@ -1,12 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The system calls on files that are neither a read nor a write, each by a thread of its device.
 
-Any of them may wait for a disk: a path that is not cached, a journal that is full, a close that has pages to
-write. In line go only those on files that have no disk.
+Any of these calls may wait for a disk, because a path is not cached, a journal is full or a close has pages
+to write. Only calls on files that have no disk run inline.
 """
 
 import os
-import posix            # for what may be patched in os
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 import sys
 from io import FileIO
 
@@ -59,8 +60,9 @@ cdef extern from *:
 
     struct closing_file { int fd, stand_in; };
 
-    /* Close the file of a number, and put the stand-in there. Another reference to the file is closed before: only
-       close(2) tells of the error of a server. Without a number for that, the error is lost. */
+    /* Close the file of a number in a thread, and put the stand-in there. First close another fd of the same
+       file, because close(2) tells of the error of a server and dup3(2) does not. If no number is free for
+       that fd, the error is lost. */
     static long replace_file(void *arg)
     {
         struct closing_file *one = arg;
@@ -73,7 +75,8 @@ cdef extern from *:
         return result;
     }
 
-    /* Whether a writer is at the other end of the FIFO *fd*, or was since *fd* is open. Takes nothing out. */
+    /* Return whether the FIFO *fd* has a writer, or has had one since *fd* was opened. Take no data out. If
+       no number is free for the question, return 0, so that the caller asks again later. */
     static inline int has_writer(int fd)
     {
         struct pollfd one = { fd, POLLIN, 0 };
@@ -81,14 +84,16 @@ cdef extern from *:
         if (poll(&one, 1, 0) == 1)
             return 1;
         if (pipe2(ends, O_CLOEXEC) < 0)
-            return 0;                   /* look again later */
-        has = tee(fd, ends[1], 1, SPLICE_F_NONBLOCK) != 0;     /* EAGAIN: a writer that has written nothing */
+            return 0;
+        /* tee fails with EAGAIN if there is a writer that has written nothing, and returns 0 if there is
+           none. */
+        has = tee(fd, ends[1], 1, SPLICE_F_NONBLOCK) != 0;
         close(ends[0]);
         close(ends[1]);
         return has;
     }
 
-    /* Whether something is at the other end of a FIFO, or has left something to read. */
+    /* Return whether the other end of a FIFO is open, or bytes were left to read. */
     static inline int is_met(int fd)
     {
         struct pollfd one = { fd, POLLIN, 0 };
@@ -154,10 +159,14 @@ cdef extern from *:
 
 
 cdef enum:
-    LONELY = -5002              # as GO_ON: the FIFO is open, but nothing is at its other end; open it again
+    # A result of `_walk` besides an fd and minus the errno, as GO_ON is: the FIFO was opened, but its other
+    # end is not open. Open it again.
+    LONELY = -5002
 
-LEASE_MIN = 0.001               # seconds between two attempts to open a file that has a lease; more each time, up to ...
-LEASE_MAX = 0.25                # ... this; then a thread waits
+# The time between two attempts to open a file that has a lease, in seconds. It grows from the minimum to the
+# maximum; then a thread waits in the kernel.
+LEASE_MIN = 0.001
+LEASE_MAX = 0.25
 
 
 cdef enum:
@@ -166,13 +175,14 @@ cdef enum:
 
 cdef int64_t _call(int fd, Device device, keep, long number, long a=0, long b=0, long c=0,
                    long d=0) except? -4096:
-    """The answer of a system call that a thread of *device* makes, or minus its errno."""
+    """Have a thread of *device* make a system call. Return its result, or minus the errno. The request keeps
+    *keep* alive, also after the greenlet was killed."""
     return current_driver().perform_by_thread(new_call(fd, keep, number, a, b, c, d), device.pool())
 
 
 cdef Pool _pool_between(Known source, Known target):
-    """The threads for a call that reads from *source* and writes to *target*, of which either may hang: they hold up
-    no call that uses only one of the two."""
+    """Return the threads for a call that reads from *source* and writes to *target*. Either may hang, so a
+    pair of devices has threads of its own, which hold up no call that uses only one of the two."""
     if not target.kind & STORED or target.device.number == source.device.number or target.device.in_memory:
         return source.device.pool()
     if source.device.in_memory:
@@ -181,7 +191,8 @@ cdef Pool _pool_between(Known source, Known target):
 
 
 cdef Known _open_file(int fd):
-    """The facts known of *fd*. Raises EBADF also for a closed one whose number queued operations keep taken."""
+    """Return the facts of *fd*. Raise EBADF if it is not open, also if the program has closed it and
+    operations that are under way still keep its number."""
     check_open(fd)
     return know(fd, None)
 
@@ -189,10 +200,12 @@ cdef Known _open_file(int fd):
 # Paths -------------------------------------------------------------------------------------------
 
 cdef bytes _encoded(path, str name=None):
-    """Errors name the call *name* of `os` from Python 3.13 on; None for `io`."""
+    """Return *path* as bytes. Raise ValueError if it has a null byte; from Python 3.13 on the message has
+    *name*, the function of `os`. *name* is None for `io`."""
     cdef bytes encoded
     found = os.fsencode(path)
-    encoded = found if type(found) is bytes else bytes(memoryview(found))   # of a subclass
+    # An object of a subclass of bytes is copied, because it may have other methods.
+    encoded = found if type(found) is bytes else bytes(memoryview(found))
     if b'\0' in encoded:
         raise ValueError('embedded null byte' if name is None or sys.version_info < (3, 13)
                          else f'{name}: embedded null character in path')
@@ -202,13 +215,15 @@ cdef bytes _encoded(path, str name=None):
 @cython.final
 @cython.no_gc_clear
 cdef class _Place:
-    """Where a thread begins to look up *path*, which it may do after the working directory has changed.
+    """The place where a thread begins to look up *path*, perhaps after the working directory has changed.
 
-    A relative path begins in the directory that is the working directory now: `dir_fd` is an O_PATH fd of it,
-    which is open as long as this object. The number of another directory is kept as long. The request keeps the
-    object, so a killed greenlet changes nothing.
-    Without a free fd, or where to open the directory would wait for a server, the path is made absolute instead, which
-    differs only if the directory is renamed before the look-up.
+    A relative path begins in the directory that is the working directory now. `dir_fd` is an O_PATH fd of
+    that directory, which stays open as long as this object lives. If the caller gave the fd of another
+    directory, this object keeps its number taken. The request keeps the object, so both hold if the greenlet
+    is killed.
+
+    If no fd is free, or to open the directory would wait for a server, the path is made absolute instead.
+    That makes a difference only if the directory is renamed before the look-up.
     """
 
     cdef bytes path
@@ -217,7 +232,8 @@ cdef class _Place:
     cdef Handle _number
 
     def __cinit__(self, bytes path, int dir_fd):
-        if path.startswith(b'/proc/thread-self/'):      # of the thread that asks
+        # This path means the thread that asks, so name that thread: another one makes the call.
+        if path.startswith(b'/proc/thread-self/'):
             path = b'/proc/self/task/%d/%s' % (syscall(SYS_gettid), path[len(b'/proc/thread-self/'):])
         self.path, self.dir_fd = path, dir_fd
         if path.startswith(b'/'):
@@ -233,7 +249,8 @@ cdef class _Place:
         elif path:
             try:
                 self.path = os.path.join(posix.getcwdb(), path)
-            except OSError:             # no path leads there: the look-up will say so
+            except OSError:
+                # No path leads to the directory, so the look-up will fail with the true error.
                 pass
 
     def __dealloc__(self):
@@ -244,8 +261,8 @@ cdef class _Place:
 
 
 def working_directory():
-    """Return a new O_PATH fd of the working directory. Audit hooks don't see it: the program opens nothing.
-    Raises OSError where a server would have to be asked whether the directory may be searched."""
+    """Return a new O_PATH fd of the working directory. Audit hooks don't see it, because the program opens
+    nothing. Raise OSError if a server would have to be asked whether the directory may be searched."""
     cdef int fd = folder_at_hand()
     if fd < 0:
         raise failed(fd, None)
@@ -260,8 +277,13 @@ cdef int _check_folder(bytes path, int dir_fd) except -1:
 
 
 cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=None, Known known=None) except -1:
-    """*io_mode* is what audit hooks see as the mode: that of `io`, or None from `os`. A new *known* then has all that is
-    known of the file, if that costs no more calls."""
+    """Open *path* and return the fd. Raise OSError with the path as file name.
+
+    Audit hooks see *io_mode* as the mode: the mode of `io`, or None from `os`. If *known* is given, a new
+    object, it gets the facts of the file if they cost no further calls.
+
+    The open runs inline if the path is cached and waits for no disk. Otherwise the hub and threads walk to
+    the file."""
     cdef bytes encoded = _encoded(path, 'open' if io_mode is None else None)
     cdef Driver driver = current_driver()
     cdef _Place place
@@ -276,7 +298,8 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
     if fd >= 0:
         try:
             driver.end_in_line()
-        except BaseException:           # killed there
+        except BaseException:
+            # The greenlet was killed in `end_in_line`, and no code knows the fd.
             close_fd(fd)
             raise
         return fd
@@ -296,7 +319,11 @@ cdef int open_file(object path, int flags, int mode, int dir_fd, object io_mode=
 
 
 cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096:
-    """The result of *call* at the end of *walk*. Each part of the way waits with the threads of its own device."""
+    """Walk on and return the result of *call* at the end of *walk*. Each part of the way waits in threads of
+    its own device.
+
+    A call that empties a file first holds the range of the whole file, so the walk comes back to the hub
+    before the call."""
     cdef Request request
     cdef Pool pool
     cdef Known known
@@ -305,7 +332,8 @@ cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096
     cdef int met
     while result == GO_ON:
         pool = walk.go_on()
-        walk.way.stops_at_end = walk.way.truncates      # to take its turn with the writes of that file
+        # The call has to take its turn with the writes of the file that it empties.
+        walk.way.stops_at_end = walk.way.truncates
         known, mine = walk.truncated(), None
         try:
             # To empty a file frees its blocks.
@@ -329,10 +357,12 @@ cdef int64_t _walk(Driver driver, Walk walk, str name, chain call) except? -4096
 
 
 cdef int64_t _open_without_thread(Request request, way *this) except? -4096:
-    """Open what may wait for ever, where no thread can be started: the hub may not wait there.
+    """Open a file whose open may wait for ever, when no thread can be started. The hub may not wait in such
+    an open.
 
-    A FIFO is opened with O_NONBLOCK, as often as it takes for the other end to be there. A file that has a lease
-    is LEASED, and tried again. A device that may wait is opened all the same."""
+    A FIFO is opened with O_NONBLOCK, again and again until its other end is open. For a file that has a lease
+    the result is LEASED, and the caller tries again. A device that may wait is opened in the hub even so.
+    Return the fd, or minus the errno."""
     cdef int fifo = request.fifo
     cdef int64_t fd = -ENXIO
     cdef double delay = LEASE_MIN
@@ -342,7 +372,8 @@ cdef int64_t _open_without_thread(Request request, way *this) except? -4096:
         return -EEXIST
     try:
         while True:
-            if fd == -ENXIO:            # of a writer: no process reads there
+            # The kernel says ENXIO to a writer while no process has the FIFO open for reading.
+            if fd == -ENXIO:
                 fd = open_fd_again(fifo, this.flags & ~(O_CREAT | O_NOFOLLOW))
             if fd < 0 and fd != -ENXIO:
                 return fd
@@ -361,12 +392,15 @@ cdef int64_t _open_without_thread(Request request, way *this) except? -4096:
 
 
 cdef bint _has_peer(int fd) except -1:
-    """Whether the other end of the FIFO *fd* is open; if not, close *fd*. For an open that may have met only
-    `Request.meet`, because another greenlet that waited for the same FIFO was killed during the open."""
+    """Return whether the other end of the FIFO *fd* is open; if not, close *fd*.
+
+    The open may have met no peer but `Request.meet`, which opens the other end to free the thread of a killed
+    greenlet: another greenlet that waited for the same FIFO was killed during the open."""
     cdef bint has = False
     cdef double delay = LEASE_MIN
     try:
-        while meetings_under_way() and delay < LEASE_MAX:       # they end when their threads have returned
+        # A meeting ends when its thread has returned.
+        while meetings_under_way() and delay < LEASE_MAX:
             sleep(delay)
             delay *= 1.5
         has = is_met(fd)
@@ -379,11 +413,12 @@ cdef bint _has_peer(int fd) except -1:
 cdef int64_t _wait_for_lease(Driver driver, Walk walk) except? -4096:
     """Open the file again until the process that has a lease on it has given it up.
 
-    The first attempt has told that process, which usually answers at once. Only an open that waits in the kernel
-    hears of the answer, and nothing calls its thread back when the greenlet is killed: the thread stays there until
-    the kernel takes the lease away, after ``/proc/sys/fs/lease-break-time``. So the greenlet first tries for most
-    of a second, and then has a thread wait that is no disk's. The thread also gets the true answer of a file system
-    that says EAGAIN for another reason."""
+    The first attempt has told that process, which usually answers at once. Only an open that waits in the
+    kernel hears of the answer, and nothing calls its thread back if the greenlet is killed. The thread stays
+    there until the kernel takes the lease away, after ``/proc/sys/fs/lease-break-time``. So the greenlet
+    first tries for most of a second, and then has a thread wait that belongs to no disk. That thread also
+    gets the true answer of a file system that says EAGAIN for another reason. Return the fd, or minus the
+    errno."""
     cdef int64_t fd = LEASED
     cdef double delay = LEASE_MIN
     while fd == LEASED:
@@ -392,26 +427,30 @@ cdef int64_t _wait_for_lease(Driver driver, Walk walk) except? -4096:
         walk.way.is_patient = delay > LEASE_MAX
         fd = _walk(driver, walk, 'open', open_there)
         if fd == LEASED and walk.way.is_patient and not _is_lease_breaking():
-            return -EAGAIN              # no thread was to be had that would have told so
+            # The open has EAGAIN for another reason than a lease, and no thread could be started for the true
+            # answer.
+            return -EAGAIN
     return fd
 
 
 cdef bint _is_lease_breaking() except -1:
-    """Whether any process is asked to give up a lease, as far as the kernel tells."""
+    """Return whether any process is asked to give up a lease; also if the kernel does not tell."""
     try:
         with FileIO('/proc/locks') as locks:
             return any(b' LEASE ' in line and b' BREAKING ' in line for line in locks.readall().splitlines())
-    except OSError:                     # without /proc
+    except OSError:
+        # There is no /proc.
         return True
 
 
 def open(path, flags, mode=0o777, *, dir_fd=None, io_mode=None):
+    """Open *path* as `os.open` does. Return the fd. Raise OSError. Audit hooks see *io_mode* as the mode."""
     return open_file(os.fspath(path), c_int(flags), c_int(mode), AT_FDCWD if dir_fd is None else c_int(dir_fd),
                      io_mode)
 
 
 def open_here(path, int flags, int mode, *, io_mode=None):
-    """`open` that blocks this thread."""
+    """Open *path* as `open` does, but block the calling thread. Return the fd. Raise OSError."""
     cdef bytes encoded = _encoded(path)
     cdef int64_t fd
     flags |= O_CLOEXEC
@@ -423,6 +462,8 @@ def open_here(path, int flags, int mode, *, io_mode=None):
 
 
 def stat(path, *, dir_fd=None, follow_symlinks=True):
+    """Return the stat of *path*, or of an fd, as `os.stat` does: inline if the kernel's cache tells all,
+    otherwise by threads of the devices on the way. Raise OSError."""
     cdef bytes encoded
     cdef int flags = 0 if follow_symlinks else AT_SYMLINK_NOFOLLOW
     if PyIndex_Check(path):
@@ -431,7 +472,8 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
         if not follow_symlinks:
             raise ValueError('stat: cannot use fd and follow_symlinks together')
         if c_int(path) < 0:
-            return posix.stat(path)     # which has an error of its own for that
+            # `posix.stat` has an error of its own for a negative number.
+            return posix.stat(path)
         try:
             return fstat(path)
         except OSError as error:
@@ -470,7 +512,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
 
 
 def unlink(path):
-    """`os.unlink`."""
+    """Remove *path* as `os.unlink` does. Raise OSError."""
     cdef bytes encoded = _encoded(os.fspath(path), 'unlink')
     cdef _Place place
     cdef Walk walk
@@ -486,6 +528,8 @@ def unlink(path):
 
 
 def fstat(fd):
+    """Return the stat of the open *fd*, as `os.fstat` does: inline unless a server has to be asked. Raise
+    OSError."""
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
     if in_line(known, 0) or known.device.is_local:
@@ -499,6 +543,8 @@ def fstat(fd):
 
 
 cdef object _stat_result(c_stat *st):
+    """Return the `os.stat_result` for the answer of the kernel, with the fields that `os.stat` gives on
+    Linux."""
     atime, mtime, ctime = _ns(st.st_atim), _ns(st.st_mtim), _ns(st.st_ctim)
     return os.stat_result(
         (st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid, st.st_size,
@@ -510,6 +556,7 @@ cdef object _stat_result(c_stat *st):
 
 
 cdef object _ns(timespec when):
+    """Return the time in nanoseconds, as an int of any size."""
     return <object>when.tv_sec * 1000000000 + when.tv_nsec
 
 
@@ -518,38 +565,45 @@ cdef double _seconds(timespec when) noexcept:
 
 
 def initialize(object raw, int fd, str mode, bint is_shared=False):
-    """``FileIO.__init__(raw, fd, mode, False)``, without a wait in the hub.
+    """Do the work of ``FileIO.__init__(raw, fd, mode, False)`` without a wait in the hub.
 
-    `io.FileIO` asks for the size and goes to the end: a server may not answer, and a block device may be locked. So it
-    gets another file, which has a position if *fd* has one, and the number *fd* afterwards."""
+    `io.FileIO` asks for the size and moves to the end. A server may not answer that, and a block device may
+    be locked. So it first gets another file, which has a position if *fd* has one, and afterwards the number
+    *fd*."""
     cdef raw_file *memory
     cdef bint appends = 'a' in mode
     cdef bint has_position = not appends or _open_file(fd).kind & LOCKED != 0
-    if not has_position:                # the kernel knows that without the server
+    # The kernel answers this without the server.
+    if not has_position:
         has_position = _loop.has_position(fd, _loop.WRITE) if is_shared else seek(fd, 0, SEEK_CUR) >= 0
     others = (posix.open(os.devnull, os.O_RDONLY | O_CLOEXEC),) if has_position else posix.pipe2(O_CLOEXEC)
     try:
         FileIO.__init__(raw, others[0], mode, False)
         memory = <raw_file *><PyObject *>raw
-        if memory.fd != others[0]:      # the objects of `io` are others than we know
+        if memory.fd != others[0]:
+            # The object has another layout than `raw_file`, so its own `__init__` has to do.
             FileIO.__init__(raw, fd, mode, False)
             return
         memory.fd = fd
     finally:
         for other in others:
             posix.close(other)
-    if hasattr(raw, '_blksize'):        # what the buffers above it are to have
+    # The buffers above *raw* take this as their size.
+    if hasattr(raw, '_blksize'):
         try:
             raw._blksize = block_size(fd)
-        except AttributeError:          # Python 3.14 does not let us
+        except AttributeError:
+            # The attribute is read-only since Python 3.14.
             pass
     if appends and has_position:
         lseek(fd, 0, SEEK_END, is_shared)
 
 
 def lseek(int fd, int64_t offset, int whence, bint is_shared=False):
-    """Inline, where that needs to look at nothing that could have to be fetched, and no read can have the lock. A read of
-    another process or thread may, if the position *is_shared*."""
+    """Move the file's own position. Return the new one, in bytes. Raise OSError.
+
+    The call runs inline if it needs no data that may have to be fetched, and no read can hold the lock of the
+    position. If the position *is_shared*, a read of another process or thread may hold the lock."""
     cdef Known known = _open_file(fd)
     cdef int64_t result
     if (whence > SEEK_END or whence == SEEK_END and not known.device.is_local or seek_may_wait(known)
@@ -566,25 +620,29 @@ cdef struct extent:
     int64_t is_data
 
 
-cdef struct survey:             # what `_find_extents` gets, and finds
+# The arguments of `_find_extents`, and its result: up to `room` extents in `found`.
+cdef struct survey:
     int fd
     int64_t offset
     int64_t end
-    int room                    # extents
+    int room
     extent *found
 
 
 cdef int64_t _next_border(int fd, int64_t offset, int64_t end, int whence) noexcept nogil:
-    """Where the next data or the next hole begins, *end* at most; or minus the errno. A server may say anything."""
+    """Return the offset where the next data or the next hole begins, at most *end*; or minus the errno. The
+    result is kept between *offset* and *end*, because a server may give any answer."""
     cdef int64_t found = seek(fd, offset, whence) if offset < end else end
     if found < 0:
-        return end if c_errno == ENXIO else -c_errno    # nothing comes any more
+        # ENXIO means that no data follows.
+        return end if c_errno == ENXIO else -c_errno
     return min(max(found, offset), end)
 
 
 cdef long _find_extents(void *arg) noexcept nogil:
-    """In a thread: list the extents from `survey.offset` on. Return how many; or minus the errno, if there is none
-    before an error."""
+    """List the extents from `survey.offset` on, in a thread. Return their number; or minus the errno, if an
+    error comes before the first one. The number of seeks is bounded, because a server may answer with the
+    same offset for ever."""
     cdef survey this = (<survey *>arg)[0]
     cdef int64_t offset = this.offset
     cdef int64_t border
@@ -605,8 +663,9 @@ cdef long _find_extents(void *arg) noexcept nogil:
 
 
 def extents(int fd, int64_t offset, int64_t end):
-    """Return lengths in bytes, and whether there is data, from *offset* to *end*, or less far if there are many. A hole
-    reads as zeros. Moves the file's own position. Raises OSError."""
+    """Return a list of pairs: the length of an extent in bytes, and whether it has data. A hole reads as
+    zeros. The list goes from *offset* to *end*, or less far if there are many extents. The call moves the
+    file's own position. Raise OSError."""
     cdef int room = _arguments.EXTENTS_MAX
     cdef AlignedBuffer memory = scratch(sizeof(survey) + room * sizeof(extent))
     cdef survey *this = <survey *>memory.address
@@ -621,7 +680,8 @@ def extents(int fd, int64_t offset, int64_t end):
 
 
 def ioctl(int fd, unsigned long number, bytes argument):
-    """Return what ``ioctl(fd, number, argument)`` makes of the bytes of its *argument*. Raises OSError."""
+    """Make the call ``ioctl(fd, number, argument)``. Return the bytes of *argument* as the call has left
+    them. Raise OSError."""
     cdef AlignedBuffer memory = scratch(len(argument))
     memcpy(memory.address, <char *>argument, len(argument))
     cdef int64_t result = _call(fd, _open_file(fd).device, memory, SYS_ioctl, fd, number, <long>memory.address)
@@ -635,41 +695,46 @@ learn_umask, umask = _caller.learn_umask, _caller.umask
 
 
 def errors_of_newer_calls():
-    """Return the errno of each newer system call that has a substitute here, by name. They are made with arguments
-    that no kernel accepts, so the errno is EBADF, EFAULT or EINVAL, unless the call is denied or not known."""
+    """Return a dict from the name of each newer system call that has a substitute here to its errno. The
+    calls are made with arguments that no kernel accepts, so the errno is EBADF, EFAULT or EINVAL unless the
+    call is denied or unknown."""
     return {name: c_errno if syscall(number, -1, NULL, NULL, NULL, NULL, NULL) < 0 else 0 for name, number in (
         ('statx', SYS_statx), ('preadv2', SYS_preadv2), ('pwritev2', SYS_pwritev2), ('openat2', 437),
         ('copy_file_range', SYS_copy_file_range), ('cachestat', 451), ('statmount', 457))}
 
 
-# Ranges that greenlets hold, see `alignment` -------------------------------------------------------
+# Ranges that greenlets hold, see `sectors` -------------------------------------------------------
 
 cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept:
-    """What a buffered write changes: the page cache reads and writes back whole pages."""
+    """Return the range that a buffered write changes, in bytes. The page cache reads and writes back whole
+    pages."""
     return start & ~<uint64_t>(PAGE - 1), (end + PAGE - 1) & ~<uint64_t>(PAGE - 1)
 
 
 cdef bint takes_turn(Known known, Request request) except -1:
-    """Whether *request*, which changes the file, has to hold a range of it, because greenlets do. If not, it counts
-    in the writes of the inode from now on. No other thread runs between the look and the count, and the greenlet that
-    asks for the first range of the file looks at the writes afterwards."""
+    """Return whether *request*, which changes the file, has to hold a range of it, because greenlets hold
+    ranges. If not, the request counts in the writes of the inode from now on.
+
+    No other thread runs between the look at the ranges and the count. The greenlet that asks for the first
+    range of the file looks at the writes afterwards, so it sees this request."""
     if known._inode is None:
         known.inode()
     if known._inode.ranges is not None:
         return True
-    if not known.device.in_memory:      # where no write is one of whole sectors, which would have to wait
+    # In memory no write has to be one of whole sectors, so none waits for this request.
+    if not known.device.in_memory:
         request.count_in(known._inode.writes, known._inode)
     return False
 
 
 cdef object hold_range(int fd, Known known, start, end):
-    """Wait for the range. *fd* stays the same file until then."""
+    """Wait for the range, and return it held. The number *fd* stays the same file until then."""
     return alignment.hold(fd, known.inode(), start, end)
 
 
 cdef object shield_in(mine, int fd, work):
-    """The `Shielded` of ``work()``, in the range that *mine* holds and which is given back at its end; or at once if the
-    work can't begin, for want of memory."""
+    """Return the `Shielded` of ``work()``, which runs in the range that *mine* holds and gives the range back
+    at its end. If the work can't begin because memory is short, give the range back at once and raise."""
     try:
         return alignment.Shielded(fd, work, mine)
     except BaseException:
@@ -678,13 +743,14 @@ cdef object shield_in(mine, int fd, work):
 
 
 cdef object work_in(mine, int fd, work):
-    """``work()``, see `shield_in`."""
+    """Wait for the end of ``work()`` in the range of *mine*, and return its result. See `shield_in`."""
     return shield_in(mine, fd, work).get()
 
 
 def settle(int fd):
-    """Wait until no write to the file *fd* is under way in this process, of a killed greenlet either: then it ends where
-    it seems to. Until the caller waits again, no other greenlet of this thread writes there."""
+    """Wait until no write to the file *fd* is under way in this process, not even one of a killed greenlet.
+    Then the file ends where it seems to end. Until the caller waits again, no other greenlet of this thread
+    writes there."""
     cdef Known known = know(fd, None)
     cdef Inode inode = known.inode()
     if inode.ranges is not None or inode.writes.count:
@@ -692,8 +758,8 @@ def settle(int fd):
 
 
 def _change(int fd, Known known, int64_t start, Request request, Pool pool=None):
-    """The answer of the call *request*, which changes the file *fd* from *start* on; minus the errno. It holds that, if
-    greenlets hold ranges of the file."""
+    """Make the call *request*, which changes the file *fd* from *start* on. Return its result, or minus the
+    errno. The call holds the file from *start* on if greenlets hold ranges of it."""
     current_driver().check_caller()
     request.file = known
     if not takes_turn(known, request):
@@ -711,11 +777,14 @@ def _change(int fd, Known known, int64_t start, Request request, Pool pool=None)
 
 
 cdef int64_t _perform(Request request, Known known, Pool pool) except? -4096:
+    """Have a thread make the call. Return its result, or minus the errno. *pool* is None for the threads of
+    the device."""
     return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)
 
 
 cdef int64_t _change_in(mine, Request request, Known known) except? -4096:
-    """The answer of a call that changes the file, in the range that *mine* holds."""
+    """Make a call that changes the file, in the range that *mine* holds. Return its result, or minus the
+    errno."""
     request.file = known
     request.count_in(mine.writes, mine)
     return _perform(request, known, None)
@@ -724,14 +793,16 @@ cdef int64_t _change_in(mine, Request request, Known known) except? -4096:
 # Descriptors -------------------------------------------------------------------------------------
 
 def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
-    """With *is_told* audit hooks see it, as they see that of `os` and not that of a file object."""
+    """Set the size of the file *fd* to *length* bytes. Raise OSError. With *is_told* audit hooks see the
+    call: they see `os.ftruncate`, but no truncation by a file object."""
     cdef int number = c_int(fd)
     cdef Known known
     cdef int64_t result
     if is_told:
         sys.audit('os.truncate', number, length)
     known = _open_file(number)
-    if in_line(known, max(0, file_size(number) - length)):      # to free memory takes time, too
+    # The call frees the memory of the bytes that it cuts off, and a large amount takes time.
+    if in_line(known, max(0, file_size(number) - length)):
         result = make_here(new_call(number, None, SYS_ftruncate, number, length))
     else:
         result = _change(number, known, length, new_call(number, None, SYS_ftruncate, number, length))
@@ -740,11 +811,13 @@ def ftruncate(fd, Py_ssize_t length, *, bint is_told=False):
 
 
 cdef int64_t truncate_file(int fd, Known known, int64_t length, mine) except? -4096:
-    """0, or minus the errno. *mine* is the range that is held."""
+    """Set the size of the file to *length* bytes, in the range that *mine* holds. Return 0, or minus the
+    errno."""
     return _change_in(mine, new_call(fd, None, SYS_ftruncate, fd, length), known)
 
 
 def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
+    """Allocate *length* bytes at *offset* of the file *fd*, as `os.posix_fallocate` does. Raise OSError."""
     cdef int number = c_int(fd)
     cdef Known known = _open_file(number)
     cdef int64_t result
@@ -754,11 +827,13 @@ def posix_fallocate(fd, Py_ssize_t offset, Py_ssize_t length):
 
 
 cdef int64_t fallocate_file(int fd, Known known, int mode, int64_t offset, int64_t length, mine) except? -4096:
-    """0, or minus the errno. *mine* is the range that is held."""
+    """Make the call fallocate(2), in the range that *mine* holds. Return 0, or minus the errno."""
     return _change_in(mine, new_call(fd, None, SYS_fallocate, fd, mode, offset, length), known)
 
 
 def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None):
+    """Copy up to *count* bytes from the file *src* to the file *dst*, as `os.copy_file_range` does. Return
+    the number of bytes copied. Raise OSError. An offset of None is the file's own position."""
     cdef int source = c_int(src), target = c_int(dst)
     cdef Known known
     cdef AlignedBuffer memory = scratch(16)
@@ -770,7 +845,8 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
     offsets[1] = 0 if offset_dst is None else offset_dst
     known = _open_file(source)
     cdef Known other = _open_file(target)
-    with using(source), using(target):          # also while it waits for a range of the target
+    # The numbers stay taken, also during the wait for a range of the target.
+    with using(source), using(target):
         result = _copy(target, other, offsets[1], new_call(
             source, memory, SYS_copy_file_range, source, 0 if offset_src is None else <long>&offsets[0],
             target, 0 if offset_dst is None else <long>&offsets[1], count), source, known)
@@ -780,7 +856,8 @@ def copy_file_range(src, dst, Py_ssize_t count, offset_src=None, offset_dst=None
 
 
 cdef int64_t _copy(int target, Known other, int64_t start, Request request, int source, Known known) except? -4096:
-    """The answer of the call *request*, which copies from *source* to *target*, from *start* on."""
+    """Make the call *request*, which copies from *source* to *target*, from *start* on. Return its result, or
+    minus the errno."""
     cdef Pool pool = _pool_between(known, other)
     if other.kind & STORED:
         request.fd, request.other_fd = target, source
@@ -790,16 +867,20 @@ cdef int64_t _copy(int target, Known other, int64_t start, Request request, int 
 
 
 def readahead(int fd, int64_t offset, Py_ssize_t count):
-    """Have the page cache read what is likely to be asked for. Best effort: no error."""
+    """Have the page cache read *count* bytes at *offset* ahead. An error is ignored, because a read will tell
+    it."""
     _call(fd, _open_file(fd).device, None, SYS_readahead, fd, offset, count)
 
 
 def start_writing(int fd, int64_t offset, int64_t nbytes):
-    """Have the page cache begin to write what is dirty there. Best effort: fsync tells of errors."""
+    """Have the page cache begin to write the dirty pages of the range. An error is ignored, because fsync
+    will tell it."""
     _call(fd, _open_file(fd).device, None, SYS_sync_file_range, fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
 
 
 def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
+    """Send up to *count* bytes of the file *in_fd*, from *offset* on, to *out_fd*, as `os.sendfile` does.
+    Return the number of bytes sent. Raise OSError. An *offset* of None is the file's own position."""
     cdef int target = c_int(out_fd), source = c_int(in_fd)
     cdef Known known, other
     cdef AlignedBuffer memory = scratch(8)
@@ -808,31 +889,34 @@ def sendfile(out_fd, in_fd, offset, Py_ssize_t count):
     at[0] = 0 if offset is None else offset
     known = _open_file(source)
     other = _open_file(target)
-    with using(source), using(target):      # also while it waits for the socket
+    # The numbers stay taken, also during the wait for the socket.
+    with using(source), using(target):
         while True:
             result = _copy(target, other, 0, new_call(
                 source, memory, SYS_sendfile, target, source, 0 if offset is None else <long>at, count),
                 source, known)
             if result != -EAGAIN:
                 break
-            _loop.wait_for(target, _loop.WRITE)     # a non-blocking socket that is full, as gevent's are
+            # The target is a non-blocking socket that is full. The sockets of gevent are non-blocking.
+            _loop.wait_for(target, _loop.WRITE)
     if result < 0:
         raise failed(result, None)
     return result
 
 
 def close(fd, *, bint may_wait=True, bint is_forgotten=False):
+    """Close *fd*. See `close_file` for the arguments. Raise OSError."""
     close_file(c_int(fd), may_wait, is_forgotten)
 
 
 # Closing -----------------------------------------------------------------------------------------
 #
-# A close may have data to write, a server to tell, or the blocks of a file without a name to free. So a thread
-# makes it. Until it is done the number must not come to mean another file: the greenlet that asked for the close
-# may be killed, and close the number again. But close(2) frees the number before it begins to wait. So the thread
-# puts a stand-in in the file's place, by dup3(2), which closes the file as close(2) does and keeps the number
-# taken. The hub closes the stand-in when the thread is done, and forgets the `Handle` in the same moment. Until
-# then the handle answers EBADF to every call.
+# A close may have to write data, tell a server, or free the blocks of a file without a name. So a thread
+# makes it. Until the close is done the number must not come to mean another file, because the greenlet that
+# asked for the close may be killed, and close the number again. But close(2) frees the number before it
+# begins to wait. So the thread puts a stand-in at the number by dup3(2), which closes the file as close(2)
+# does and keeps the number taken. The hub closes the stand-in when the thread is done, and forgets the
+# `Handle` in the same moment. Until then the handle answers EBADF to every call.
 
 @cython.final
 cdef class _SlowClose:
@@ -842,43 +926,51 @@ cdef class _SlowClose:
     cdef Pool _pool
 
     def __call__(self, Handle handle):
-        """Begin it, and wait for nothing; for the last user of *handle*."""
+        """Begin the close, and wait for nothing. The last user of *handle* calls this."""
         cdef Driver driver = None
         cdef Request request = None
         try:
             if get_hub_if_exists() is not None:
                 driver = current_driver()
                 request = self._request(handle)
-        except (MemoryError, OSError, RuntimeError):    # no number is free for it, or the interpreter ends
+        except (MemoryError, OSError, RuntimeError):
+            # No number or memory is free for the stand-in, or the interpreter ends.
             pass
         finally:
             if request is None:
-                handle.close_number()   # here and now
+                # There is no request, so close the number in this thread.
+                handle.close_number()
         if request is not None:
             driver.let_run(request, self._pool)
 
     cdef int64_t wait(self, Handle handle) except? -4096:
-        """Wait for it; for the only user of *handle*. Return 0, or minus the errno."""
+        """Make the close and wait for it. Return 0, or minus the errno. The only user of *handle* calls
+        this."""
         cdef Driver driver
         cdef Request request = None
         handle.close_with(_close_number)
         try:
-            driver = current_driver()   # the hub may be newer than the file, and this its first wait
+            # The hub may be newer than the file, and this its first wait, so this may raise.
+            driver = current_driver()
             request = self._request(handle)
         except (MemoryError, OSError, RuntimeError):
             pass
         finally:
-            handle.let_go()             # without a request this closes it here and now
+            # Without a request, the handle has no other user and this closes the number in this thread.
+            handle.let_go()
         return 0 if request is None else driver.perform_by_thread(request, self._pool)
 
     cdef Request _request(self, Handle handle):
-        """The request for it, which becomes a user of *handle*. Raises OSError if no number is free."""
+        """Return the request for the close, which becomes a user of *handle*. Raise OSError if no number is
+        free."""
         cdef Request request
         self._file.fd = handle.fd
-        self._file.stand_in = epoll_create1(O_CLOEXEC)     # a number that reads and writes nothing
+        # The stand-in is an epoll instance, because a read or write of one fails.
+        self._file.stand_in = epoll_create1(O_CLOEXEC)
         if self._file.stand_in < 0:
             raise failed(-c_errno, None)
-        handle.stand_in = self._file.stand_in       # which is closed with it
+        # The handle closes the stand-in at its own end.
+        handle.stand_in = self._file.stand_in
         request = new_close(self, replace_file, &self._file)
         request.handle = handle.again()
         handle.close_with(_close_number)
@@ -890,35 +982,42 @@ def _close_number(Handle handle):
 
 
 cdef bint _close_waits(Known known) except -1:
-    """Whether closing the file, which has a name, may write data or ask a server."""
+    """Return whether the close of the file, which has a name, may write data or ask a server."""
     return not in_line(known, 0) and (known.kind & WRITABLE or not known.device.is_local
-                                      # the last close of a block device writes what others have left dirty
+                                      # The last close of a block device writes the pages that others left
+                                      # dirty.
                                       or known.kind & (STORED | REGULAR) == STORED)
 
 
 cdef Pool _pool_to_close(int fd, bint also_writers, Known known):
-    """The threads that close the file *fd*, or None if its close waits for nothing. Of files that are open for
-    writing and have a name this is asked if *also_writers*."""
+    """Return the threads that close the file *fd*, or None if its close waits for nothing. Without
+    *also_writers*, the answer is also None for a file that is open for writing and has a name."""
     try:
         known = know_again(fd, known)
         if known.is_nameless or (also_writers or not known.kind & WRITABLE) and _close_waits(known):
             return known.device.pool()
     except OSError as error:
         if error.errno == EBADF:
-            raise                       # else xfs that is shut down tells nothing, and has nothing to wait for
+            raise
+        # Any other error, such as one of an xfs that was shut down, leaves a close that has nothing to wait
+        # for.
     except MemoryError:
         pass
     return None
 
 
 cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=None) except -1:
-    """Close *fd*, of which the caller may have *known* something. Raises EBADF if it is being closed already.
+    """Close *fd*. *known* has the facts of the file that the caller knows, or is None. Raise OSError: EBADF
+    if the fd is being closed already, otherwise the error of the close.
 
-    Operations that need the number go on, and the last of them closes it. Else a thread closes it, if the close may
-    wait. This greenlet waits for the thread if it can and *may_wait*; in the hub it makes the plain call instead.
-    A finalizer closes an fd that *is_forgotten*: no code knows its number any more, so the thread that frees a
-    file without a name, or tells a server of the end of a reader, may close it later, and the finalizer waits for
-    nothing. A forgotten writer is closed at once: until then the file can't be executed."""
+    If operations need the number, they go on, and the last of them closes it. Otherwise a thread closes the
+    fd if the close may wait. This greenlet waits for the thread if it can and *may_wait* is set; the hub
+    can't, and makes the plain call.
+
+    A finalizer closes an fd that *is_forgotten*, which means that no code knows its number any more. So a
+    thread that frees a file without a name, or tells a server of the end of a reader, may close the fd later,
+    and the finalizer waits for nothing. A forgotten writer is closed at once, because the file can't be
+    executed before that."""
     cdef _SlowClose slow = None
     cdef Handle handle
     cdef Pool pool = None
@@ -932,7 +1031,8 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=
         pool = _pool_to_close(fd, handle is not None or may_wait, known)
     if pool is not None:
         slow = _new_slow_close(pool)
-    # From here on no other thread comes between. The answers above may be out of date, so ask for the handle again.
+    # From here on no other thread runs until the close has begun. The answers above may be out of date, so
+    # ask for the handle again.
     handle = handle_of(fd)
     if handle is not None or slow is not None:
         handle = _take_to_close(fd)
@@ -952,7 +1052,7 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=
 
 
 cdef _SlowClose _new_slow_close(Pool pool):
-    """None if there is no memory for it."""
+    """Return a `_SlowClose` for threads of *pool*; None if there is no memory for it."""
     cdef _SlowClose slow
     try:
         slow = _SlowClose.__new__(_SlowClose)
@@ -963,7 +1063,7 @@ cdef _SlowClose _new_slow_close(Pool pool):
 
 
 cdef Handle _take_to_close(int fd):
-    """Take *fd*. None if there is no memory for it."""
+    """Take *fd* and return its handle; None if there is no memory for it."""
     try:
         return take(fd)
     except MemoryError:

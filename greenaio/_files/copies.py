@@ -1,4 +1,4 @@
-"""Copies of whole files."""
+"""Copy whole files, by copy_file_range(2) in threads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from greenaio._core.handle import using
 from greenaio._files.arguments import StrPath
 from greenaio._files.extension import File, _calls
 
-# Bytes that one thread copies before it tells how far it is, and bytes that are read ahead.
+# In bytes: one thread copies so many before `progress` is called, and so many are read ahead.
 COPY_BLOCK = 4 << 20
 COPY_AHEAD = 8 << 20
 
 NEW = os.O_WRONLY | os.O_CREAT
 # Sandboxes, security modules and file systems refuse copy_file_range with these errors. Then reads and writes
-# may copy the file, or tell the error.
+# may still copy the file, or raise the true error.
 CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES,
                errno.EBADF, errno.EIO, errno.ENOENT, errno.ENOTTY, errno.EOVERFLOW, errno.ETXTBSY)
 
@@ -34,7 +34,7 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
     """Copy the contents of the file *src* to *dst*, and return that, as ``shutil.copyfile`` does.
 
     The kernel copies, in threads, while it reads ahead and begins to write back. *progress* is called with
-    the bytes copied and the bytes in all. Raises OSError, and shutil's SameFileError and SpecialFileError.
+    the bytes copied and the bytes in all. Raise OSError, and SameFileError and SpecialFileError of shutil.
     """
     sys.audit('shutil.copyfile', src, dst)
     src = os.fspath(src)
@@ -46,7 +46,8 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
                        dir_fd=here)
             return dst
         with File(src, dir_fd=here) as source:
-            if source.kind == stat.S_IFDIR:     # before the target is emptied
+            # Raise this before the target is emptied.
+            if source.kind == stat.S_IFDIR:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), src)
             with _open_target(dst, one, src, here) as target:
                 _copy(source, target, one.st_size if one else 0, progress or (lambda done, size: None))
@@ -55,9 +56,9 @@ def copyfile(src: StrPath, dst: StrPath, *, follow_symlinks: bool = True,
 
 @contextlib.contextmanager
 def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
-    """An fd of the directory in which relative *paths* begin: later it may be another. None where that makes
-    no difference, without a free fd, or where a server has to be asked: then each look-up asks it in a
-    thread."""
+    """Yield an fd of the working directory, in which relative *paths* begin, because the program may change
+    it during the copy. Yield None if no path is relative, if no fd is free, or if a server has to be asked
+    for the directory; then a thread asks it at each look-up."""
     here = None
     with contextlib.suppress(OSError):
         if not all(map(os.path.isabs, paths)):
@@ -66,13 +67,15 @@ def _directory_of_the_call(*paths: str | bytes) -> Iterator[int | None]:
         yield here
     finally:
         if here is not None:
-            _calls.close(here, may_wait=False)  # not before an open that is with a thread
+            # The number stays open until an open that runs in a thread is over.
+            _calls.close(here, may_wait=False)
 
 
 def _open_target(dst: StrPath, one: os.stat_result | None, src: StrPath, here: int | None) -> File:
-    """The file *dst*, emptied. *one* is the stat of *src*, which must be another file."""
+    """Open the file *dst* and empty it. *one* is the stat of *src*. Raise SameFileError if that is the same
+    file."""
     try:
-        # There is nothing to look at first, and that costs nothing.
+        # A new file can't be the source, so this open saves a stat.
         return File(dst, NEW | os.O_EXCL, dir_fd=here)
     except FileExistsError as error:
         if was_thrown(error):
@@ -82,11 +85,13 @@ def _open_target(dst: StrPath, one: os.stat_result | None, src: StrPath, here: i
     except IsADirectoryError as error:
         if was_thrown(error) or _checked(dst, here):
             raise
-        # The kernel takes a name that ends in a slash for a directory, which is not there: say that.
+        # The kernel takes a name that ends in a slash for a directory. That directory does not exist, so say
+        # that.
         raise FileNotFoundError(f'Directory does not exist: {os.fsdecode(dst)}') from error
 
 
 def _is_link(name: StrPath, here: int | None) -> bool:
+    """Return whether *name* is a symbolic link; no if that can't be found out."""
     try:
         return stat.S_ISLNK(_calls.stat(name, dir_fd=here, follow_symlinks=False).st_mode)
     except OSError as error:
@@ -96,7 +101,9 @@ def _is_link(name: StrPath, here: int | None) -> bool:
 
 
 def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath, here: int | None) -> None:
-    import shutil  # it imports archives and compression
+    """Raise SameFileError if *dst* is the file of the stat *one*."""
+    # Import it late, because it imports archives and compression.
+    import shutil
 
     other = _checked(dst, here)
     if one and other and os.path.samestat(one, other):
@@ -104,6 +111,7 @@ def _refuse_same(one: os.stat_result | None, src: StrPath, dst: StrPath, here: i
 
 
 def _checked(name: StrPath, here: int | None) -> os.stat_result | None:
+    """Return the stat of *name*, or None if it has none. Raise SpecialFileError for a FIFO."""
     import shutil
 
     try:
@@ -111,13 +119,16 @@ def _checked(name: StrPath, here: int | None) -> os.stat_result | None:
     except OSError as error:
         if was_thrown(error):
             raise
-        return None                     # opening it will say why
-    if stat.S_ISFIFO(found.st_mode):    # an open would wait for the other end
+        # The open will raise the true error.
+        return None
+    # An open of a FIFO would wait for the other end.
+    if stat.S_ISFIFO(found.st_mode):
         raise shutil.SpecialFileError(f'`{os.fsdecode(name)}` is a named pipe')
     return found
 
 
 def _copy(source: File, target: File, size: int, progress: Callable[[int, int], object]) -> None:
+    """Copy all bytes block by block. *size* is the number of bytes to expect, 0 if it is not known."""
     done = 0
     ahead: Any = None
     with using(source.fileno()), using(target.fileno()):
@@ -128,30 +139,36 @@ def _copy(source: File, target: File, size: int, progress: Callable[[int, int], 
                 n = _copy_block(source, target, done)
                 if n == 0:
                     return
-                if size > COPY_BLOCK:   # else it costs more than it brings
+                # For a small file this costs more than it brings.
+                if size > COPY_BLOCK:
                     _calls.start_writing(target.fileno(), done, n)
                 done += n
                 progress(done, max(size, done))
                 if source.is_local and 0 < source._size() <= done:
-                    return              # of others, and in /proc, the length says little
+                    # Only the length of a local file is reliable. Any other file is read until it gives no
+                    # byte.
+                    return
         finally:
             if ahead is not None:
                 ahead.kill(block=False)
 
 
 def _copy_block(source: File, target: File, offset: int) -> int:
+    """Copy up to `COPY_BLOCK` bytes at *offset*. Return the number of bytes, 0 at the end. Raise OSError."""
     try:
         n = _calls.copy_file_range(source.fileno(), target.fileno(), COPY_BLOCK, offset, offset)
     except OSError as error:
         if was_thrown(error):
             raise
         if error.errno not in CANNOT_COPY:
-            error.filename, error.filename2 = source.name, target.name  # either may be meant
+            # The error may be about either file.
+            error.filename, error.filename2 = source.name, target.name
             raise
         n = 0
     if n:
         return n
-    # At the end; or these file systems can't, or say 0 of files whose length they don't know, as /proc does.
+    # The copy is at its end, or these file systems can't make the call, or they return 0 because they don't
+    # know the length of the file, as /proc does.
     data = source.pread(COPY_BLOCK, offset)
     done = 0
     while done < len(data):

@@ -1,15 +1,19 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True, embedsignature.format=clinic
-"""`File`: one open file, and which way each operation on it goes, so that the hub never waits for a disk.
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True,
+# embedsignature.format=clinic
+"""`File`: one open file, and the way that each operation on it goes, so that the hub never waits for a disk.
 
-Native AIO serves O_DIRECT reads and overwrites of regular files and block devices, and fsync of both. What the
-page cache has is read in line, with RWF_NOWAIT. What has no disk behind it is asked as it is. Everything
-else takes a native thread, and so does what would have waited in one of the other ways, or was refused
-there: only the system call gives the true answer. The functions at the end are the same for a raw fd,
-of which nothing is remembered: numbers are reused.
+Native AIO serves O_DIRECT reads and overwrites of regular files and block devices, and fsync of both. Bytes
+in the page cache are read inline, with RWF_NOWAIT. A file without a disk gets the plain call, inline. Every
+other operation runs in a native thread. So does an operation that would have waited on another way, or was
+refused there, because only the system call gives the true answer.
+
+The functions at the end do the same for a raw fd. They remember nothing of its file, because numbers are used
+again.
 """
 
 import os
-import posix            # for what may be patched in os
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 import stat
 
 from greenaio._files import loop as _loop, sectors as alignment, sharing as _sharing
@@ -57,12 +61,15 @@ cdef extern from *:
 
     #define RESULT(call) ({ long r_ = (call); r_ < 0 ? -(long)errno : r_; })
 
-    static inline int fd_is_direct(int fd)      /* no for what is no open file: a read will say so */
+    /* Return whether *fd* is open with O_DIRECT; no if it is not open, because a read will say so. */
+    static inline int fd_is_direct(int fd)
     { int flags = fcntl(fd, F_GETFL); return flags >= 0 && flags & O_DIRECT; }
 
-    static int is_denied[2];        /* pwritev2, preadv2: by a sandbox */
+    /* Whether a sandbox denies pwritev2 and preadv2, in this order. */
+    static int is_denied[2];
 
-    /* Whether the call itself is refused, and not this file: of no file it would say EBADF else. */
+    /* Return whether the call itself is refused, and not this file. A call that is allowed says EBADF to fd
+       -1. */
     static inline int denies(int reading, long result)
     {
         if (result != -ENOSYS && result != -EPERM)
@@ -74,7 +81,8 @@ cdef extern from *:
     static inline long vector_now(int reading, int fd, struct iovec *v, int n, int64_t offset, unsigned flags)
     {
         long result;
-        if (flags == 0 && n == 1) {     /* the oldest calls, which no sandbox denies */
+        /* No sandbox denies the oldest calls, so use them where they do. */
+        if (flags == 0 && n == 1) {
             void *at = v->iov_base;
             size_t length = v->iov_len;
             return offset == -1 ? RESULT(reading ? read(fd, at, length) : write(fd, at, length))
@@ -84,13 +92,14 @@ cdef extern from *:
             return offset == -1 ? RESULT(reading ? readv(fd, v, n) : writev(fd, v, n))
                                 : RESULT(reading ? preadv(fd, v, n, offset) : pwritev(fd, v, n, offset));
         if (flags == 8 /* RWF_NOWAIT */ && is_denied[reading])
-            return -EOPNOTSUPP;         /* then a thread does it */
+            /* After this answer a thread does the read or write. */
+            return -EOPNOTSUPP;
         result = RESULT(syscall(reading ? SYS_preadv2 : SYS_pwritev2, fd, v, (long)n, offset, 0L, flags));
         return flags == 8 && denies(reading, result) ? -EOPNOTSUPP : result;
     }
 
-    /* A memoryview that owns nothing pins nothing: io.BufferedReader hands those out, and frees the
-       memory while the kernel is still at it. */
+    /* Return whether *buffer* is a memoryview that owns nothing, so that pinning it keeps no memory alive.
+       io.BufferedReader hands out such views, and may free the memory while the kernel still uses it. */
     static inline int is_ownerless(PyObject *buffer)
     { return PyMemoryView_Check(buffer) && PyMemoryView_GET_BASE(buffer) == NULL; }
     """
@@ -102,27 +111,32 @@ cdef extern from *:
 
 cdef dict _ours = _sharing.ours
 
+# Values of `File._fd` instead of an fd.
 cdef enum:
-    CLOSED = -1                 # in place of an fd
+    CLOSED = -1
     OPENING = -2
 
 cdef enum:
-    RWF_HIPRI = 1               # AIO would drop it
-    IOV_MAX = 1024              # buffers; of more the kernel says EINVAL
-    SYNCS_MAX = 4               # requests under way on a device: with as many, a sync takes a thread
+    # Native AIO would drop this flag, so a thread makes the call.
+    RWF_HIPRI = 1
+    # In buffers. The kernel says EINVAL to more.
+    IOV_MAX = 1024
+    # In requests under way on a device. With as many, a sync runs in a thread.
+    SYNCS_MAX = 4
 
 
 @cython.final
 cdef class File:
-    """An open file whose reads and writes park the calling greenlet, not the hub.
+    """An open file whose reads and writes park the calling greenlet and never block the hub.
 
-    ``File(path, flags, mode, dir_fd=fd)`` opens as ``os.open`` does. Add ``os.O_DIRECT`` for native AIO: buffers,
-    offsets and lengths that are multiples of `alignment` then move without a copy, see `aligned_buffer`;
-    others work and cost more. *max_batch* (1 to 32) bounds how many requests may wait for each other to be
-    submitted together.
+    ``File(path, flags, mode, dir_fd=fd)`` opens as ``os.open`` does. Add ``os.O_DIRECT`` for native AIO.
+    Bytes then move without a copy if buffers, offsets and lengths are multiples of `alignment`, see
+    `aligned_buffer`. Others work, too, and cost more. *max_batch* (1 to 32) is the greatest number of
+    requests that may wait for each other to be submitted together.
 
-    May be used by any number of greenlets and hubs. Raises OSError with the file's name, ValueError when
-    closed, BlockingSwitchOutError when called in the hub itself; only `close` works there.
+    Any number of greenlets and hubs may use one File. Its methods raise OSError with the file's name,
+    ValueError after `close`, and BlockingSwitchOutError when called in the hub itself. Only `close` works
+    there.
     """
 
     cdef int _fd
@@ -137,7 +151,8 @@ cdef class File:
     def __init__(self, path, flags=os.O_RDONLY, mode=0o666, *, max_batch=BATCH_MAX, dir_fd=None):
         if self._fd != CLOSED:
             raise ValueError('this File is open already')
-        self._fd = OPENING              # what is asked for its path may come back here, and so may another greenlet
+        # The `__fspath__` of the path may call this again, and so may another greenlet during the open.
+        self._fd = OPENING
         try:
             self._set_max_batch(max_batch)
             self.name = os.fspath(path)
@@ -150,7 +165,8 @@ cdef class File:
 
     @staticmethod
     def open_for_io(path, int flags, mode):
-        """Open *path* for a file object, which closes the fd itself by `close_for_io`. Audit hooks see its *mode*."""
+        """Open *path* for a file object, which closes the fd itself by `close_for_io`. Audit hooks see
+        *mode*, the mode of the file object. Return the File. Raise OSError."""
         cdef File self = File.__new__(File)
         self._max_batch = BATCH_MAX
         try:
@@ -170,8 +186,8 @@ cdef class File:
 
     @staticmethod
     def from_fd(fd, closefd=False, *, max_batch=BATCH_MAX):
-        """Make a File of an open *fd*; with *closefd*, closing it closes the fd. Whether it is O_DIRECT is
-        asked here once."""
+        """Return a File for the open *fd*. With *closefd*, `close` closes the fd, too. Whether the fd is open
+        with O_DIRECT is asked here, once."""
         cdef File self = File.__new__(File)
         cdef int number = c_int(fd)
         self._set_max_batch(max_batch)
@@ -188,44 +204,50 @@ cdef class File:
         return 0
 
     cdef int _open_fd(self) except -1:
+        """Return the fd. Raise ValueError if the file is closed."""
         if self._fd < 0:
             raise ValueError('I/O operation on closed file')
         return self._fd
 
     def pread(self, Py_ssize_t n, Py_ssize_t offset):
-        """Read up to *n* bytes at *offset*; fewer only as ``os.pread`` would. Returns bytes."""
+        """Read up to *n* bytes at *offset*, and return them as bytes. The result is shorter only when the
+        result of ``os.pread`` would be."""
         return _pread(self._open_fd(), self._known, n, offset, self.name, self._max_batch)
 
     def preadv(self, buffers, Py_ssize_t offset, flags=0):
-        """Read at *offset* into a sequence of writable *buffers*; return bytes read. *flags*:
-        ``os.RWF_*``.
+        """Read at *offset* into a sequence of writable *buffers*. Return the number of bytes read. *flags*
+        are ``os.RWF_*``.
 
-        If the greenlet is killed or timed out meanwhile, the kernel may still write into the buffers;
-        they stay pinned until it is done.
+        If the greenlet is killed or timed out during the read, the kernel may still write into the buffers.
+        They stay pinned until the kernel is done.
         """
         cdef int how = c_int(flags)
-        asked = _asked(True, buffers)   # first: it may run code that closes this
+        # Look at the buffers first, because that may run code that closes this file.
+        asked = _asked(True, buffers)
         return _vectored(True, self._open_fd(), self._known, asked, offset, how, self.name, self._max_batch)
 
     def read_cached(self, buffer):
-        """Read into *buffer* at the file's own position, which the kernel keeps and moves on, without waiting.
+        """Read into *buffer* at the file's own position, which the kernel keeps and moves, without a wait.
 
-        Return bytes read; or -1 - n when the page cache had n of them, and what follows would wait. Don't call
-        it while another greenlet is about to move the position."""
+        Return the number of bytes read; or -1 - n if the page cache had n bytes and the rest would wait.
+        Don't call this while another greenlet is about to move the position."""
         return _read_cached(self._open_fd(), self._known, buffer)
 
     def begin_at_position(self, bint reading, buffers):
-        """Have a thread read into, or write, *buffers* at the file's own position, by one read(2) or write(2).
-        Return the `Underway` that it is."""
+        """Begin to read into *buffers*, or to write them, at the file's own position, by one read(2) or
+        write(2) in a thread. Return its `Underway`."""
         cdef int fd = self._open_fd()
         return _begin_at_position(reading, fd, self._known, _asked(reading, buffers), self.name)
 
     def begin(self, bint reading, buffer, Py_ssize_t offset, bint more=False):
-        """Ask for a read or write of *buffer*, and wait for nothing: `end` gives the result of what this
-        returns. None where it takes more than one request; then `preadv` or `pwrite` has to do. With *more* to
-        be asked for at once, the kernel may get it together with that, or when `end` is called.
+        """Begin a read into *buffer* or a write of it at *offset*, and wait for nothing. Return an object for
+        `end`, which gives the result. Return None if one request is not enough; then call `preadv` or
+        `pwrite`.
 
-        Dropping what it returned abandons the request, which keeps *buffer* pinned until it is done."""
+        *more* says that the caller begins another request at once. The kernel may get this request together
+        with that one, or when `end` is called.
+
+        To drop the returned object abandons the request, which keeps *buffer* pinned until it is done."""
         cdef Driver driver = current_driver()
         cdef int fd = self._open_fd()
         cdef Known known = self._known
@@ -254,15 +276,17 @@ cdef class File:
         return driver, request, driver.forks
 
     def end(self, begun):
-        """Wait for what `begin` returned; return bytes moved, or minus the errno. What another hub began is
-        -ECANCELED. Once."""
+        """Wait for the request of *begun*, which `begin` returned. Return the number of bytes moved, or minus
+        the errno. The result is -ECANCELED if another hub has begun it, or the process was forked. Call this
+        once."""
         cdef Driver driver
         cdef Request request
         cdef int64_t result
         driver, request, forks = begun
         if driver is None or request is None:
             raise TypeError('that is not what begin() returned')
-        if driver is not current_driver() or driver.forks != forks:     # forked: what was read may be wiped here
+        # After a fork, the memory that the request has read into may be wiped in the child.
+        if driver is not current_driver() or driver.forks != forks:
             return -ECANCELED
         result = driver.end(request)
         if request.asked and self._known is not None:
@@ -270,30 +294,33 @@ cdef class File:
         return result
 
     def pwrite(self, data, Py_ssize_t offset):
-        """Write bytes-like *data* at *offset*; return bytes written, fewer than asked only as
-        ``os.pwrite`` would. If the greenlet is killed meanwhile, the write may still happen."""
+        """Write bytes-like *data* at *offset*. Return the number of bytes written, which is less than asked
+        only when the result of ``os.pwrite`` would be. If the greenlet is killed during the write, it may
+        still happen."""
         cdef int fd = self._open_fd()
         _check_place(data, offset, self.name)
         return _vectored(False, fd, self._known, _only(data), offset, 0, self.name, self._max_batch)
 
     def pwritev(self, buffers, Py_ssize_t offset, flags=0):
-        """Write a sequence of *buffers* at *offset*; return bytes written. *flags*: ``os.RWF_*``.
-        If the greenlet is killed meanwhile, the write may still happen."""
+        """Write a sequence of *buffers* at *offset*. Return the number of bytes written. *flags* are
+        ``os.RWF_*``. If the greenlet is killed during the write, it may still happen."""
         cdef int how = c_int(flags)
         asked = _asked(False, buffers)
         return _vectored(False, self._open_fd(), self._known, asked, offset, how, self.name, self._max_batch)
 
     def fsync(self):
-        """Make data and metadata durable. An error is never retried: what it was about may be lost."""
+        """Make data and metadata durable. Raise OSError if that failed. An error is never retried, because
+        the data that it was about may be lost."""
         _sync(self._open_fd(), self._known, FSYNC, self.name)
 
     def fdatasync(self):
-        """Make data durable, and what metadata is needed to read it. Errors as for `fsync`."""
+        """Make data durable, and the metadata that is needed to read it. Raise OSError as `fsync` does."""
         _sync(self._open_fd(), self._known, FDSYNC, self.name)
 
     def fallocate(self, mode, Py_ssize_t offset, Py_ssize_t length):
-        """Allocate, zero or punch a hole into *length* bytes at *offset*: *mode* is that of fallocate(2). Takes
-        its turn with misaligned writes. Raises OSError, EOPNOTSUPP where the file system can't."""
+        """Allocate or zero *length* bytes at *offset*, or punch a hole there. *mode* is the mode of
+        fallocate(2). The call takes its turn with misaligned writes. Raise OSError, with EOPNOTSUPP if the
+        file system can't do it."""
         cdef int how = c_int(mode)
         cdef int fd = self._open_fd()
         current_driver().check_caller()
@@ -307,7 +334,7 @@ cdef class File:
             raise failed(result, self.name)
 
     def fileno(self):
-        """The file descriptor."""
+        """Return the file descriptor."""
         return self._open_fd()
 
     @property
@@ -328,50 +355,54 @@ cdef class File:
 
     @property
     def _seek_may_wait(self):
-        """Whether a read may have the lock that a seek takes."""
+        """Whether a read may hold the lock that a seek takes."""
         return seek_may_wait(self._known)
 
     @property
     def device(self):
-        """The device that the bytes are on: ``st_dev``, or ``st_rdev`` of a block device."""
+        """The number of the device that has the bytes: ``st_dev``, or ``st_rdev`` of a block device."""
         self._open_fd()
         return self._known.device.number
 
     @property
     def is_local(self):
-        """Whether no server has to be asked about it: not on FUSE, not on a network file system."""
+        """Whether the file is on no FUSE or network file system, so that no server has to be asked about
+        it."""
         self._open_fd()
         return self._known.device.is_local
 
     def _size(self, bint is_fresh=False):
-        """The size in bytes, as far as the kernel has it in memory. Of a file that *is_fresh*, which means that nothing was
-        read since its open, it is the size at the open."""
+        """Return the size in bytes, as far as the kernel has it in memory. If the file *is_fresh*, which
+        means that nothing was read since its open, return the size at the open."""
         cdef int fd = self._open_fd()
         return self._known.size if is_fresh else file_size(fd)
 
     @property
     def _is_answer(self):
-        """Whether the kernel makes up what is read, and each read is another answer."""
+        """Whether the file has no stored bytes, and the kernel makes a new answer for each read."""
         return self._known.kind & ANSWER != 0
 
     @property
     def alignment(self):
-        """What O_DIRECT wants memory, offsets and lengths to be multiples of, in bytes; 1 for a file
-        that is not O_DIRECT."""
+        """The number of bytes that O_DIRECT wants memory, offsets and lengths to be multiples of; 1 for a
+        file that is not open with O_DIRECT."""
         self._open_fd()
         return max(self._known.align, self._known.align_memory) if self._known.kind & DIRECT else 1
 
     def close(self):
-        """Close the file; twice is fine. Waits for no request: those in flight go on to their end. Waits for
-        the close itself where that may write data or free the file's blocks: the file was open for writing, or
-        it has no name left. In the hub it makes the plain call."""
+        """Close the file. A second call does nothing.
+
+        The call waits for no request; requests in flight go on to their end. It waits for the close itself if
+        that may write data or free the file's blocks, because the file was open for writing or has no name
+        left. In the hub it makes the plain call."""
         self._close(True, False)
 
     def _stalled(self, uint64_t ns):
         self._known.stalled(ns)
 
     def close_for_io(self, int fd, *, bint may_wait, bint is_forgotten):
-        """Close the number *fd*, which the file object does not use any more."""
+        """Close the number *fd*, which the file object does not use any more. See `close_file` for the
+        arguments."""
         close_file(fd, may_wait, is_forgotten, self._known)
 
     cdef int _close(self, bint may_wait, bint is_forgotten) except -1:
@@ -392,7 +423,8 @@ cdef class File:
         if self._fd >= 0 and self._closefd:
             try:
                 warn_unclosed(self)
-            finally:                    # a warning may be an error
+            finally:
+                # A warning may be an error, which has to leave the fd closed, too.
                 self._close(False, True)
 
     def __repr__(self):
@@ -402,13 +434,15 @@ cdef class File:
 # The ways ----------------------------------------------------------------------------------------
 
 cdef int64_t _by_thread(Driver driver, Request request, Known known) except? -4096:
+    """Have a thread make the request. Return bytes moved, or minus the errno."""
     request.file = known
     as_call(request)
     return driver.perform_by_thread(request, known.pool())
 
 
 cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
-    """If native AIO declines it, the driver moves it to its next way."""
+    """Submit the request by native AIO. Return bytes moved, or minus the errno. If native AIO declines the
+    request, the driver moves it to its next way."""
     request.share = driver.engine.share(known.device.number, known.device.limit)
     request.file = known
     request.may_move = True
@@ -416,7 +450,8 @@ cdef int64_t _by_aio(Driver driver, Request request, Known known) except? -4096:
 
 
 cdef int64_t _direct(Driver driver, Request request, Known known) except? -4096:
-    """An O_DIRECT read or write. Where the file system can say that it would wait, it is asked to."""
+    """Make an O_DIRECT read or write. Return bytes moved, or minus the errno. If the file system can say that
+    it would wait, it is asked to say so."""
     cdef int way = known.way(driver, request)
     cdef int64_t result
     if way == THREAD:
@@ -430,6 +465,7 @@ cdef int64_t _direct(Driver driver, Request request, Known known) except? -4096:
 
 
 cdef int _pin(Request request, buffers) except -1:
+    """Pin one buffer or a sequence of them, as the opcode of the request says."""
     if request.opcode == PREAD or request.opcode == PWRITE:
         request.pin(buffers)
     else:
@@ -438,6 +474,7 @@ cdef int _pin(Request request, buffers) except -1:
 
 
 cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
+    """Return up to *n* bytes at *offset*. *known* is None for a raw fd. Raise OSError."""
     cdef AlignedBuffer memory
     cdef Driver driver = current_driver()
     cdef Request request
@@ -454,7 +491,8 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
     if before or _misfit(known, n):
         memory = scratch(_span(known, <uint64_t>before + n))
     else:
-        memory = scratch(n)     # ours: nobody sees an abandoned read land
+        # Read into memory of our own, so that no code sees the bytes of an abandoned read arrive.
+        memory = scratch(n)
     request = new_request(PREAD, fd, offset - before, 0, max_batch)
     request.pin(memory)
     got = _direct(driver, request, known)
@@ -464,17 +502,19 @@ cdef object _pread(int fd, Known known, Py_ssize_t n, int64_t offset, name, int 
 
 
 cdef bint _lacks_threads(Known known) except -1:
-    """Whether a read that misses the page cache would wait for a thread. A miss starts read-ahead, which waits if the
-    queue of the device is full."""
+    """Return whether a read that misses the page cache would wait for a thread. Then the read may not run
+    inline: a miss starts read-ahead, which waits if the queue of the device is full."""
     return any_busy() and known.device.pool().all_busy()
 
 
 cdef int64_t _read_in_line(int fd, iovec *buffers, int count, uint64_t wanted, int64_t offset, unsigned int flags,
                            bint once, int64_t *last) except -1:
-    """Read what the page cache has of *wanted* bytes; return how many. If that is not all, *buffers* begin behind it.
+    """Read inline the part of *wanted* bytes that the page cache has. Return its length in bytes. If the rest
+    is missing, *buffers* begin behind that part afterwards.
 
-    *last* is set to the kernel's last answer: bytes, 0 at the end of the file, or minus the errno: EAGAIN or
-    EOPNOTSUPP if the rest would wait. *offset* -1 is the file's own position. With *once* there is one call."""
+    *last* is set to the kernel's last answer: bytes, 0 at the end of the file, or minus the errno, which is
+    EAGAIN or EOPNOTSUPP if the rest would wait. *offset* -1 is the file's own position. With *once* there is
+    one call."""
     cdef uint64_t began = coarse_ns()
     cdef int64_t got = 0, more
     while True:
@@ -492,6 +532,8 @@ cdef int64_t _read_in_line(int fd, iovec *buffers, int count, uint64_t wanted, i
 
 
 cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
+    """Return up to *n* bytes at *offset* of a file that is not O_DIRECT: inline if the page cache has them,
+    otherwise by a thread."""
     cdef bytes data
     cdef char *memory
     cdef iovec room
@@ -502,7 +544,8 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         known = know(fd, name)
     if n > IN_LINE_MAX:
         return _pread_large(driver, fd, known, n, offset, name)
-    data = PyBytes_FromStringAndSize(NULL, n)       # no other code has it so far
+    # No other code has this object so far, so it may be written to.
+    data = PyBytes_FromStringAndSize(NULL, n)
     memory = PyBytes_AS_STRING(data)
     if known is not None:
         if in_line(known, n, fd, offset):
@@ -516,7 +559,9 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
         got = _read_in_line(fd, &room, 1, n, offset, RWF_NOWAIT, False, &more)
         if more >= 0 or got and more != -EAGAIN and more != -EOPNOTSUPP:
             driver.end_in_line()
-            return data if got == n else data[:got]     # after an error too, as preadv: the next read tells
+            # Return the bytes also if an error came after them, as preadv(2) does. The next read will raise
+            # it.
+            return data if got == n else data[:got]
         if more != -EAGAIN and more != -EOPNOTSUPP:
             raise failed(more, name)
     got = _pread_rest(driver, fd, known, data, memory, n, offset, got, name)
@@ -524,15 +569,15 @@ cdef object _pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, in
 
 
 cdef object _pread_large(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    """A short result is cut without a copy."""
+    """Return up to *n* bytes, more than `IN_LINE_MAX`. A short result is cut without a copy."""
     cdef Filling data = Filling.__new__(Filling, n)
     return data.take(_pread_rest(driver, fd, known, data, PyBytes_AS_STRING(<object>data._data), n, offset, 0, name))
 
 
 cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory, Py_ssize_t n, int64_t offset,
                          int64_t got, name) except -1:
-    """Read the rest of *n* bytes, of which *got* are there, to *memory*, a part of *keep*. Return how many bytes are
-    there now."""
+    """Read the rest of *n* bytes, of which *got* are there, to *memory*, a part of *keep*. Return the number
+    of bytes that are there now."""
     cdef int64_t more
     cdef Request request
     if known is None:
@@ -546,7 +591,8 @@ cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory,
         more = _pread_now(driver, fd, memory, n, offset)
     else:
         request = new_call(fd, keep, SYS_pread64, fd, <long>memory, n, offset)
-        request.offset, request.nbytes = offset, n      # shown by `dump`
+        # `dump` shows these two.
+        request.offset, request.nbytes = offset, n
         more = driver.perform_by_thread(request, known.device.pool())
     if more < 0 and (got == 0 or more == -ECANCELED):
         raise failed(more, name)
@@ -554,12 +600,15 @@ cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory,
 
 
 cdef inline int64_t _pread_now(Driver driver, int fd, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
+    """Read inline by a plain call. Return bytes read, or minus the errno."""
     cdef iovec room
     room.iov_base, room.iov_len = memory, n
     return _done_in_line(driver, vector_now(True, fd, &room, 1, offset, 0))
 
 
 cdef int64_t _pread_event(Driver driver, int fd, Known known, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
+    """Read a file that may wait for an event. Return bytes read, or minus the errno. A buffer of its own
+    keeps the memory if the greenlet is killed."""
     cdef AlignedBuffer buffer = scratch(n)
     cdef Request request = new_request(PREAD, fd, offset, 0, 1)
     cdef int64_t got
@@ -571,18 +620,20 @@ cdef int64_t _pread_event(Driver driver, int fd, Known known, char *memory, Py_s
 
 
 cdef tuple _sequence(bint reading, buffers):
-    """What *buffers* are now: the kernel moves bytes to and from these, whatever becomes of the list."""
+    """Return the present buffers as a tuple. The kernel moves bytes to and from these, also if the list
+    changes later."""
     if type(buffers) is tuple:
         return buffers
     if type(buffers) is list:
         return tuple(buffers)
     if not hasattr(type(buffers), '__getitem__') or isinstance(buffers, dict):
         raise TypeError(f"{'preadv' if reading else 'pwritev'}() arg 2 must be a sequence")
-    return tuple([buffers[i] for i in range(len(buffers))])     # some would never say that they are at an end
+    # Ask by index up to the length, because some sequences never end an iteration.
+    return tuple([buffers[i] for i in range(len(buffers))])
 
 
 cdef object _asked(bint reading, buffers):
-    """*buffers* as a tuple; or the only one that there is, as in most calls."""
+    """Return *buffers* as a tuple; or the only buffer, as in most calls."""
     if type(buffers) is list and len(<list>buffers) == 1:
         return _only((<list>buffers)[0])
     cdef tuple sequence = _sequence(reading, buffers)
@@ -590,21 +641,25 @@ cdef object _asked(bint reading, buffers):
 
 
 cdef inline object _only(buffer):
-    """A tuple is no buffer, and pinning it will say so."""
+    """Return *buffer* in the form of `_asked`. A tuple is no buffer; in another tuple, pinning it will say
+    so."""
     return (buffer,) if type(buffer) is tuple else buffer
 
 
 cdef int _check_place(data, Py_ssize_t offset, name) except -1:
-    """For pwrite. To pwritev2, which it becomes, an offset of -1 is the file's own position."""
+    """Raise OSError if a pwrite has a negative *offset*. For pwritev2, which the call becomes, an offset of
+    -1 would be the file's own position."""
     if offset < 0:
-        memoryview(data)                # what is no data is a TypeError
+        # If *data* is not bytes-like, raise TypeError instead.
+        memoryview(data)
         raise failed(-EINVAL, name)
     return 0
 
 
 cdef object _vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name,
                       int max_batch):
-    """*asked*: what `_asked` or `_only` made of the buffers."""
+    """Read into or write *asked*, the buffers as `_asked` or `_only` return them, at *offset*. Return bytes
+    moved. Raise OSError."""
     cdef Driver driver = current_driver()
     cdef Request request
     cdef bint many = type(asked) is tuple
@@ -656,33 +711,38 @@ cdef inline int _opcode(bint reading, bint many) noexcept:
     return PREAD if reading else PWRITE
 
 
-# What O_DIRECT does not take as it is ------------------------------------------------------------
+# Requests that O_DIRECT does not take as they are ------------------------------------------------
 
 cdef int64_t _misfit(Known known, int64_t n) noexcept:
+    """Return the distance of *n* from the last border of a sector, in bytes. In memory each offset fits."""
     return 0 if known.device.in_memory else n & (known.align - 1)
 
 
 cdef int64_t _span(Known known, uint64_t nbytes) noexcept:
-    """*nbytes* in whole sectors."""
+    """Return *nbytes*, rounded up to whole sectors."""
     cdef uint64_t more = known.align - 1
     return (nbytes + more) & ~more
 
 
 cdef bint _is_misaligned(Known known, Request request) noexcept:
+    """Return whether O_DIRECT would refuse the memory, the offset or the length of the request."""
     cdef uint64_t memory = 0, length = 0
     cdef int i
-    if known.device.in_memory or known.kind & APPEND:   # the one takes all; the other knows no offset
+    # A file in memory takes every request, and a write with O_APPEND has no offset.
+    if known.device.in_memory or known.kind & APPEND:
         return False
     for i in range(request.buffer_count):
         memory |= <uint64_t>request.buffers[i].iov_base
         length |= request.buffers[i].iov_len
     if request.buffer_count > 1:
-        memory |= length                # then each buffer begins where one ended
+        # The length of each buffer has to fit, too, because the next buffer goes on where this one ends.
+        memory |= length
     return ((length | <uint64_t>request.offset) & (known.align - 1)) != 0 or memory & (known.align_memory - 1) != 0
 
 
 cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers) except? -4096:
-    """Through a buffer of ours."""
+    """Read whole sectors into a buffer of our own, and copy the bytes asked for. Return bytes read, or minus
+    the errno."""
     cdef int64_t before = _misfit(known, asked.offset)
     cdef AlignedBuffer memory = scratch(_span(known, before + asked.nbytes))
     cdef Request request = new_request(PREAD, asked.fd, asked.offset - before, asked.flags, asked.max_batch)
@@ -701,8 +761,10 @@ cdef int64_t _read_misaligned(Driver driver, Known known, Request asked, buffers
 
 
 def _hold_to(int fd, Known known, uint64_t start, uint64_t end):
-    """Hold the range to *end*; to the end of all if the write makes the file longer, once the range is granted: those
-    before it may have made it shorter."""
+    """Return the range from *start* to *end*, held; without an end if the write makes the file longer.
+
+    Earlier writes of greenlets that were waited for may have made the file shorter. So look at the size again
+    when the range is granted, and take a longer range if need be."""
     cdef bint grows
     while True:
         grows = known.kind & REGULAR and end > <uint64_t>file_size(fd)
@@ -713,10 +775,13 @@ def _hold_to(int fd, Known known, uint64_t start, uint64_t end):
 
 
 def _write_misaligned(Known known, Request asked, buffers):
+    """Write by reading and writing whole sectors, in the range that it holds. Return bytes written, or minus
+    the errno. The data is copied first, so the caller's buffers may change."""
     data = b''.join([flat(buffer) for buffer in buffers])
     cdef int fd = asked.fd
     cdef int flags = asked.flags
-    cdef uint64_t offset = asked.offset, end = offset + len(data)    # past 2^63 the kernel says what it is
+    # Past 2^63 the kernel returns the right error.
+    cdef uint64_t offset = asked.offset, end = offset + len(data)
     cdef uint64_t start = offset - _misfit(known, offset)
 
     def aligned(bint reading, memory, at):
@@ -739,8 +804,9 @@ def _write_misaligned(Known known, Request asked, buffers):
 
 
 cdef object _shield_in_turn(Known known, Request request):
-    """The `Shielded` of an aligned or buffered write, while some greenlet holds a part of the file. At the file's own
-    position it holds all of it, because the position may have moved when the write begins."""
+    """Return the `Shielded` of an aligned or buffered write, when greenlets hold ranges of the file. A write
+    at the file's own position holds the whole file, because the position may have moved when the write
+    begins."""
     cdef bint direct = known.kind & DIRECT and not request.flags & RWF_HIPRI
     cdef uint64_t start = request.offset, end = start + request.nbytes
 
@@ -768,18 +834,21 @@ cdef object _write_in_turn(Known known, Request request):
 # At the file's own position ----------------------------------------------------------------------
 
 cdef int64_t _read_cached(int fd, Known known, buffer) except? -4096:
-    """See `File.read_cached`. Without *known* nothing is remembered of the file, because numbers are reused."""
+    """Do the work of `File.read_cached`. *known* is None for a raw fd, of which nothing is remembered,
+    because numbers are used again."""
     cdef Driver driver = current_driver()
     cdef Py_buffer view
     cdef iovec room
     cdef int64_t got, last = 0
     driver.check_caller()
-    if fd not in _ours:                 # another process or thread may have the lock of the position
+    if fd not in _ours:
+        # Another process or thread may hold the lock of the position.
         return -1
     if known is None and (any_busy() or knows_block_devices() or swap_is_in_use()):
         known = know(fd, fd)
     if known is None:
-        if fd_is_direct(fd):            # with RWF_NOWAIT, too, the kernel waits for the disk
+        if fd_is_direct(fd):
+            # Under O_DIRECT the kernel waits for the disk, also with RWF_NOWAIT.
             return -1
     elif known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
         return -1
@@ -800,8 +869,10 @@ cdef int64_t _read_cached(int fd, Known known, buffer) except? -4096:
         return -1 - got
     try:
         driver.end_in_line()
-    except BaseException:           # killed there: it has read nothing
-        if fd in _ours:             # else there was a fork, and another process may read on
+    except BaseException:
+        # The greenlet was killed in `end_in_line`, so undo its read. If the fd is not ours any more there was
+        # a fork, and another process may read on.
+        if fd in _ours:
             posix.lseek(fd, -got, os.SEEK_CUR)
         raise
     return got
@@ -809,20 +880,24 @@ cdef int64_t _read_cached(int fd, Known known, buffer) except? -4096:
 
 @cython.final
 cdef class Underway:
-    """A read(2) or write(2) at the file's own position, by a thread. The kernel moves the position when the bytes
-    have landed, and until then a call of the hub that takes the lock of the position would wait for the disk."""
+    """A read(2) or write(2) at the file's own position, which runs in a thread.
+
+    The kernel moves the position when the bytes have landed. Until then a call that takes the lock of the
+    position would wait for the disk, so the hub may not make one."""
 
     cdef Driver _driver
     cdef Request _request
-    cdef object _shield                 # instead of these two: the greenlet that works in a range
-    cdef object _asked                  # the buffers ...
-    cdef object _memory                 # ... and what stands for those that own nothing
+    # Used instead of these two: the `Shielded` of a write that works in a range.
+    cdef object _shield
+    # The buffers of the caller, and the memory that is used instead of buffers that own nothing.
+    cdef object _asked
+    cdef object _memory
     cdef object _name
     cdef int64_t _result
 
     def get(self):
-        """Wait for it; return bytes moved. Raises OSError. If this greenlet is killed, the call goes on, and
-        another greenlet may wait for it."""
+        """Wait for the call. Return the number of bytes moved. Raise OSError. If this greenlet is killed, the
+        call goes on, and another greenlet may wait for it."""
         cdef bint reading
         if self._shield is not None:
             self._result = self._shield.get()
@@ -839,7 +914,8 @@ cdef class Underway:
         return self._result
 
     def withdraw(self):
-        """Whether it never happens, because no thread has begun with it. For a greenlet that was killed."""
+        """Take the call back if no thread has begun it, for a greenlet that was killed. Return whether that
+        was possible; then the call never happens."""
         if self._request is None or self._request.state != IN_FLIGHT or not withdraw(self._request):
             return False
         self._driver.engine.take_back(self._request)
@@ -848,6 +924,8 @@ cdef class Underway:
 
 
 cdef object _begin_at_position(bint reading, int fd, Known known, asked, name):
+    """Do the work of `File.begin_at_position`. A call that waits for no disk runs inline, and its `Underway`
+    has the result."""
     cdef Driver driver = current_driver()
     cdef Underway one = Underway.__new__(Underway)
     cdef bint many = type(asked) is tuple
@@ -876,6 +954,8 @@ cdef object _begin_at_position(bint reading, int fd, Known known, asked, name):
 # Buffered ----------------------------------------------------------------------------------------
 
 cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
+    """Read inline the bytes that the page cache has, and the rest by a thread. Return bytes read, or minus
+    the errno."""
     cdef uint64_t wanted = request.nbytes
     cdef int64_t got = 0, more = -EAGAIN
     driver.check_caller()
@@ -890,18 +970,21 @@ cdef int64_t _read_buffered(Driver driver, Request request, Known known, memory)
     if known.kind & ANSWER:
         return _read_answer(driver, request, known, memory)
     more = _by_thread(driver, request, known)
-    if more < 0:                        # in a forked child it is over: a short read would look like the end
+    # In a forked child the answer is ECANCELED. Raise that, because a short read would look like the end of
+    # the file.
+    if more < 0:
         return got if got and more != -ECANCELED else more
     return got + more
 
 
 cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) except? -4096:
-    """Read a file that the kernel makes up, with one call.
+    """Read a file of a file system that `answers`, with one call. Return bytes read, or minus the errno.
 
-    A read that waits for an event, as of /proc/kmsg, would keep a thread, and if its greenlet is killed it would
-    take the next event all the same. So it waits in the loop first. But when poll says that there is nothing,
-    trace_pipe may still have the rest of a line: a read with O_NONBLOCK finds out. (Who shares the open file may
-    see that flag, as they do under libuv, which sets it for each wait.)"""
+    A read that waits for an event, such as one of /proc/kmsg, would keep a thread. If its greenlet is killed,
+    the thread would still take the next event. So the greenlet first waits in the loop. But trace_pipe may
+    still have the rest of a line when poll says that there is nothing; a read with O_NONBLOCK finds that out.
+    Other processes that share the open file may see that flag. They see it under libuv, too, which sets it
+    for each wait."""
     cdef int fd = request.fd
     cdef int64_t result
     if not known.kind & EVENTS or is_ready(fd) or not os.get_blocking(fd):
@@ -922,40 +1005,48 @@ cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) e
 
 
 cdef int64_t _write_buffered(Driver driver, Request request, Known known) except? -4096:
+    """Write inline if the file has no disk, otherwise by a thread. Return bytes written, or minus the
+    errno."""
     cdef int64_t result
     driver.check_caller()
     if (request.flags & RWF_NOWAIT or in_line(known, request.nbytes, request.fd, request.offset)
             and _has_place(request, known) or _means_its_writer(request, known)):
         result = _now(request, request.flags)
         if request.writes is not None:
-            request.end_write()         # before this greenlet may wait for the next turn of the hub
+            # End the write first, because `_done_in_line` may wait for the next turn of the hub.
+            request.end_write()
         return _done_in_line(driver, result)
     return _by_thread(driver, request, known)
 
 
 cdef bint _has_place(Request request, Known known) noexcept:
-    """Whether it is not a pipe or the like, asked without an offset: the answer to one with an offset is an error."""
+    """Return whether the request has an offset or the file is stored. A pipe or socket has no offset, so a
+    request without one may wait there. With an offset, the kernel returns an error at once."""
     return request.offset >= 0 or known.kind & STORED
 
 
 cdef bint _means_its_writer(Request request, Known known) noexcept:
-    """Whether it is the 0 that moves the thread that writes it into a control group."""
+    """Return whether the request writes the 0 that moves the writing thread into a control group. Only a call
+    in this thread moves this thread."""
     return (known.kind & ANSWER and request.buffer_count == 1 and 0 < request.nbytes <= 2
             and (<char *>request.buffers.iov_base)[0] == c'0' and known.device.file_system in ('cgroup', 'cgroup2'))
 
 
 cdef int64_t _done_in_line(Driver driver, int64_t result) except? -4096:
+    """Tell the driver that a call ran inline, which may let other greenlets run. Return *result*."""
     driver.end_in_line()
     return result
 
 
 cdef int64_t _now(Request request, unsigned int flags) noexcept:
-    """The system call, here and now."""
+    """Make the system call in this thread. Return bytes moved, or minus the errno."""
     cdef bint reading = request.opcode == PREAD or request.opcode == PREADV
     return vector_now(reading, request.fd, request.buffers, request.buffer_count, request.offset, flags)
 
 
 cdef object _sync(int fd, Known known, int opcode, name):
+    """Make the file durable as *opcode* says, FSYNC or FDSYNC. *known* is None for a raw fd. Raise
+    OSError."""
     cdef Driver driver = current_driver()
     cdef Request request
     cdef int64_t result
@@ -981,13 +1072,13 @@ cdef object _sync(int fd, Known known, int opcode, name):
 
 
 cdef bint _is_crowded(Driver driver, Device device) except -1:
-    """Whether a sync had better take a thread: those of native AIO the kernel does one after the other, on the
-    processor that submits them, which here is the hub's."""
+    """Return whether a sync should run in a thread. The kernel makes the syncs of native AIO one after the
+    other, on the processor that submits them, which is the hub's."""
     return driver.engine.share(device.number, device.limit).admitted + device.pool().busy() >= SYNCS_MAX
 
 
 cdef object _steady(buffers, bint reading):
-    """*buffers*, with memory of ours in place of each that is ownerless."""
+    """Return *buffers*, with memory of our own instead of each buffer that is ownerless."""
     for buffer in buffers:
         if is_ownerless(buffer):
             return [_bounce(buffer, reading) if is_ownerless(buffer) else buffer
@@ -996,6 +1087,7 @@ cdef object _steady(buffers, bint reading):
 
 
 cdef object _bounce(buffer, bint reading):
+    """Return memory of our own for an ownerless *buffer*, with its bytes unless it is for reading."""
     bounce = aligned_buffer(buffer.nbytes)
     if not reading:
         bounce[:] = flat(buffer)
@@ -1003,6 +1095,7 @@ cdef object _bounce(buffer, bint reading):
 
 
 cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
+    """Copy the *nbytes* that were read from the memory of our own into the caller's buffers."""
     cdef Py_ssize_t n
     for bounce, buffer in zip(steady, buffers):
         n = min(nbytes, memoryview(buffer).nbytes)
@@ -1014,7 +1107,8 @@ cdef _copy_back(steady, buffers, Py_ssize_t nbytes):
 # The same for a raw fd ---------------------------------------------------------------------------
 
 def pread(fd, Py_ssize_t n, Py_ssize_t offset, /):
-    """Read at most *n* bytes at *offset* of the file *fd*; fewer only at its end, or as os.pread would.
+    """Read up to *n* bytes at *offset* of the file *fd*, and return them as bytes. The result is shorter only
+    at the end of the file, or when the result of os.pread would be.
 
     Raises OSError.
     """
@@ -1022,36 +1116,39 @@ def pread(fd, Py_ssize_t n, Py_ssize_t offset, /):
 
 
 def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
-    """Read at *offset* into a sequence of writable *buffers*; return the number of bytes read.
+    """Read at *offset* into a sequence of writable *buffers*. Return the number of bytes read.
 
-    *flags* are ``os.RWF_*``; one that can't be honoured raises OSError (EOPNOTSUPP).
+    *flags* are ``os.RWF_*``; a flag that can't be honoured raises OSError (EOPNOTSUPP).
     """
     return _vectored(True, c_int(fd), None, _asked(True, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
 def read_cached(fd, buffer):
-    """`File.read_cached` of a number."""
+    """Do the work of `File.read_cached` for a raw fd."""
     return _read_cached(c_int(fd), None, buffer)
 
 
 def pwrite(fd, data, Py_ssize_t offset, /):
-    """Write bytes-like *data* at *offset*; return the number of bytes written. Raises OSError."""
+    """Write bytes-like *data* at *offset*. Return the number of bytes written. Raise OSError."""
     cdef int number = c_int(fd)
     _check_place(data, offset, None)
     return _vectored(False, number, None, _only(data), offset, 0, None, BATCH_MAX)
 
 
 def pwritev(fd, buffers, Py_ssize_t offset, flags=0, /):
-    """Write a sequence of *buffers* at *offset*; return the number of bytes written.
+    """Write a sequence of *buffers* at *offset*. Return the number of bytes written.
 
-    *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; one that can't be honoured raises OSError.
+    *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; a flag that can't be honoured raises
+    OSError.
     """
     return _vectored(False, c_int(fd), None, _asked(False, buffers), offset, c_int(flags), None, BATCH_MAX)
 
 
 def fsync(fd):
+    """Make data and metadata of the file *fd* durable. Raise OSError."""
     _sync(c_int(fd), None, FSYNC, None)
 
 
 def fdatasync(fd):
+    """Make data of the file *fd* durable, and the metadata that is needed to read it. Raise OSError."""
     _sync(c_int(fd), None, FDSYNC, None)

@@ -1,8 +1,8 @@
 """Waiting in the loop of the hub for files that epoll accepts: pipes, sockets, terminals, /proc/kmsg.
 
 A greenlet waits for a number. The number may be closed during the wait, and a forked child has numbers for
-which greenlets of its parent waited. A loop that watches a closed number aborts the process. So `lose` is
-told of each close, and a greenlet that has waited asks `check_kept` before it uses the number again.
+which greenlets of its parent waited. A loop that watches a closed number aborts the process. So each close
+calls `lose` first, and a greenlet that has waited calls `check_kept` before it uses the number again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from greenaio._core.handle import file_of, inherited
 from greenaio._core.uninterrupted import REFUSED, is_uninterrupted
 from greenaio._files.sharing import share
 
-READ, WRITE = 1, 2      # the events of both loops
+# The numbers of the events, the same in libev and libuv.
+READ, WRITE = 1, 2
 
-_lost: dict[int, int] = {}      # inherited numbers: in which generation they were closed here
-_watched: dict[Any, tuple[Any, int]] = {}       # watchers of `wait_for`: their hub, and the number
+# For each inherited number, the generation in which this process has closed it.
+_lost: dict[int, int] = {}
+# For each watcher of `wait_for`, its hub and the number that it watches.
+_watched: dict[Any, tuple[Any, int]] = {}
 
 
 def has_position(fd: int, event: int) -> bool:
@@ -33,14 +36,16 @@ def has_position(fd: int, event: int) -> bool:
     tracefs have none, and writes to seq_files of the kernel, such as /proc/self/comm, move none. This does
     not need the lock of the position, which another process may have."""
     try:
-        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)   # no byte: this calls nothing
+        # If the file has no position the kernel refuses the offset. A call for no bytes goes no further.
+        (posix.preadv if event == READ else posix.pwritev)(fd, [], 0)
     except OSError as error:
         return error.errno != errno.ESPIPE
     return True
 
 
 def wait_for(fd: int, event: int) -> None:
-    """Wait in the loop until *fd*, one that epoll accepts, is readable (READ) or writable (WRITE)."""
+    """Wait in the loop until *fd*, which epoll accepts, is readable (READ) or writable (WRITE). Raise OSError
+    (EBADF) in a forked child that has closed *fd*, and BlockingSwitchOutError inside `uninterrupted`."""
     hub, forks = get_hub(), generation()
     if is_uninterrupted():
         raise BlockingSwitchOutError(REFUSED)
@@ -56,15 +61,17 @@ def wait_for(fd: int, event: int) -> None:
         del _watched[watcher]
         watcher.close()
         if _is_kept(fd, forks):
-            os.set_blocking(fd, blocking)   # libuv changes that
+            # libuv sets O_NONBLOCK.
+            os.set_blocking(fd, blocking)
     check_kept(fd, forks)
 
 
 def lose(fd: int) -> None:
-    """*fd* is about to be closed: let greenlets that have waited for it since before a fork get EBADF. A loop
-    that watches a closed number aborts the process."""
+    """Note that *fd* is about to be closed. Greenlets that have waited for it since before a fork get EBADF.
+    A loop that watches a closed number aborts the process."""
     now = generation()
-    share(fd)                           # the next file of that number is not known
+    # Forget that the number is ours, because the next file with that number may be shared.
+    share(fd)
     if fd not in inherited:
         return
     _lost[fd] = now
@@ -77,11 +84,11 @@ def lose(fd: int) -> None:
 
 
 def check_kept(fd: int, forks: int) -> None:
-    """Raise EBADF if this process was forked since the `generation` *forks*, and *fd* closed here since, or
-    given to another file.
+    """Raise OSError (EBADF) if this process was forked since the `generation` *forks*, and has since closed
+    *fd* or given it to another file.
 
-    For a greenlet that has waited and uses the number again. The original goes on in the parent, and here the
-    number may mean another file."""
+    A greenlet that has waited calls this before it uses the number again. The original greenlet goes on in
+    the parent, and in the child the number may mean another file."""
     if not _is_kept(fd, forks):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 

@@ -1,15 +1,18 @@
-"""Where a Python thread begins to look up a path: in the working directory of the moment of the call."""
+"""The place where a Python thread begins to look up a path: the working directory at the moment of the
+call."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import posix  # not os: these are called as they are, even if os is patched
+
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 
 
 def working_directory() -> int:
-    """Return a new O_PATH fd of the working directory."""
+    """Return a new O_PATH fd of the working directory. Raise OSError."""
     return posix.open('.', os.O_PATH | os.O_CLOEXEC)
 
 
@@ -23,7 +26,8 @@ def _is_path_fd(fd: int) -> bool:
 
 
 class Place:
-    """Where a thread begins to look up a path: *dir_fd*, or the working directory of this moment."""
+    """The place where a thread begins to look up a path: *dir_fd*, or the present working directory if that
+    is None."""
 
     __slots__ = ('_is_ours', 'dir_fd')
 
@@ -31,7 +35,8 @@ class Place:
         self._is_ours = False
         self.dir_fd = dir_fd
         if dir_fd is None:
-            with contextlib.suppress(OSError):      # without a free fd: the directory of later
+            # If no fd is free, the thread begins in the working directory at the time of its call.
+            with contextlib.suppress(OSError):
                 self.dir_fd = working_directory()
                 self._is_ours = True
 

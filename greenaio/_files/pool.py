@@ -1,6 +1,6 @@
 """Calls by Python threads, in a gevent ThreadPool of greenaio's own, for builds without the extension.
 
-It is not the pool of the hub, because DNS lives in that one.
+They do not use the pool of the hub, because DNS look-ups need its threads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from greenaio._core.uninterrupted import REFUSED, is_uninterrupted
 if TYPE_CHECKING:
     from gevent.threadpool import ThreadPool
 
-THREADS = 10    # per hub, as gevent's own pool
+# The threads of one hub, as many as in the pool of gevent.
+THREADS = 10
 
 
 class _Job:
-    """One call that a worker is to make. It is in `_jobs` until the call is over, or never begins."""
+    """One call for a worker. It is in `_jobs` until the call is over, or can't begin any more."""
 
     __slots__ = ('args', 'began', 'fd', 'function', 'handle', 'result', 'waiter')
 
@@ -49,6 +50,7 @@ class _Job:
             self.end()
 
     def end(self) -> None:
+        """Note that the call is over, and let go of the number. May be called twice."""
         _jobs.discard(self)
         self.waiter = None
         handle, self.handle = self.handle, None
@@ -61,8 +63,10 @@ _made = 0
 
 
 def thread_pool() -> ThreadPool:
-    """Return the pool of this hub. Raises BlockingSwitchOutError where the caller must not wait."""
-    from gevent.threadpool import ThreadPool  # it takes longer than all of greenaio
+    """Return the pool of this hub. Raise BlockingSwitchOutError if the caller may not wait: in the hub, or
+    inside `uninterrupted`."""
+    # Import it late, because it takes longer than the import of all of greenaio.
+    from gevent.threadpool import ThreadPool
 
     hub: Any = get_hub()
     if getcurrent() is hub:
@@ -70,7 +74,7 @@ def thread_pool() -> ThreadPool:
     if is_uninterrupted():
         raise BlockingSwitchOutError(REFUSED)
     pool: ThreadPool | None = hub.__dict__.get('_greenaio_pool')
-    # In a forked child gevent mends its own pool at once, others only later: make a new one.
+    # In a forked child gevent repairs its own pool at once, and other pools only later. So make a new one.
     if pool is None or hub._greenaio_generation != generation():
         hub._greenaio_generation = generation()
         pool = hub._greenaio_pool = ThreadPool(THREADS, hub)
@@ -83,7 +87,8 @@ def renew_threads() -> None:
     hub: Any = get_hub()
     pool = hub.__dict__.pop('_greenaio_pool', None)
     if pool is not None:
-        spawn(pool.kill)                # it waits for the calls of its threads
+        # `kill` waits for the calls of the threads, so a new greenlet calls it.
+        spawn(pool.kill)
 
 
 def jobs() -> list[_Job]:
@@ -92,14 +97,15 @@ def jobs() -> list[_Job]:
 
 
 def jobs_made() -> int:
-    """Return how many calls were handed to threads."""
+    """Return the number of calls that were handed to threads."""
     return _made
 
 
 def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
     """Return ``function(fd, *args)``, called in a native thread while this greenlet waits.
 
-    If the greenlet is killed during the call, the call goes on by itself. A negative *fd* is no file.
+    If the greenlet is killed during the call, the call goes on by itself. A negative *fd* is no file. Raise
+    the exception of the call, and EBADF if *fd* is being closed.
     """
     global _made
     pool = thread_pool()
@@ -124,7 +130,8 @@ def call(function: Callable[..., Any], fd: int, *args: Any) -> Any:
 
 
 def _after_fork_in_child() -> None:
-    # The threads stayed with the parent, and gevent mends a pool only when its loop next runs.
+    # The threads stayed with the parent, and gevent repairs a pool only when its loop next runs. So end the
+    # jobs here.
     for job in list(_jobs):
         if job.result is not None:
             job.result.set((None, OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))))

@@ -7,7 +7,9 @@ import errno
 import fcntl
 import mmap
 import os
-import posix  # not os: these are called as they are, whatever was patched
+
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 import stat as _stat
 from collections.abc import Callable, Sequence
 from io import FileIO
@@ -28,7 +30,7 @@ from greenaio._files.unclosed import warn_unclosed
 
 
 def settle(fd: int) -> None:
-    """Here nothing is known of writes that are under way."""
+    """Do nothing, because these builds know nothing of writes that are under way."""
 
 
 _umask = 0
@@ -39,13 +41,14 @@ def learn_umask() -> None:
     """Learn the umask before `umask` changes it, unless a sandbox denies both."""
     global _umask
     with contextlib.suppress(OSError):
-        _umask = posix.umask(0o077)     # for that moment a file gets no bit too many
+        # A file that another thread creates at this moment gets too few permissions and none too many.
+        _umask = posix.umask(0o077)
         posix.umask(_umask)
 
 
 def umask(mask: int, /) -> int:
-    """`os.umask`. A file whose creation has been asked for and not begun gets no bit that the umask until now
-    forbids."""
+    """Set the umask as `os.umask` does, and return the old one. A file that was asked for before, and is
+    created later, still gets no bit that the old umask forbids."""
     global _umask, _umask_changes
     _umask_changes += 1
     old = posix.umask(mask)
@@ -54,20 +57,22 @@ def umask(mask: int, /) -> int:
 
 
 def open_here(path: StrPath, flags: int, mode: int, *, io_mode: str | None = None) -> int:
-    """`open` that blocks this thread."""
+    """Open *path* as `open` does, but block the calling thread. Return the fd. Raise OSError."""
     return posix.open(path, flags, mode)
 
 
 def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = None,
          io_mode: str | None = None) -> int:
-    """As ``os.open``, in a native thread. If the greenlet is killed during the call, the fd is closed."""
+    """Open *path* as ``os.open`` does, in a native thread. Return the fd. Raise OSError. If the greenlet is
+    killed during the call, the fd is closed."""
     opened: list[int] = []
     left: list[bool] = []
     place = Place(dir_fd)
     changes, umask_then = _umask_changes, _umask
 
     def take_back() -> None:
-        with contextlib.suppress(IndexError):       # pop() lets only one of the two threads have it
+        # `pop` gives the fd to only one of the two threads.
+        with contextlib.suppress(IndexError):
             posix.close(opened.pop())
 
     def work(_: int) -> None:
@@ -86,19 +91,22 @@ def open(path: StrPath, flags: int, mode: int = 0o777, *, dir_fd: int | None = N
 
 
 def close(fd: int, *, may_wait: bool = False, is_forgotten: bool = False) -> None:
-    """Close *fd*, once all operations that need its number are over. Waits for none of them."""
+    """Close *fd* when all operations that need its number are over, without a wait for them. Raise OSError:
+    EBADF if it is being closed already."""
     check_open(fd)
     lose(fd)
     if handle_of(fd) is None:
         posix.close(fd)
         return
-    handle = take(fd)                   # first: its last user, a worker, may let go of it now
+    # Take the handle first, because its last user, a worker, may let go of it at this moment.
+    handle = take(fd)
     handle.close_with(Handle.close_number)
     handle.let_go()
 
 
 class File:
-    """``greenaio.File`` where the extension was not built: the same, all of it by threads."""
+    """``greenaio.File`` for builds without the extension. It has the same methods, and every call runs in a
+    thread."""
 
     def __init__(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666, *,
                  max_batch: int = 32, dir_fd: int | None = None) -> None:
@@ -139,7 +147,8 @@ class File:
 
     @property
     def _seek_may_wait(self) -> bool:
-        return False            # nothing looked
+        # Nothing has looked at the file system.
+        return False
 
     @property
     def device(self) -> int:
@@ -148,14 +157,16 @@ class File:
 
     @property
     def is_local(self) -> bool:
-        return False            # nobody looked
+        # Nothing has looked at the file system, so assume a server.
+        return False
 
     def _size(self, is_fresh: bool = False) -> int:
         return posix.fstat(self.fileno()).st_size
 
     @property
     def _is_answer(self) -> bool:
-        return False            # nothing looked
+        # Nothing has looked at the file system.
+        return False
 
     @property
     def alignment(self) -> int:
@@ -182,7 +193,8 @@ class File:
         return None
 
     def end(self, begun: Any) -> int:
-        raise NotImplementedError       # nothing was begun
+        # `begin` never begins a request.
+        raise NotImplementedError
 
     def preadv(self, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
         return cast(int, self._call(posix.preadv, buffers, offset, flags))
@@ -200,7 +212,8 @@ class File:
         self._call(posix.fdatasync)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self.name)   # Python has it not
+        # Python has no function for fallocate(2).
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self.name)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -235,7 +248,8 @@ class Underway:
     def _run(self, function: Callable[..., int], fd: int, buffers: Sequence[Any]) -> int:
         try:
             return cast(int, call(function, fd, buffers))
-        except BaseException as error:  # not printed, but raised by `get`
+        except BaseException as error:
+            # `get` raises the error. Raised here, gevent would print it.
             self._error = error
             return -1
 
@@ -258,7 +272,7 @@ def read_cached(fd: int, buffer: Any) -> int:
 
 
 class Filling(bytearray):
-    """What is to become bytes, where the extension was not built: those are a copy."""
+    """Memory that becomes a bytes object. Without the extension the bytes are a copy."""
 
     def resize(self, nbytes: int, /) -> None:
         del self[nbytes:]
@@ -284,27 +298,28 @@ def _pread(fd: int, n: int, offset: int) -> bytes:
     except OSError as error:
         if error.errno != errno.EINVAL or min(n, offset) < 0:
             raise
-    buffer = aligned_buffer(n)          # it may be O_DIRECT, which refuses the memory of most bytes
+    # The file may be O_DIRECT, which refuses the memory of most bytes objects.
+    buffer = aligned_buffer(n)
     return bytes(buffer[:posix.preadv(fd, [buffer], offset)])
 
 
 def pread(fd: int, n: int, offset: int, /) -> bytes:
-    """As os.pread; by a thread."""
+    """Make the call ``os.pread`` in a thread. Return its result. Raise OSError."""
     return cast(bytes, call(_pread, fd, n, offset))
 
 
 def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
-    """As os.preadv; by a thread."""
+    """Make the call ``os.preadv`` in a thread. Return its result. Raise OSError."""
     return cast(int, call(posix.preadv, fd, buffers, offset, flags))
 
 
 def pwrite(fd: int, data: Any, offset: int, /) -> int:
-    """As os.pwrite; by a thread."""
+    """Make the call ``os.pwrite`` in a thread. Return its result. Raise OSError."""
     return cast(int, call(posix.pwrite, fd, data, offset))
 
 
 def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0, /) -> int:
-    """As os.pwritev; by a thread."""
+    """Make the call ``os.pwritev`` in a thread. Return its result. Raise OSError."""
     return cast(int, call(posix.pwritev, fd, buffers, offset, flags))
 
 
@@ -330,7 +345,8 @@ def copy_file_range(src: int, dst: int, count: int, offset_src: int | None = Non
 
 
 def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int) -> int:
-    with using(in_fd), using(out_fd):   # also while it waits for the socket
+    # The numbers stay taken, also during the wait for the socket.
+    with using(in_fd), using(out_fd):
         while True:
             try:
                 return cast(int, call(posix.sendfile, out_fd, in_fd, offset, count))
@@ -359,7 +375,8 @@ def readahead(fd: int, offset: int, count: int) -> None:
 
 
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
-    pass                        # Python has no call for it, and none is needed
+    # Python has no function for sync_file_range(2), and the copy is right without it.
+    pass
 
 
 def lseek(fd: int, offset: int, whence: int, is_shared: bool = False) -> int:
@@ -387,7 +404,8 @@ def _extents(fd: int, offset: int, end: int) -> list[tuple[int, bool]]:
             data = min(posix.lseek(fd, offset, os.SEEK_DATA), end)
             hole = min(posix.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
         except OSError as error:
-            if error.errno == errno.ENXIO:          # nothing comes any more
+            if error.errno == errno.ENXIO:
+                # No data follows.
                 data = hole = end
             elif found:
                 return found

@@ -22,13 +22,16 @@ A file that epoll accepts waits for the loop, as in gevent.
 
 from __future__ import annotations
 
-import _socket  # not socket, which may be gevent's
+# `socket` may be the module of gevent.
+import _socket
 import contextlib
 import errno
 import fcntl
 import operator
 import os
-import posix  # not os: these are called as they are, whatever was patched
+
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -46,22 +49,29 @@ from greenaio._files.sectors import Shielded
 from greenaio._files.sharing import is_ours, ours
 from greenaio._files.turn import turn_of, turns
 
-epoll = get_original('select', 'epoll')     # gevent takes it away
+# gevent removes `epoll` from `select` when it patches that.
+epoll = get_original('select', 'epoll')
 
-MEMORY = 1                      # the device number's major part of /dev/null, /dev/kmsg, /dev/random ...
-NEVER_WAIT = (3, 5, 7, 9)       # ... and the minor one of /dev/null, zero, full and urandom
-NO_POSITION = -1                # to preadv2 and pwritev2: read and write as read(2) and write(2) do
-PIPE_BUF = 4096                 # bytes: a pipe that poll says is writable takes as much without waiting
-PIPE_MAX = 1 << 20              # bytes: to how much an ordinary user may set the size of a pipe
-# Of RWF_NOWAIT: FIFOs that have a name and pipes before Linux 6.5; sandboxes that deny the call.
+# The major device number of /dev/null, /dev/kmsg and /dev/random, and the minor numbers of /dev/null,
+# /dev/zero, /dev/full and /dev/urandom.
+MEMORY = 1
+NEVER_WAIT = (3, 5, 7, 9)
+# With this offset preadv2 and pwritev2 read and write as read(2) and write(2) do.
+NO_POSITION = -1
+# In bytes. A pipe that poll calls writable takes so many bytes without a wait.
+PIPE_BUF = 4096
+# In bytes: the greatest size that an ordinary user may give to a pipe.
+PIPE_MAX = 1 << 20
+# Errors that say nothing of the pipe: RWF_NOWAIT is not known for FIFOs with a name and for pipes before
+# Linux 6.5, and some sandboxes deny the call.
 CANNOT_ASK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
 def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any) -> Any:
-    """Return ``call(*args, **kwargs)``, one of `posix`, for a greenlet inside `uninterrupted`. The argument
-    at *place* is the fd of the file that it reads or changes.
+    """Return ``call(*args, **kwargs)``, a call of `posix`, for a greenlet inside `uninterrupted`. The
+    argument at *place* is the fd of the file that the call reads or changes.
 
-    Parked greenlets may be in the middle of a read or write at the file's position, or of its sectors. Raises
+    Parked greenlets may be in the middle of a read or write at the file's position, or of its sectors. Raise
     BlockingSwitchOutError if they are.
     """
     fd = args[place]
@@ -76,19 +86,24 @@ def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any
                 try:
                     start, end = args[2], args[2] + _nbytes([args[1]] if name == 'pwrite' else args[1])
                 except (TypeError, IndexError):
-                    return call(*args, **kwargs)    # it tells what is wrong with them
+                    # The call itself tells which argument is wrong.
+                    return call(*args, **kwargs)
             alignment.refuse_if_held(inode_of_facts(facts), start, end)
         return call(*args, **kwargs)
 
 
 def _wait(fd: int, mode: int, event: int) -> bool:
-    """Wait for the loop to say that *fd* is ready. Return False where it can't tell: the call needs a thread.
+    """Wait until the loop says that *fd* is ready. Return False if the loop can't tell, so that the call
+    needs a thread.
 
-    For who is `using` it: a number closed and reused meanwhile would get bytes that are meant for another.
+    The caller is `using` the number. Otherwise it could be closed and used again during the wait, and the
+    bytes would go to another file.
     """
     if _answers_at_once(fd, mode, event) or not os.get_blocking(fd):
         return True
-    (posix.readv if event == READ else posix.writev)(fd, [])    # else it waits for ever for what can't be
+    # Make an empty call, which raises if the fd can't be read or written. The loop would wait for that for
+    # ever.
+    (posix.readv if event == READ else posix.writev)(fd, [])
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         if not is_pollable(fd):
             return False
@@ -100,7 +115,8 @@ def _wait(fd: int, mode: int, event: int) -> bool:
 
 
 def _answers_at_once(fd: int, mode: int, event: int) -> bool:
-    """Whether it is a directory, which is an error, or a device without hardware, such as /dev/null."""
+    """Return whether the call waits for nothing: on a directory, which is an error, or on a device without
+    hardware, such as /dev/null."""
     if not stat.S_ISCHR(mode):
         return stat.S_ISDIR(mode)
     device = posix.fstat(fd).st_rdev
@@ -108,7 +124,8 @@ def _answers_at_once(fd: int, mode: int, event: int) -> bool:
 
 
 def is_pollable(fd: int) -> bool:
-    """Whether epoll accepts *fd*. libev takes an fd that it refuses for ready, libuv raises."""
+    """Return whether epoll accepts *fd*. If epoll refuses an fd, libev takes it for ready and libuv
+    raises."""
     try:
         with epoll(1) as one:
             one.register(fd, 0)
@@ -118,7 +135,8 @@ def is_pollable(fd: int) -> bool:
 
 
 def seek(file: File, offset: int, whence: int) -> int:
-    """lseek; by a thread where another process or thread may have the lock of the position."""
+    """Move the position of *file*. Return the new one, in bytes. Raise OSError. A thread makes the call if
+    another process or thread may hold the lock of the position."""
     fd = file.fileno()
     if file._seek_may_wait or not is_ours(fd):
         return _calls.lseek(fd, offset, whence, not is_ours(fd))
@@ -126,14 +144,15 @@ def seek(file: File, offset: int, whence: int) -> int:
 
 
 def is_busy(fd: int) -> bool:
-    """Whether a greenlet is about to move the position of *fd*."""
+    """Return whether a greenlet is about to move the position of *fd*."""
     turn = turns.get(fd)
     return turn is not None and turn.owner is not None
 
 
 def _between_seeks(file: File, call: Callable[[int], Any]) -> Any:
-    """Make a request at the kernel's position a positional one, and move that position on. Return what
-    *call* returns, bytes or how many."""
+    """Make a positional request at the kernel's position by ``call(offset)``, and move the position on.
+    Return the result of *call*: bytes or their number. If the greenlet is killed in *call*, the position
+    stays."""
     at = seek(file, 0, os.SEEK_CUR)
     result = call(at)
     moved = len(result) if isinstance(result, bytes) else result
@@ -150,7 +169,8 @@ class _Rest:
     """
 
     def __init__(self, file: File, begun: Any, reading: bool) -> None:
-        self.back = 0                   # bytes that the killed greenlet had read before, and loses, too
+        # In bytes: the killed greenlet had read these before, and loses them, too.
+        self.back = 0
         self._file, self._begun, self._reading = file, begun, reading
         self._fd = file.fileno()
         self._turn = turns[self._fd]
@@ -169,6 +189,7 @@ class _Rest:
         return got
 
     def let_go(self) -> None:
+        """Give the turn back, when the thread has returned."""
         if _rests.get(self._fd) is self:
             del _rests[self._fd]
         if self._greenlet is not None and self._turn.owner is self._greenlet:
@@ -179,33 +200,37 @@ _rests: dict[int, _Rest] = {}           # by fd
 
 
 def _in_thread(file: File, reading: bool, buffers: Sequence[Any]) -> int:
-    """One read(2) or write(2) at the position, in its turn."""
+    """Make one read(2) or write(2) at the position, in a thread. Return bytes moved. The caller has the turn;
+    if it is killed, a `_Rest` keeps the turn until the thread has returned."""
     begun = file.begin_at_position(reading, buffers)
     try:
         return begun.get()
     except BaseException as error:
         if was_thrown(error) and not begun.withdraw():
-            with contextlib.suppress(OSError, MemoryError):     # closed: then no other call is made there
+            # If the file is closed, no other call is made at its position, and no `_Rest` is needed.
+            with contextlib.suppress(OSError, MemoryError):
                 _Rest(file, begun, reading)
         raise
 
 
 def go_back(file: File, n: int) -> None:
     """Put the position back by *n* bytes that a killed greenlet had read. If another process or thread may
-    have read on, the bytes are lost, as in a killed thread."""
+    have read on, the bytes are lost, as they are when a thread is killed."""
     fd = file.fileno()
     if not n or not is_ours(fd):
         return
     if fd in _rests:
         _rests[fd].back += n
-    elif is_busy(fd) or file._seek_may_wait:    # a killed greenlet does not wait
+    elif is_busy(fd) or file._seek_may_wait:
+        # A killed greenlet does not wait, so another greenlet does it.
         Shielded(fd, lambda: _seek_in_turn(file, -n))
     else:
         _seek_back(fd, n)
 
 
 def _seek_back(fd: int, n: int) -> None:
-    with contextlib.suppress(OSError):  # a pipe has no position
+    with contextlib.suppress(OSError):
+        # A pipe has no position.
         posix.lseek(fd, -n, os.SEEK_CUR)
 
 
@@ -215,19 +240,23 @@ def _seek_in_turn(file: File, offset: int) -> int:
 
 
 def _read_stored(file: File, buffers: Sequence[Any]) -> int:
+    """Read into *buffers* at the position of a stored file, in its turn. Return bytes read."""
     fd = file.fileno()
     with using(fd):
         if not has_position(fd, READ):
             return file.preadv(buffers, NO_POSITION)
         with turn_of(fd):
-            if file._seek_may_wait and stat.S_ISREG(file.kind):     # the kernel makes it up, by a wait or not
+            if file._seek_may_wait and stat.S_ISREG(file.kind):
+                # The kernel makes the answer, with a wait or without.
                 return file.preadv(buffers, NO_POSITION)
-            if ours.get(fd) or _is_direct(file):    # only a file object knows the number, if it is not direct
+            # A file that is not O_DIRECT comes here only if its file object alone knows the number.
+            if ours.get(fd) or _is_direct(file):
                 return int(_between_seeks(file, lambda at: file.preadv(buffers, at)))
             return _in_thread(file, True, buffers)
 
 
 def _write_stored(file: File, buffers: Sequence[Any]) -> int:
+    """Write *buffers* at the position of a stored file, in its turn. Return bytes written."""
     fd = file.fileno()
     with using(fd):
         if not has_position(fd, WRITE):
@@ -237,7 +266,8 @@ def _write_stored(file: File, buffers: Sequence[Any]) -> int:
                 return _in_thread(file, False, buffers)
             n = int(_between_seeks(file, lambda at: file.pwritev(buffers, at)))
             if n and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
-                seek(file, 0, os.SEEK_END)      # where the kernel wrote
+                # The kernel wrote at the end, so that is the new position.
+                seek(file, 0, os.SEEK_END)
             return n
 
 
@@ -246,9 +276,11 @@ def _is_direct(file: File) -> bool:
 
 
 def read(fd: int, n: int) -> bytes:
+    """Read up to *n* bytes at the position of *fd*, as `os.read` does. Raise OSError."""
     n = operator.index(n)
     if not 0 <= n <= sys.maxsize or n == 0 and fd in ours:
-        return posix.read(fd, n)        # it says what is wrong
+        # The plain call raises the right error.
+        return posix.read(fd, n)
     data: Any = None
     if fd in ours:
         data = Filling(n)
@@ -264,6 +296,8 @@ def read(fd: int, n: int) -> bytes:
 
 
 def _read_stream(fd: int, mode: int, n: int) -> bytes:
+    """Read up to *n* bytes from a file that is not stored, such as a pipe, when the loop says that it is
+    ready."""
     with using(fd):
         while n > 0:
             if not _wait(fd, mode, READ):
@@ -282,9 +316,11 @@ def _is_blocking_pipe(fd: int, mode: int) -> bool:
 
 
 def _now(call: Callable[..., int], plain: Callable[..., int], fd: int, buffers: Sequence[Any]) -> int | None:
-    """Read into, or write, *buffers*, as the loop says that the pipe *fd* is ready. None if it is no
-    longer, because another process was quicker: workers that log to one pipe are all told of its room, and
-    one of them fills it."""
+    """Read into *buffers* or write them, after the loop said that the pipe *fd* is ready. Return bytes moved,
+    or None if the pipe is not ready any more.
+
+    Another process may have been quicker. For example, workers that log to one pipe are all told of its room,
+    and one of them fills it."""
     try:
         return call(fd, buffers, NO_POSITION, os.RWF_NOWAIT)
     except OSError as error:
@@ -301,13 +337,14 @@ def _read_without_position(fd: int, n: int) -> bytes:
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
+    """Read into *buffers* at the position of *fd*, as `os.readv` does. Return bytes read. Raise OSError."""
     if fd in ours and type(buffers) in (list, tuple) and len(buffers) == 1 and memoryview(buffers[0]).nbytes:
         return _read_one(fd, buffers[0])
     return read_on(File.from_fd(fd), buffers)
 
 
 def _read_one(fd: int, buffer: Any) -> int:
-    """Read what the page cache has, and the rest by a thread."""
+    """Read the bytes that the page cache has inline, and the rest by a thread. Return bytes read."""
     n = -1 if is_busy(fd) else _file.read_cached(fd, buffer)
     if n >= 0:
         return n
@@ -316,8 +353,10 @@ def _read_one(fd: int, buffer: Any) -> int:
 
 
 def read_on(file: File, buffers: Sequence[Any], before: int = 0) -> int:
-    """Read, after the first *before* bytes that the page cache had. An error other than a kill, and after
-    some bytes, is for the next call to find."""
+    """Read into *buffers*, after the first *before* bytes came from the page cache. Return bytes read.
+
+    If the greenlet is killed, put the position back by *before*. Another error after some bytes is left to
+    the next call, because these bytes are a result."""
     try:
         if is_stored(file.kind):
             return _read_stored(file, buffers)
@@ -331,6 +370,8 @@ def read_on(file: File, buffers: Sequence[Any], before: int = 0) -> int:
 
 
 def _readv_stream(fd: int, mode: int, buffers: Sequence[Any]) -> int:
+    """Read into *buffers* from a file that is not stored, when the loop says that it is ready. Return bytes
+    read."""
     with using(fd):
         while _nbytes(buffers) > 0:
             if not _wait(fd, mode, READ):
@@ -344,10 +385,12 @@ def _readv_stream(fd: int, mode: int, buffers: Sequence[Any]) -> int:
 
 
 def write(fd: int, data: Any) -> int:
+    """Write *data* at the position of *fd*, as `os.write` does. Return bytes written. Raise OSError."""
     return write_to(File.from_fd(fd), data)
 
 
 def write_to(file: File, data: Any) -> int:
+    """Write *data* at the position of *file*. Return bytes written. Raise OSError."""
     if is_stored(file.kind):
         return _write_stored(file, [data])
     fd = file.fileno()
@@ -356,6 +399,7 @@ def write_to(file: File, data: Any) -> int:
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:
+    """Write *buffers* at the position of *fd*, as `os.writev` does. Return bytes written. Raise OSError."""
     file = File.from_fd(fd)
     mode = file.kind
     if is_stored(mode):
@@ -373,12 +417,13 @@ def _nbytes(buffers: Sequence[Any]) -> int:
 
 
 def is_stored(mode: int) -> bool:
-    """Whether it never waits for anybody but a disk. *mode* may be the type alone."""
+    """Return whether a file of that st_mode waits for a disk only. *mode* may be the type alone."""
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def keeps_messages(fd: int, mode: int) -> bool:
-    """Whether each write to it is a message, which may not come in pieces: a socket that is no stream."""
+    """Return whether each write to *fd* is a message, which may not come in pieces, because *fd* is a socket
+    that is no stream."""
     if not stat.S_ISSOCK(mode):
         return False
     one = _socket.socket(fileno=fd)
@@ -393,8 +438,9 @@ def _is_blocking_terminal(fd: int, mode: int) -> bool:
 
 
 def _write_all(fd: int, mode: int, data: memoryview) -> int:
-    """As a blocking write, in pieces that a pipe which is ready takes without waiting. A terminal is ready as
-    soon as it has room for one byte, so a thread writes to it."""
+    """Write *data* as a blocking write does, in pieces that a ready pipe takes without a wait. Return bytes
+    written; after an error the bytes before it, if any. A terminal is ready as soon as it has room for one
+    byte, so a thread writes to it."""
     written = 0
     while True:
         if len(data) and (not _wait(fd, mode, WRITE) or _is_blocking_terminal(fd, mode)):

@@ -7,10 +7,12 @@ from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
 
 cdef class Nowait:
-    cdef uint64_t _history              # a bit for each of the last answers: whether it was a refusal ...
-    cdef uint64_t _unknown              # ... and whether that was EOPNOTSUPP
-    cdef uint64_t _pause_until          # ns
-    cdef uint64_t _length               # of the next pause, ns
+    # One bit for each of the last 64 answers: 1 if it was a refusal.
+    cdef uint64_t _history
+    # One bit for each of the last 64 answers: 1 if it was EOPNOTSUPP.
+    cdef uint64_t _unknown
+    cdef uint64_t _pause_until          # CLOCK_MONOTONIC, ns
+    cdef uint64_t _length               # the next pause, ns
 
     cdef bint asks(self) noexcept
     cdef bint is_unsupported(self) noexcept
@@ -24,10 +26,14 @@ cdef class Device:
     cdef readonly object number
     cdef readonly str file_system
     cdef readonly bint in_memory
-    cdef readonly bint is_swapped       # its bytes may be swapped out, to a disk
-    cdef readonly bint answers          # its files have no bytes: the kernel makes up what is read
-    cdef readonly bint is_local         # nobody is told of what is read or closed
-    cdef readonly bint is_guess         # its file system is not known yet
+    # The kernel may swap the bytes of its files out to a disk.
+    cdef readonly bint is_swapped
+    # Its files have no stored bytes: the kernel makes the answer to each read.
+    cdef readonly bint answers
+    # No server is told of a read or a close.
+    cdef readonly bint is_local
+    # The name of its file system is not known yet.
+    cdef readonly bint is_guess
     cdef readonly int limit
     cdef readonly Nowait reads
     cdef readonly Nowait writes
@@ -38,44 +44,70 @@ cdef class Device:
 
 cdef Device device_of(uint64_t number, uint64_t mount=*)
 
-cdef enum:              # what `open_there` and `stat_there` say besides an errno; no errno is as large
-    GO_ON = -5000       # the next step is for other threads: `Walk.go_on` tells which
-    LEASED = -5001      # a process has a lease on the file, and was asked to give it up
+# The results of `open_there`, `stat_there` and `unlink_there` besides success and minus the errno. No errno
+# is as large.
+cdef enum:
+    # The next step is for other threads; `Walk.go_on` returns their pool.
+    GO_ON = -5000
+    # A process has a lease on the file, and the kernel has asked it to give the lease up.
+    LEASED = -5001
 
+# The state of a walk (see "The way to a path" in route.pyx), and the call that the walk is for. Either the
+# hub or one thread uses it, never both: the request hands it over and back.
 cdef struct way:
-    int folder          # O_PATH: the directory where the walk is; or AT_FDCWD
-    int copy            # the number of `folder` or `end` that is a copy of `dir_fd`, and not O_PATH; or -1
-    int link            # O_PATH: the link in it that comes next; or -1
-    int end             # O_PATH: where the path leads; or -1
-    uint64_t device     # what the next step may have to wait for ...
-    uint64_t mount      # ... and the unique number of its mount, or 0
-    uint64_t inode      # of the end ...
-    unsigned int mode   # ... and its st_mode; 0 where there is none
-    int error           # minus the errno with which the walk ended; or 0
-    int links           # followed
-    bint follows        # the last link, too
-    bint jumps          # links lead to files, not to the paths that they name
+    # The O_PATH fd of the directory where the walk is; or AT_FDCWD, or -1.
+    int folder
+    # The number of `folder` or `end` if that is a copy of `dir_fd`, and not an O_PATH fd; or -1.
+    int copy
+    # The O_PATH fd of the link in `folder` that the walk follows next; or -1.
+    int link
+    # The O_PATH fd of the file that the path leads to; or -1.
+    int end
+    # The device that the next step may have to wait for, and the unique number of its mount, or 0.
+    uint64_t device
+    uint64_t mount
+    # The inode number and st_mode of the place where the walk is. `mode` is 0 after an error.
+    uint64_t inode
+    unsigned int mode
+    # Minus the errno with which the walk ended; or 0.
+    int error
+    # The number of links that the walk has followed.
+    int links
+    # The walk follows the last link, too.
+    bint follows
+    # Links lead to files, not to the paths that they name.
+    bint jumps
     bint is_over
-    char *room          # memory of ours, in which ...
-    char *ahead         # ... the names are that are still to be walked ...
-    char *name          # ... and the last one before them
-    int dir_fd          # the call: what it gets ...
+    # Memory of this struct. It holds the names that are still to be walked, and the last one before them.
+    char *room
+    char *ahead
+    char *name
+    # The arguments of the call; for a stat, `answer` is the memory for its result.
+    int dir_fd
     const char *path
     int flags
     int permissions
-    void *answer        # ... and for stat, where its answer goes
+    void *answer
     bint opens
-    bint truncates      # a regular file that is at the end
-    bint stops_at_end   # the hub wants to know of that before the call
-    bint is_local       # no server is asked where the walk is ...
-    bint passes_a_server    # ... but one is on the way there
-    bint is_alone       # the thread is no disk's
-    bint is_patient     # an open waits in the kernel for the process that has a lease on the file
+    # The call empties the file at the end, if that is a regular file.
+    bint truncates
+    # The walk goes back to the hub at a regular file, before the call.
+    bint stops_at_end
+    # No server is asked at the place where the walk is ...
+    bint is_local
+    # ... but one is on the way there.
+    bint passes_a_server
+    # The thread belongs to no disk.
+    bint is_alone
+    # An open waits in the kernel for the process that has a lease on the file.
+    bint is_patient
 
 cdef class Walk:
     cdef bytes path
-    cdef object keep                # what else `way` points into
-    cdef tuple servers              # the numbers of the devices on the way that are not local
+    # Keeps the other objects alive that `way` points into.
+    cdef object keep
+    # The numbers of the devices on the way that are not local.
+    cdef tuple servers
     cdef way *way
 
     cdef int _begin(self) except -1
@@ -91,29 +123,43 @@ cdef long stat_there(void *arg) noexcept nogil
 cdef long unlink_there(void *arg) noexcept nogil
 
 cdef enum:
-    IN_LINE_MAX = 262144        # bytes: to copy more out of the page cache takes the hub too long
+    # In bytes. To copy more than that out of the page cache holds the hub for too long.
+    IN_LINE_MAX = 262144
 
-cdef enum:          # what kind of file
-    STORED = 1      # a regular file or block device: fsync by AIO
-    DIRECT = 2      # and open with O_DIRECT: reads and writes too
-    APPEND = 4      # every write makes it longer
+# The bits of `Known.kind`.
+cdef enum:
+    # A regular file or a block device; fsync goes by native AIO.
+    STORED = 1
+    # Open with O_DIRECT; reads and writes go by native AIO, too.
+    DIRECT = 2
+    # Open with O_APPEND; every write makes the file longer.
+    APPEND = 4
     REGULAR = 8
-    UNSURE = 16     # a character device: who knows what it waits for
+    # A character device. Its driver alone knows what a call waits for.
+    UNSURE = 16
     WRITABLE = 32
-    ANSWER = 64     # of a file system that `answers`: one call for each read or write, for each has its own answer
-    AT_ONCE = 128   # such a file that waits for nothing
-    EVENTS = 256    # such a file that may wait for an event, which poll tells
-    LOCKED = 512    # a block device: a call through its page cache locks it, and a seek waits for that
+    # A file of a file system that `answers`. Each read or write is one call, because each has its own answer.
+    ANSWER = 64
+    # Such a file, whose reads wait for nothing.
+    AT_ONCE = 128
+    # Such a file, whose reads may wait for an event; poll tells whether they would.
+    EVENTS = 256
+    # A block device. A call through its page cache locks it, and a seek waits for that lock.
+    LOCKED = 512
 
 cdef class Known(Ways):
     cdef int kind                       # STORED | DIRECT | ...
     cdef unsigned int mode              # st_mode
-    cdef unsigned int align             # of offsets and lengths under O_DIRECT, in bytes
+    # The alignment that O_DIRECT wants of offsets and lengths, and of memory, in bytes.
+    cdef unsigned int align
     cdef unsigned int align_memory
-    cdef uint64_t number                # of the inode
-    cdef int64_t size                   # in bytes, at its open or when it was asked for
-    cdef Inode _inode                   # None until it is needed
-    cdef bint is_nameless               # nothing but open fds keeps its bytes, and to free them takes time
+    # The number of the inode, or BLOCK_DEVICE.
+    cdef uint64_t number
+    # In bytes, at the time of the open or of the last question.
+    cdef int64_t size
+    cdef Inode _inode                   # None until needed
+    # Only open fds keep the bytes of the file, and freeing them takes time.
+    cdef bint is_nameless
     cdef Device device
 
     cdef int way(self, Driver driver, Request request) except -1
@@ -142,7 +188,7 @@ cdef extern from *:
     #include <poll.h>
     #include <time.h>
 
-    /* The time of the last tick, up to 10 ms ago: it costs a tenth of the exact one. */
+    /* Return the time of the last tick in ns, up to 10 ms ago. It costs a tenth of the exact time. */
     static inline uint64_t coarse_ns(void)
     {
         struct timespec now;
@@ -150,7 +196,8 @@ cdef extern from *:
         return now.tv_sec * 1000000000ull + now.tv_nsec;
     }
 
-    /* Whether a read of *fd* waits for nothing, as far as poll tells; or poll fails, and the read will say why. */
+    /* Return whether a read of *fd* waits for nothing, as far as poll tells. If poll fails the answer is yes,
+       and the read will say why. */
     static inline int is_ready(int fd)
     {
         struct pollfd one = { fd, POLLIN, 0 };
@@ -164,6 +211,10 @@ cdef int waited_in_hub(int fd, uint64_t began) except -1
 cdef object failed(long code, name)
 
 cdef inline int c_int(value) except? -1:
-    """What os makes an int of. Declared as one, an argument would be asked for its ``__int__``: a float would be
-    cut off, and ``__index__`` not be known. Py_ssize_t is right, so that is what offsets are declared as."""
+    """Return *value* as an int, by the same rules as the functions of `os`. Raise TypeError if it is no
+    integer.
+
+    An argument that is declared as int is asked for its ``__int__``, so that a float would be cut off and an
+    object with ``__index__`` alone refused. Py_ssize_t asks for ``__index__``, so offsets are declared as
+    Py_ssize_t."""
     return PyNumber_Index(value)

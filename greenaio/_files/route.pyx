@@ -1,16 +1,17 @@
 # cython: language_level=3
-"""What is known of devices and file systems, and which way an operation on them goes without waiting.
+"""Facts of devices and file systems, and the way that an operation on them goes without a wait in the hub.
 
-The kernel is asked in ways that never wait themselves: ``statfs`` would, on a frozen FUSE file system, but
-``statmount``, the list of mounts and sysfs do not. What only use can tell, whether RWF_NOWAIT helps, is learned from
-the answers, and forgotten again.
+The questions to the kernel never wait themselves. ``statfs`` would wait on a frozen FUSE file system;
+``statmount``, the list of mounts and sysfs do not. Only use can tell whether RWF_NOWAIT helps. This module
+learns that from the answers, and forgets it again.
 """
 
 import errno
 import fcntl
 import logging
 import os
-import posix            # for what may be patched in os
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
 import re
 import stat
 import struct
@@ -27,7 +28,9 @@ from libc.string cimport memcpy, strlen
 from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 from posix.unistd cimport close as close_fd
 
-import greenaio._core.hub       # in a forked child, its handler runs before the one of this module
+# In a forked child, the handler of the hub runs before the handler of this module, because it is registered
+# first.
+import greenaio._core.hub
 from greenaio._core import pools as _pools
 from greenaio._core.bell import listen
 from greenaio._core.handle import all_inodes
@@ -61,11 +64,11 @@ cdef extern from *:
     #include <sys/sysmacros.h>
     #include <unistd.h>
 
-    /* What the kernel has in memory of a file: DONT_SYNC, for a frozen FUSE or network file system would
-       have to be asked else. */
+    /* The facts of a file that the kernel has in memory. AT_STATX_DONT_SYNC has it answer from memory;
+       without that flag it would ask a FUSE or network server, which may be frozen. */
     struct facts { uint64_t device, inode, size, mount; unsigned mode, links, align, align_memory, block; };
 
-    /* The same where a sandbox denies statx. It may ask a server. */
+    /* Do the same as `facts_of` where a sandbox denies statx. This call may ask a server. */
     static int old_facts_of(int dir, const char *path, struct facts *f)
     {
         struct stat st;
@@ -77,6 +80,9 @@ cdef extern from *:
         return 0;
     }
 
+    /* Find the facts of *path* in the directory *dir*; with an empty path, the facts of *dir* itself. Return
+       0, or minus the errno. A block device has the number of the disk, not of the file system where its node
+       is. */
     __attribute__((always_inline)) static inline int facts_of(int dir, const char *path, struct facts *f)
     {
         struct { unsigned mask, blksize; uint64_t attributes; unsigned nlink, uid, gid; uint16_t mode, spare;
@@ -100,9 +106,11 @@ cdef extern from *:
         return 0;
     }
 
-    static int has_cached_path = 1;     /* 0: openat2 is denied, or too old (before Linux 5.12) */
+    /* 0 once openat2 was denied, or did not know RESOLVE_CACHED (before Linux 5.12). */
+    static int has_cached_path = 1;
 
-    /* Whether the page cache has anything of the range; no where the kernel can't tell (before Linux 6.5). */
+    /* Return whether the page cache has any page of the range. The answer is no where the kernel can't tell
+       (before Linux 6.5). */
     static inline int is_cached(int fd, uint64_t offset, uint64_t n)
     {
         struct { uint64_t offset, n; } range = { offset, n };
@@ -110,8 +118,8 @@ cdef extern from *:
         return syscall(451 /* cachestat */, fd, &range, &pages, 0) == 0 && pages.cached != 0;
     }
 
-    /* What a path leads to, as far as that is cached: an fd for it, or minus the errno, which is EAGAIN for
-       what is not cached. Without a wait. */
+    /* Look the path up in the kernel's cache, without a wait. Return an O_PATH fd of the file; or minus the
+       errno, which is EAGAIN if a name is not cached. */
     static inline int cached_path(int dir, const char *path, int flags)
     {
         struct { uint64_t flags, mode, resolve; } how = { O_PATH | O_CLOEXEC | flags, 0, 0x20 /* RESOLVE_CACHED */ };
@@ -121,20 +129,24 @@ cdef extern from *:
         fd = syscall(437 /* openat2 */, dir, path, &how, sizeof how);
         if (fd >= 0)
             return (int)fd;
-        if (errno == EPERM || errno == ENOSYS || errno == EINVAL) {     /* O_PATH itself is never answered so */
+        /* An open with O_PATH alone never fails with these, so the kernel or a sandbox refuses openat2. */
+        if (errno == EPERM || errno == ENOSYS || errno == EINVAL) {
             has_cached_path = 0;
             return -EAGAIN;
         }
         return -errno;
     }
 
+    /* Look the path up, and wait for it if need be. Return an O_PATH fd, or minus the errno. */
     static inline int path_fd(int dir, const char *path, int flags)
     {
         int fd = openat(dir, path, O_PATH | O_CLOEXEC | flags);
         return fd < 0 ? -errno : fd;
     }
 
-    /* openat for a regular file, which fails with EAGAIN instead of waiting for a process that has a lease. */
+    /* Open a regular file. Fail with EAGAIN instead of a wait for a process that has a lease on it: the
+       kernel asks that process to give the lease up, and O_NONBLOCK keeps the open from waiting. The caller
+       did not ask for O_NONBLOCK, so the fd gets its own flags afterwards. */
     static inline int open_leased(int dir, const char *path, int flags, int mode)
     {
         int fd = openat(dir, path, flags | O_CLOEXEC | O_NONBLOCK, mode);
@@ -145,7 +157,7 @@ cdef extern from *:
         return fd;
     }
 
-    /* The file that an O_PATH fd is of, opened: this one, whatever its path leads to by now. */
+    /* Open the file that the O_PATH fd stands for, even if its path leads to another file by now. */
     static inline int reopen(int fd, int flags)
     {
         char link[32];
@@ -153,10 +165,11 @@ cdef extern from *:
         return open_leased(AT_FDCWD, link, flags, 0);
     }
 
-    #define KIND_MAX 64                 /* bytes of a file system's name, and of its server's: "fuse.sshfs" */
+    /* The most bytes of the name of a file system together with its server, such as "fuse.sshfs". */
+    #define KIND_MAX 64
 
-    /* The kind of file system that the mount of that unique number has: statmount(2). Whether it is known, and on
-       *device*: else that is none of the mount's own, as of a file below an overlay. */
+    /* Ask statmount(2) which kind of file system the mount of that unique number has. Return 0 if the kernel
+       does not tell. */
     static int kind_of_mount(uint64_t mount, uint64_t device, char *kind)
     {
         struct { unsigned size, spare; uint64_t mount, wanted; } request = { 24, 0, mount,
@@ -173,9 +186,26 @@ cdef extern from *:
     /* /proc/self/mountinfo, without the paths. */
     struct mount_table { long count; struct { uint64_t device; char kind[KIND_MAX]; } mounts[]; };
 
-    static struct mount_table *mount_table;     /* the hub's */
-    static struct mount_table *read_table;      /* from the thread that has read it to the hub, which takes it */
-    static int reads_mounts;                    /* a thread is at it */
+    /* The list of mounts goes from a native thread, which has no GIL, to the hubs, which have it:
+
+           a hub                                   the native thread
+           reads_mounts = 1, starts the thread
+                                                   reads and parses the list
+                                                   puts the table into read_table, by an exchange;
+                                                   frees a table there that no hub has taken
+                                                   reads_mounts = 0 (release)
+           sees reads_mounts == 0 (acquire)
+           takes read_table, by an exchange;
+           frees its old table
+
+       So a table is never freed while a hub looks a device up in it. */
+
+    /* The table in which hubs look devices up. Only a thread that holds the GIL uses it. */
+    static struct mount_table *mount_table;
+    /* A new table, which no hub has taken so far. */
+    static struct mount_table *read_table;
+    /* 1 while a thread reads the list. */
+    static int reads_mounts;
 
     static struct mount_table *parse_mounts(char *text)
     {
@@ -202,7 +232,8 @@ cdef extern from *:
         return table;
     }
 
-    /* Runs in a thread. */
+    /* Read the list of mounts in a thread, because that takes milliseconds where there are many. A list that
+       could not be read to its end is dropped, and the hub keeps its old table, if any. */
     static void *read_mount_table(void *unused)
     {
         size_t n = 0, room = 65536;
@@ -235,7 +266,8 @@ cdef extern from *:
     static inline void end_mount_table(void)
     { __atomic_store_n(&reads_mounts, 0, __ATOMIC_RELEASE); }
 
-    /* Take what the thread has read, if there is something; whether there is a table and no thread at the next. */
+    /* Take the table that the thread has read, if there is one. Return whether the hub has a table and no
+       thread reads a newer one. */
     static int take_mount_table(void)
     {
         struct mount_table *table;
@@ -257,7 +289,8 @@ cdef extern from *:
         return "";
     }
 
-    /* The path by which *fd* was opened, not terminated; minus 1 if that is not known. */
+    /* Find the path by which *fd* was opened. Return its length; it is not terminated. Return -1 if it is not
+       known. */
     static inline ssize_t path_of(int fd, char *path, size_t n)
     {
         char link[32];
@@ -271,13 +304,15 @@ cdef extern from *:
         return sysinfo(&all) < 0 || all.freeswap != all.totalswap;
     }
 
-    /* Whether a page of a file in memory is swapped out: cachestat (Linux 6.5) counts it as evicted. Elsewhere
-       mincore says that it is not there, as it does of a hole. What can't be asked may be. */
+    /* Return whether a page of a file in memory is swapped out. cachestat (Linux 6.5) counts such a page as
+       evicted. On older kernels mincore says that the page is not there, as it says of a hole. The answer is
+       yes if the kernel can't be asked, because then the page may be swapped out. */
     static inline int is_out_of_memory(int fd, int64_t offset, uint64_t n)
     {
         struct { uint64_t offset, n; } range;
         struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages;
-        unsigned char there[66];        /* IN_LINE_MAX of the smallest pages, and one more at each end */
+        /* One byte a page: IN_LINE_MAX in the smallest pages, and one more page at each end. */
+        unsigned char there[66];
         uint64_t page = sysconf(_SC_PAGESIZE), i, count;
         void *map;
         int out = 0;
@@ -302,7 +337,8 @@ cdef extern from *:
         return out;
     }
 
-    /* Whether the list of mounts that *fd* is open on has changed since this was last asked, or *fd* was closed. */
+    /* Return whether the list of mounts that *fd* is open on has changed since the last call, or *fd* was
+       closed. */
     static inline int mounts_changed(int fd)
     {
         struct pollfd one = { fd, POLLPRI, 0 };
@@ -313,7 +349,8 @@ cdef extern from *:
         uint64_t device
         uint64_t inode
         uint64_t size
-        uint64_t mount              # the unique number of its mount; 0 before Linux 6.8, and for a block device
+        # The unique number of its mount; 0 before Linux 6.8, and for a block device.
+        uint64_t mount
         unsigned int mode
         unsigned int links
         unsigned int align
@@ -375,57 +412,73 @@ cdef extern from "<unistd.h>":
     int unlinkat(int dir_fd, const char *path, int flags) nogil
 
 cdef enum:
-    REFUSED_MAX = 32            # of the last 64 answers: above it, asking costs more than it saves
-    DEMOTED_MAX = 1024          # files: the oldest is forgotten first
-    DEFAULT_QUEUE = 64          # requests: where sysfs does not know the device, as for btrfs
-    LINKS_MAX = 40              # on one way, as the kernel's MAXSYMLINKS
+    # Refusals among the last 64 answers. With more than that, the question costs more than it saves.
+    REFUSED_MAX = 32
+    # The number of files that are remembered; the oldest is forgotten first.
+    DEMOTED_MAX = 1024
+    # In requests, for a device that sysfs does not know, such as the one of btrfs.
+    DEFAULT_QUEUE = 64
+    # Links on one walk, as many as the kernel's MAXSYMLINKS.
+    LINKS_MAX = 40
 
-cdef enum:                      # how far a walk came
+# How far a walk came.
+cdef enum:
     ARRIVED
     STOPPED
     CROSSED
 
-cdef uint64_t PAUSE_NS = 1000000000         # then ask again: a habit may be that of one file
-cdef uint64_t PAUSE_MAX_NS = 64 * PAUSE_NS  # one request in that time costs nothing
-cdef uint64_t DEMOTED_NS = 60000000000      # how long a file takes threads whose submission stalled
-cdef uint64_t SWAP_ASKED_NS = 10000000      # how old may be what is known of swap
+# After this pause ask the file system again, because the refusals may have come from one file.
+cdef uint64_t PAUSE_NS = 1000000000
+# The longest pause. One request in that time costs nearly nothing.
+cdef uint64_t PAUSE_MAX_NS = 64 * PAUSE_NS
+# For this time a file whose submission stalled takes threads.
+cdef uint64_t DEMOTED_NS = 60000000000
+# The greatest age of the answer whether swap is in use.
+cdef uint64_t SWAP_ASKED_NS = 10000000
 BLKSSZGET = 0x1268
 
 log = logging.getLogger('greenaio')
 
-# File systems that keep their bytes in the kernel's memory: no disk to wait for, so `os` itself will do.
+# File systems that keep their bytes in the kernel's memory. There is no disk to wait for, so a plain call
+# will do.
 IN_MEMORY = frozenset({'tmpfs', 'ramfs', 'devtmpfs', 'hugetlbfs'})
 
-# File systems without bytes: a read or write calls a function of the kernel, which may take its time. /proc/PID/
-# cmdline waits for that process's page faults, a sensor in sysfs for its bus, memory.reclaim for a disk.
+# File systems without stored bytes. A read or write calls a function of the kernel, which may take its time:
+# /proc/PID/cmdline waits for page faults of that process, a sensor in sysfs for its bus, and memory.reclaim
+# for a disk.
 ANSWERING = frozenset({'proc', 'sysfs', 'cgroup', 'cgroup2', 'debugfs', 'tracefs', 'securityfs', 'configfs',
                        'mqueue', 'devpts', 'bpf', 'binfmt_misc', 'efivarfs', 'fusectl', 'pstore', 'resctrl',
                        'selinuxfs'})
 
-# Of those, files that programs read often and that answer at once; and files that mean the calling thread.
+# Files on those file systems that programs read often and that answer at once; and files that stand for the
+# calling thread, so that another thread would read or write the wrong one.
 _AT_ONCE = re.compile(rb'.*/(?:proc/(?:cmdline|filesystems|loadavg|meminfo|uptime|version)'
                       rb'|[0-9]+/(?:limits|stat|statm|status|attr/[a-z/]+)|trace_marker(?:_raw)?)')
 
-# On these file systems poll does not tell whether a read would wait: it tells of changes, and by telling forgets
-# them, as for /proc/mounts. So they are not asked, but for the file that is the exception.
+# On these file systems poll does not tell whether a read would wait. It tells of changes, as for
+# /proc/mounts, and a change is told only once, so a poll here would take it from the program. Their files are
+# not polled, except for /proc/kmsg.
 _POLL_TELLS_OF_CHANGES = frozenset({'proc', 'sysfs', 'cgroup', 'cgroup2'})
 _HAS_EVENTS = re.compile(rb'.*/proc/kmsg')
 
-# Those that tell no server of a close, besides all that are mounted from a block device.
+# File systems that tell no server of a close, though no block device is mounted.
 LOCAL = frozenset({'btrfs', 'zfs', 'overlay'})
 
 
 cdef class Nowait:
-    """Whether RWF_NOWAIT is worth asking for, in one direction on one file system.
+    """Decide whether to ask with RWF_NOWAIT, in one direction (reads or writes) on one file system.
 
-    A refusal is a trait of the request (EAGAIN) or of its file (EOPNOTSUPP), until it becomes a habit. Then the
-    file system is not asked for a second. The habit of EOPNOTSUPP, as of overlayfs, is broken by an answer of
-    another kind only; each time that one more request finds it unbroken, the pause doubles."""
+    One refusal tells something of the request (EAGAIN) or of its file (EOPNOTSUPP). When more than
+    `REFUSED_MAX` of the last 64 answers are refusals, they tell something of the file system, and it is not
+    asked for a second. A file system that keeps saying EOPNOTSUPP, such as overlayfs, is asked again after
+    the pause. Each time that it still refuses in this way, the pause doubles, up to 64 seconds."""
 
     def __init__(self):
         self._length = PAUSE_NS
 
     cdef bint asks(self) noexcept:
+        """Return whether the next request may ask with RWF_NOWAIT. After a pause that EAGAIN has caused the
+        history begins again; after EOPNOTSUPP it stays, so that one more refusal is enough."""
         if self._pause_until:
             if monotonic_ns() < self._pause_until:
                 return False
@@ -435,9 +488,11 @@ cdef class Nowait:
         return True
 
     cdef bint is_unsupported(self) noexcept:
+        """Return whether most of the last answers were EOPNOTSUPP."""
         return __builtin_popcountll(self._unknown) > REFUSED_MAX
 
     cdef void _count(self, bint refused, bint is_unknown) noexcept:
+        """Count one answer, and begin a pause if too many of the last answers were refusals."""
         self._history = self._history << 1 | refused
         self._unknown = self._unknown << 1 | is_unknown
         if not is_unknown:
@@ -448,16 +503,16 @@ cdef class Nowait:
                 self._length = min(2 * self._length, PAUSE_MAX_NS)
 
     cpdef void answered(self, bint again) noexcept:
-        """The kernel did it, or said EAGAIN."""
+        """Note that the kernel did the request, or said EAGAIN (*again*)."""
         self._count(again, False)
 
     cpdef void unsupported(self) noexcept:
-        """It said EOPNOTSUPP."""
+        """Note that the kernel said EOPNOTSUPP."""
         self._count(True, True)
 
     @property
     def state(self):
-        """'asking', 'unsupported' or 'pausing'."""
+        """The state in one word: 'asking', 'unsupported' or 'pausing'."""
         return 'asking' if self.asks() else 'unsupported' if self.is_unsupported() else 'pausing'
 
 
@@ -472,6 +527,8 @@ cdef class Device:
         self.has(file_system)
 
     cdef int has(self, str file_system) except -1:
+        """Note that the device has *file_system*, a name as in the list of mounts; the empty name if it is
+        not known."""
         self.file_system = file_system
         self.is_guess = False
         self.in_memory = file_system in IN_MEMORY
@@ -482,22 +539,25 @@ cdef class Device:
         return 0
 
     cdef Pool pool(self):
-        return pool_of(self.number)     # asked for each time: a fork makes new ones
+        # A forked child has pools of its own, so the pool is not kept here.
+        return pool_of(self.number)
 
     cdef Way way(self, Nowait direction) noexcept:
-        """How an aligned O_DIRECT read or overwrite goes."""
+        """Return the way of an aligned O_DIRECT read or overwrite, in the *direction* `reads` or `writes`."""
         if self.in_memory:
-            return PLAIN                # it has no RWF_NOWAIT, and needs none
+            # Such a file system knows no RWF_NOWAIT, and needs none.
+            return PLAIN
         if direction.asks():
             return ASK
-        # xfs says EAGAIN to every overwrite, and does not wait. To a read it says so because of dirty pages,
-        # and would wait for them.
+        # xfs says EAGAIN to every overwrite, but does not wait in it. It says EAGAIN to a read because of
+        # dirty pages, and without RWF_NOWAIT the read would wait for them.
         if direction is self.writes and not direction.is_unsupported() and self.file_system == 'xfs':
             return PLAIN
         return THREAD
 
     def ways(self):
-        """The `Way` that an aligned O_DIRECT read and an overwrite go at present."""
+        """Return the present ways of an aligned O_DIRECT read and of an overwrite, as words for the
+        operator."""
         names = {ASK: 'native AIO, asked not to wait', PLAIN: 'native AIO', THREAD: 'thread'}
         return names[self.way(self.reads)], names[self.way(self.writes)]
 
@@ -506,18 +566,26 @@ cdef class Device:
 
 
 cdef dict _devices = {}
-cdef Device _last = None                # of them: the one that was asked for last ...
-cdef uint64_t _last_number = 0          # ... and its number
-cdef int _mounts = -1                   # /proc/self/mountinfo
-cdef object _mounts_inode = None        # its device and inode: the number may be closed, and given out again
-cdef bint _table_is_current = False     # no mount has changed since it was read, or began to be
+
+# The device that was asked for last, and its number.
+cdef Device _last = None
+cdef uint64_t _last_number = 0
+
+# An fd of /proc/self/mountinfo, and its device and inode. The program may close the number and open another
+# file there.
+cdef int _mounts = -1
+cdef object _mounts_inode = None
+
+# Whether no mount has changed since a thread began to read the table.
+cdef bint _table_is_current = False
 
 
 cdef Device device_of(uint64_t number, uint64_t mount=0):
-    """The device of that ``st_dev``, which is on the mount of that unique number, if this is known. Waits for nothing.
+    """Return the device with *number* as its ``st_dev``. *mount* is the unique number of its mount, or 0.
+    Wait for nothing.
 
-    Numbers without a real device behind them are reused after an unmount, so for those the list of mounts is
-    watched."""
+    The kernel uses the number of a file system without a block device (major 0) again after an unmount. So
+    the list of mounts is watched for those numbers."""
     global _last, _last_number
     cdef Device found
     if major(number) == 0:
@@ -531,21 +599,25 @@ cdef Device device_of(uint64_t number, uint64_t mount=0):
     if found is None:
         found = _devices[number] = Device(number, '')
         found.is_guess = True
-    _find_out(found, mount)             # it may notice mounts: then the next call asks again
+    # `_find_out` may notice a change of the mounts and drop the device; then the next call asks again.
+    _find_out(found, mount)
     return found
 
 
 cdef int _find_out(Device device, uint64_t mount) except -1:
-    """Find out what file system *device* has. The kernel tells that of one mount since Linux 6.8. Before, only the
-    list of all mounts has it, which takes milliseconds where there are many: a thread reads it, and until it
-    has, every operation takes the way of a file system that may wait."""
+    """Find out which file system *device* has.
+
+    Since Linux 6.8 the kernel can be asked about one mount. Before, only the list of all mounts has it, and
+    to read the list takes milliseconds where there are many mounts. So a thread reads the list. Until then
+    the device stays a guess, and every operation takes the way of a file system that may wait."""
     global _table_is_current
     cdef char kind[KIND_MAX]
     if mount and kind_of_mount(mount, device.number, kind):
         device.has(kind.decode())
         return 0
     if _mounts < 0:
-        device.is_guess = False         # there is no list: it stays unknown
+        # There is no list (no /proc), so the file system stays unknown.
+        device.is_guess = False
         return 0
     _notice_mounts()
     if take_mount_table() and _table_is_current:
@@ -558,7 +630,7 @@ cdef int _find_out(Device device, uint64_t mount) except -1:
 
 
 cdef int _notice_mounts() except -1:
-    """Forget what may not be true since mounts have changed."""
+    """Forget all that may be untrue now, if mounts have changed since the last call."""
     global _last, _table_is_current
     if mounts_changed(_mounts):
         _table_is_current = False
@@ -571,16 +643,20 @@ cdef int _notice_mounts() except -1:
 
 
 def _watch_mounts():
-    """At import, and in each forked child: who shares an open file shares what it was told of."""
+    """Open the list of mounts, at import and in each forked child. Two processes that share one open file
+    also share its changes: the one that polls first takes them from the other."""
     global _mounts, _mounts_inode, _table_is_current
     cdef int low
-    if _mounts >= 0 and _inode_of(_mounts) == _mounts_inode:    # else a daemon has closed it, and uses its number
+    # Otherwise the program, such as a daemon, has closed the number and may use it for another file.
+    if _mounts >= 0 and _inode_of(_mounts) == _mounts_inode:
         close_fd(_mounts)
     _table_is_current = False
-    end_mount_table()                   # the thread that was at it stayed with the parent
+    # In a forked child, the thread that read the list stayed with the parent.
+    end_mount_table()
     low = openat(AT_FDCWD, b'/proc/self/mountinfo', O_RDONLY | O_CLOEXEC)
     _mounts = c_fcntl(low, F_DUPFD_CLOEXEC, OWN_MIN)
-    if _mounts < 0:                     # so many are not allowed; or there is no list, and nothing is remembered
+    # The limit of open files may forbid a number as high as OWN_MIN. Without a list, `low` is -1, too.
+    if _mounts < 0:
         _mounts = low
     elif low >= 0:
         close_fd(low)
@@ -588,6 +664,7 @@ def _watch_mounts():
 
 
 def _inode_of(fd):
+    """Return the device and inode numbers of *fd*; None if it is closed."""
     try:
         facts = posix.fstat(fd)
     except OSError:
@@ -600,18 +677,21 @@ listen(_watch_mounts)
 
 
 def mounted_at(path):
-    """The device number that *path*, as bytes, leads to, as far as the kernel has it in memory."""
+    """Return the number of the device that *path* (bytes) leads to, as far as the kernel has the path in
+    memory."""
     cdef Walk walk = Walk(path, AT_FDCWD, True)
     walk.go_on()
     return walk.way.device
 
 
 def _nr_requests(number):
-    """How many requests the device's queue holds."""
+    """Return the number of requests that the queue of the device holds; `DEFAULT_QUEUE` if sysfs does not
+    tell."""
     if os.major(number) == 0:
         return DEFAULT_QUEUE
     block = f'/sys/dev/block/{os.major(number)}:{os.minor(number)}'
-    for queue in (f'{block}/queue', f'{block}/../queue'):       # a partition's is its disk's
+    # A partition has no queue of its own; its disk, one directory above, has.
+    for queue in (f'{block}/queue', f'{block}/../queue'):
         try:
             with open(f'{queue}/nr_requests') as file:
                 return int(file.read())
@@ -621,7 +701,7 @@ def _nr_requests(number):
 
 
 def devices():
-    """Return all devices that were used."""
+    """Return a list of all devices that were used."""
     return list(_devices.values())
 
 
@@ -629,31 +709,35 @@ def devices():
 
 @cython.final
 cdef class Known:
-    """What is known of an open file; for a raw fd asked at each call, because numbers are reused."""
+    """The facts of an open file. For a raw fd they are asked at each call, because numbers are used again."""
 
     cdef Inode inode(self):
+        """Return the inode, which all open fds of the file share."""
         if self._inode is None:
             self._inode = inode_of(self.device.number, self.number)
         return self._inode
 
     cdef int demote(self) except -1:
-        """Send the file to threads for a while, however it is opened."""
+        """Send the file to threads for `DEMOTED_NS`, through any fd of it."""
         cdef Inode inode = self.inode()
         inode.demoted_until = monotonic_ns() + DEMOTED_NS
-        _demoted.pop(inode.key, None)       # now it is the youngest
+        # Take the file out first, so that it becomes the youngest in the dict.
+        _demoted.pop(inode.key, None)
         _demoted[inode.key] = inode
         if len(_demoted) > DEMOTED_MAX:
             del _demoted[next(iter(_demoted))]
         return 0
 
     def stalled(self, uint64_t ns):
-        """The submission of a request on this file waited *ns* for something: threads, for a while. Return
-        what `events.FileDemoted` has."""
+        """Demote the file, because the submission of a request on it waited *ns* nanoseconds. Return the
+        arguments of `events.FileDemoted`: the device, the inode number, the wait and the time of the demotion
+        in seconds."""
         global _demotions
         _demotions += 1
         self.demote()
         if _demotions == 1:
-            # In a greenlet: a handler may have to wait for its lock, and this is amidst a pass.
+            # Log in a greenlet of its own: a handler may have to wait for its lock, and this runs during a
+            # pass of the driver in the hub.
             spawn(log.warning, 'a request on %r, inode %d, held io_submit and its hub for %d ms; this file takes '
                   'threads for %d s. Further ones are only counted', self.device, self.number,
                   ns // 1000000, DEMOTED_NS // 1000000000)
@@ -661,27 +745,33 @@ cdef class Known:
                 self.number, ns / 1e9, DEMOTED_NS / 1e9)
 
     cdef int way(self, Driver driver, Request request) except -1:
-        """How an aligned O_DIRECT request goes, so that io_submit does not wait."""
+        """Return the way of an aligned O_DIRECT request by which io_submit does not wait."""
         cdef bint writing = request.direction == WRITE
         cdef Way way
         cdef uint64_t demoted_until = (self._inode if self._inode is not None else self.inode()).demoted_until
         if not driver.has_aio() or demoted_until and monotonic_ns() < demoted_until or writing and self._extends(request):
             return THREAD
         if request.flags & RWF_NOWAIT:
-            return PLAIN                # it is asked already
+            # The request carries the flag already.
+            return PLAIN
         way = self.device.way(self.device.writes if writing else self.device.reads)
         if is_swapped_out(self, request.fd, request.offset, request.nbytes):
             return THREAD
-        # Pages that are dirty it would write first, and wait for that. In memory they are the file.
+        # io_submit would write dirty pages of the range first, and wait for that. On a file system in memory
+        # the pages are the file itself.
         if way == PLAIN and writing and not self.device.in_memory and is_cached(
                 request.fd, request.offset, request.nbytes):
             return THREAD
         return way
 
     cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1:
-        """A thread, because only its system call gives the true answer. But where RWF_NOWAIT has brought a part, as
-        btrfs reads one extent, the rest is asked for again, for as long as that brings something."""
-        # With flags of the caller, EOPNOTSUPP may be about those.
+        """Return the way on which *request* goes on after *result*; NONE if it is done. *asked* tells whether
+        it went with RWF_NOWAIT.
+
+        Usually a thread goes on, because only its system call gives the true answer. If RWF_NOWAIT has
+        brought a part, as when btrfs reads one extent, the rest is asked for again, as long as that brings
+        more bytes."""
+        # If the caller has set flags, EOPNOTSUPP may be about those flags.
         cdef bint is_unclear = request.flags != 0 and result == -EOPNOTSUPP
         if not asked:
             return THREAD
@@ -696,23 +786,25 @@ cdef class Known:
         return self.way(driver, request)
 
     cpdef Pool pool(self):
-        # A character device waits for no disk.
+        """Return the threads for calls on the file."""
+        # A call on a character device waits for no disk, so it may not take the threads of one.
         return lone_threads() if self.kind & UNSURE else self.device.pool()
 
     cdef int answered(self, Request request, int64_t result) except -1:
-        """Learn from *result*, an answer to RWF_NOWAIT."""
+        """Learn from *result*, which is the answer to a request with RWF_NOWAIT: bytes or minus the errno."""
         cdef Nowait nowait = self.device.writes if request.direction == WRITE else self.device.reads
         if result == -EOPNOTSUPP:
             nowait.unsupported()
-            # As ext4 says of a file with inline data or a journal of its data, whatever its file system does
-            # with others.
+            # ext4 says this of a file with inline data or a journal of its data. Other files of the same file
+            # system may be answered, so also remember it for this file.
             self.demote()
         else:
             nowait.answered(result == -EAGAIN)
         return 0
 
     cdef bint _falls_short(self, Request request, int64_t result) noexcept:
-        """Whether more can be had than RWF_NOWAIT brought. An end in the middle of a sector is the file's."""
+        """Return whether the file may have more bytes than RWF_NOWAIT brought. A read that ends in the middle
+        of a sector has come to the end of the file."""
         if result & (self.align - 1):
             return False
         if request.direction == WRITE or not self.kind & REGULAR or not self.device.is_local:
@@ -720,24 +812,29 @@ cdef class Known:
         return request.offset + result < file_size(request.fd)
 
     cdef bint _extends(self, Request request) noexcept:
-        """Whether a write makes the file longer: the kernel would do that inside io_submit, and wait."""
+        """Return whether a write makes the file longer. The kernel would do that inside io_submit, and
+        wait."""
         if self.kind & APPEND or request.flags & RWF_APPEND:
             return True
         return self.kind & REGULAR and <uint64_t>request.offset + request.nbytes > <uint64_t>file_size(request.fd)
 
     def is_open_as(self, int fd):
-        """Whether *fd* is this file, still."""
+        """Return whether *fd* is still this file."""
         cdef facts found
         return not facts_of(fd, b'', &found) and number_of(&found) == self.number and (
             found.device == self.device.number)
 
 
+# Whether `waited_in_hub` has written its warning, which it writes once in a process.
 cdef bint _has_waited = False
 
 
 cdef int waited_in_hub(int fd, uint64_t began) except -1:
-    """A call on *fd* that should have waited for nothing has held the hub since *began*: the next ones on its device
-    take threads. An on-access scanner (fanotify) does that; or the processor was away, and they soon come back."""
+    """Note that a call on *fd* has held the hub since *began* (coarse ns), though it should have waited for
+    nothing. Until such calls are quick again, the device's calls take threads.
+
+    An on-access scanner (fanotify) makes such calls wait. Or the process had no processor for a while; then
+    the calls soon come back to the hub."""
     global _has_waited
     cdef facts found
     cdef Device device
@@ -755,14 +852,15 @@ cdef int waited_in_hub(int fd, uint64_t began) except -1:
     return 0
 
 
-# The inodes that were demoted last. Each stays here, so that the next open of the file finds it.
+# The inodes that were demoted last, by key, with the oldest first. The dict keeps each `Inode` alive after
+# the last close of the file, so that the next open of the file finds it.
 cdef dict _demoted = {}
 cdef int _demotions = 0
 
 
 def forgive():
-    """Forget what was learned: let every file that was sent to threads take native AIO again, and ask every
-    file system again whether it would wait."""
+    """Forget all that was learned. Every file that was sent to threads takes native AIO again, and every file
+    system is asked with RWF_NOWAIT again."""
     cdef Device device
     for inode in all_inodes():
         inode.demoted_until = 0
@@ -773,7 +871,7 @@ def forgive():
 
 
 def demotions():
-    """How often a file was sent to threads for a while because a submission on it stalled."""
+    """Return the number of times that a file was sent to threads because a submission on it stalled."""
     return _demotions
 
 
@@ -781,22 +879,27 @@ cdef bint _knows_block_devices = False
 
 
 cdef bint knows_block_devices() noexcept:
-    """Whether an fd was a block device: then a read by number asks what it reads first."""
+    """Return whether any fd was a block device so far. If so, a read by number first asks for the kind of its
+    file."""
     return _knows_block_devices
 
 
 cdef bint seek_may_wait(Known known) noexcept:
-    """Whether a read may have the lock that a seek takes. A file that the kernel makes up is locked until its read
-    returns, even if its greenlet was killed. A block device is locked, for all processes, as long as a read or write
-    through its page cache waits for the disk."""
+    """Return whether a read may hold the lock that a seek takes.
+
+    A file of a file system that `answers` is locked until its read returns, even if the greenlet of the read
+    was killed. A block device is locked, for all processes, as long as a read or write through its page cache
+    waits for the disk."""
     return known.kind & (ANSWER | AT_ONCE) == ANSWER or known.kind & LOCKED != 0
 
 
 cdef Known know(int fd, object name):
-    """What kind of file *fd* is, and on which device. Asks nothing that could wait."""
+    """Return the facts of the file *fd*. Ask nothing that could wait. Raise OSError, with *name* as its file
+    name, if *fd* is not open."""
     cdef Known known = Known.__new__(Known)
     cdef facts found
-    cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF     # AT_FDCWD is negative, and a folder
+    # statx would take AT_FDCWD, which is negative, for the working directory.
+    cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF
     if error:
         raise failed(error, name)
     _learn(known, fd, &found, c_fcntl(fd, F_GETFL))
@@ -804,8 +907,9 @@ cdef Known know(int fd, object name):
 
 
 cdef Known know_again(int fd, Known known):
-    """What kind of file *fd* is, and whether it has a name at present. *known* is what was known of it before, or None;
-    the number may mean another file by now."""
+    """Return the facts of the file *fd*, with the present answer whether it has a name. *known* is the
+    earlier answer of `know`, or None. The number may mean another file by now; then all facts are asked
+    again. Raise OSError if *fd* is not open."""
     cdef facts found
     if known is None or facts_of(fd, b'', &found) or number_of(&found) != known.number or (
             found.device != known.device.number):
@@ -815,7 +919,8 @@ cdef Known know_again(int fd, Known known):
 
 
 cdef inline int _learn(Known known, int fd, facts *found, int flags) except -1:
-    """Note what *found* and the *flags* that it is open with tell of the file *fd*, which may also be an O_PATH fd."""
+    """Write into *known* all that *found* and the open *flags* tell of the file *fd*, which may also be an
+    O_PATH fd."""
     global _knows_block_devices
     known.kind = _kind(found.mode, flags)
     if known.kind & LOCKED:
@@ -833,15 +938,18 @@ cdef inline int _learn(Known known, int fd, facts *found, int flags) except -1:
 
 
 cdef inline bint _is_nameless(Known known, facts *found) noexcept:
+    """Return whether the last close of the file frees bytes, and takes time for that."""
     return found.links == 0 and (found.size > IN_LINE_MAX or not known.device.in_memory)
 
 
 cdef inline uint64_t number_of(facts *found) noexcept:
-    """The number of its inode, on the device that its bytes are on."""
+    """Return the inode number on the device that has the bytes. All nodes of a block device count as one
+    inode."""
     return BLOCK_DEVICE if S_ISBLK(found.mode) else found.inode
 
 
 cdef int _kind(unsigned int mode, int flags) noexcept:
+    """Return the bits of `Known.kind` that the st_mode and the open *flags* tell."""
     if S_ISCHR(mode):
         return UNSURE
     if not (S_ISREG(mode) or S_ISBLK(mode)) or flags & O_PATH:
@@ -851,6 +959,8 @@ cdef int _kind(unsigned int mode, int flags) noexcept:
 
 
 cdef int _kind_of_answer(int fd, str file_system) except -1:
+    """Return the bits of `Known.kind` for a file of a file system that `answers`: the path of *fd* tells
+    them."""
     cdef char path[128]
     cdef ssize_t n = path_of(fd, path, sizeof(path))
     name = path[:max(n, 0)]
@@ -863,15 +973,16 @@ cdef int _kind_of_answer(int fd, str file_system) except -1:
 
 
 cdef unsigned int _sector_size(int fd, unsigned int mode) except 0:
-    """What O_DIRECT wants, where statx does not tell: before Linux 6.1, or in memory."""
+    """Return the alignment that O_DIRECT wants, in bytes, if statx does not tell it: before Linux 6.1, or in
+    memory."""
     if stat.S_ISBLK(mode):
         return struct.unpack('i', fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
     return 512
 
 
 cdef bint in_line(Known known, uint64_t nbytes, int fd=-1, int64_t offset=0) except -1:
-    """Whether the plain system call will do, here and now: it has no disk to wait for. With *fd*, also whether no
-    byte from *offset* (-1: the file's own position) on is swapped out."""
+    """Return whether a plain system call of *nbytes* can run inline, because it has no disk to wait for. With
+    *fd*, also find out whether any byte from *offset* on is swapped out; -1 is the file's own position."""
     if nbytes > IN_LINE_MAX or known.kind & UNSURE:
         return False
     if known.kind & STORED and not known.device.in_memory:
@@ -879,19 +990,20 @@ cdef bint in_line(Known known, uint64_t nbytes, int fd=-1, int64_t offset=0) exc
     return fd < 0 or not is_swapped_out(known, fd, offset, nbytes)
 
 
-cdef uint64_t _swap_asked = 0           # ns
+cdef uint64_t _swap_asked = 0           # ns, monotonic
 cdef bint _swap_is_used = False
 
 
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept:
-    """Whether a part of a file in memory has to come from a disk first. Where no swap is in use, which is asked
-    once in a while, nothing is."""
+    """Return whether a part of a file in memory has to come from a disk first. That can't be if no swap is in
+    use, which is asked every `SWAP_ASKED_NS` at most."""
     if not known.device.is_swapped or not known.kind & STORED:
         return False
     return swap_is_in_use() and is_out_of_memory(fd, offset, nbytes)
 
 
 cdef bint swap_is_in_use() noexcept:
+    """Return whether any page is swapped out. The answer is up to `SWAP_ASKED_NS` old."""
     global _swap_asked, _swap_is_used
     cdef uint64_t now = monotonic_ns()
     if now - _swap_asked > SWAP_ASKED_NS:
@@ -900,42 +1012,46 @@ cdef bint swap_is_in_use() noexcept:
 
 
 cdef int64_t file_size(int fd) noexcept:
-    """In bytes; 0 for what has none."""
+    """Return the size in bytes; 0 for a file that has none or an fd that is not open."""
     cdef facts found
     return 0 if facts_of(fd, b'', &found) else found.size
 
 
 cdef bint is_certain(int error) noexcept:
-    """Whether minus the errno *error* tells of the path, not of the moment."""
+    """Return whether *error*, minus an errno, is a fact of the path, so that another attempt would fail in
+    the same way."""
     return error in (-ENOENT, -ENOTDIR, -EACCES, -ELOOP, -ENAMETOOLONG)
 
 
 cdef unsigned int block_size(int fd) noexcept:
-    """In bytes: what its file system likes to have read and written at a time."""
+    """Return the number of bytes that the file system likes to have read and written at a time; 0 if *fd* is
+    not open."""
     cdef facts found
     return 0 if facts_of(fd, b'', &found) else found.block
 
 
 cdef int open_fd_again(int fd, int flags) noexcept:
-    """The file that the O_PATH fd is of, opened by an open that does not wait; or minus the errno."""
+    """Open the file that the O_PATH *fd* stands for, without a wait. Return the new fd, or minus the
+    errno."""
     return reopen(fd, flags)
 
 
 cdef int folder_at_hand() noexcept:
-    """An O_PATH fd of the working directory; or minus the errno, which is EAGAIN where a server would have to be asked
-    whether it may be searched."""
+    """Return an O_PATH fd of the working directory; or minus the errno, which is EAGAIN if a server would
+    have to be asked whether the directory may be searched."""
     return cached_path(AT_FDCWD, b'.', 0) if has_cached_path else path_fd(AT_FDCWD, b'.', 0)
 
 
 cdef int path_at_hand(bytes path, int dir_fd, int flags, object name) except -2:
-    """An O_PATH fd of what *path* leads to, if finding that out took no disk and no server, and a stat of it or
-    an open won't; else -1. Raises what is known not to work. *flags*: O_NOFOLLOW or 0."""
+    """Return an O_PATH fd of the file that *path* leads to, if no disk and no server was asked for it, and
+    neither will be for a stat or an open. Return -1 otherwise. *flags* is O_NOFOLLOW or 0. Raise OSError if
+    the kernel's cache already tells that the path leads nowhere."""
     cdef facts found
     return _path_at_hand(path, dir_fd, flags, name, &found)
 
 
 cdef int _path_at_hand(bytes path, int dir_fd, int flags, object name, facts *found) except -2:
-    """`path_at_hand`, and what the kernel tells of it."""
+    """Do the work of `path_at_hand`, and write the facts of the file into *found*."""
     cdef Device device
     cdef int fd = cached_path(dir_fd, path, flags)
     if fd < 0:
@@ -946,7 +1062,8 @@ cdef int _path_at_hand(bytes path, int dir_fd, int flags, object name, facts *fo
     try:
         if facts_of(fd, b'', found) == 0:
             device = device_of(found.device, found.mount)
-            is_good = device.is_local and device.file_system != 'overlay'       # that has two below it
+            # A file of an overlay belongs to one of the file systems below it, which may have a server.
+            is_good = device.is_local and device.file_system != 'overlay'
     finally:
         if not is_good:
             close_fd(fd)
@@ -954,8 +1071,9 @@ cdef int _path_at_hand(bytes path, int dir_fd, int flags, object name, facts *fo
 
 
 cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known known=None) except -2:
-    """A regular file that is to be read, opened here and now, if it waits for no disk; else -1. A new *known* then has
-    what was found out for that."""
+    """Open a regular file for reading inline, if the open waits for no disk. Return its fd, or -1. If *known*
+    is given, a new object, it gets the facts that were found on the way. Raise OSError if the open was
+    refused."""
     cdef facts found
     cdef int opened = -EAGAIN
     cdef int fd
@@ -977,16 +1095,18 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known know
     finally:
         close_fd(fd)
     if opened == -EACCES or opened == -EPERM:
-        raise failed(opened, name)      # refused: no thread, which may have been born with other rights, repeats it
+        # The open was refused. A thread does not repeat it, because it may have been born with other rights.
+        raise failed(opened, name)
     return max(-1, opened)
 
 
 # The way to a path -------------------------------------------------------------------------------
 #
-# A path leads over directories, links and mounts, and each of its names may have to be asked of another device.
-# Each wait has to be with the threads of the device that is asked: a link on a healthy disk to a server that hangs
-# may not hold up the disk. So the hub walks as far as the kernel has the names cached, and hands the walk to the
-# device where it stops; a thread there walks on, waiting, and gives the walk back at the border of its device.
+# A path leads over directories, links and mounts, and each of its names may have to be asked of another
+# device. Each wait has to be in a thread of the device that is asked, because a link on a healthy disk to a
+# server that hangs may not hold up the disk. So the hub walks as far as the kernel has the names cached. Then
+# it hands the walk to the device where it stopped. A thread of that device walks on, waits, and gives the
+# walk back at the border of its device.
 #
 #     hub                                thread of the device
 #     STOPPED, at a name of device A
@@ -996,20 +1116,20 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known know
 #     come far, or stop at once, on B
 #                                        ARRIVED: makes the call, by the path as it was given
 #
-# The walk decides only where to wait. The call itself takes the whole path again, so all that the kernel checks
-# on the way to a file, it checks. A local disk has its names cached by then. A server may be asked for its names
-# again, so behind a server A the call is made by threads of the pair (A, B), which hold up no call that uses only
-# B:
+# The walk decides only in which threads to wait. The call itself takes the whole path again, so the kernel
+# checks all that it checks on the way to a file. A local disk has its names cached by then. A server may be
+# asked for its names again. So if the way passed a server A, threads of the pair (A, B) make the call, which
+# hold up no call that uses only B:
 #
 #                                        ARRIVED on B: gives it back, too
 #     passes A again
 #                                        of the pair: makes the call
 #
 # If the path changes in between, or the cache forgets a name of the way to the first directory, the call may
-# wait with the threads of the wrong device; that is as much as a walk without locks can promise.
+# wait in a thread of the wrong device. A walk without locks cannot promise more.
 
 cdef void _let_go(way *this) noexcept nogil:
-    """Close all that the walk has open: a call that waits needs no fds besides its own."""
+    """Close all fds of the walk, because a call that waits needs no fds besides its own."""
     _close_place(this, this.folder)
     _close_place(this, this.link)
     _close_place(this, this.end)
@@ -1017,6 +1137,7 @@ cdef void _let_go(way *this) noexcept nogil:
 
 
 cdef void _close_place(way *this, int fd) noexcept nogil:
+    """Close one fd of the walk, or nothing if it is negative."""
     if fd < 0:
         return
     if fd == this.copy:
@@ -1032,7 +1153,8 @@ cdef void _free_way(way *this) noexcept nogil:
 
 
 cdef bint _note_place(way *this, int fd) noexcept nogil:
-    """Note the device and mount that *fd* is on; whether the device is another than before."""
+    """Write down the device, mount, inode and mode of *fd*. Return whether the device is another than
+    before."""
     cdef facts found
     cdef bint is_other
     if facts_of(fd, b'', &found):
@@ -1043,6 +1165,7 @@ cdef bint _note_place(way *this, int fd) noexcept nogil:
 
 
 cdef int _arrive(way *this, int error) noexcept nogil:
+    """End the walk with *error*, minus the errno, or 0. Return ARRIVED."""
     this.is_over = True
     if error:
         this.error = error
@@ -1051,7 +1174,8 @@ cdef int _arrive(way *this, int error) noexcept nogil:
 
 
 cdef int _look_up(way *this, bint may_wait) noexcept nogil:
-    """An O_PATH fd of the name that is next, or of the link that it is; or minus the errno."""
+    """Look up the next name, and go past it. Return an O_PATH fd of it, without following a link, or minus
+    the errno."""
     cdef int fd = -ENOTDIR
     cdef char *end = this.ahead
     cdef char kept
@@ -1059,7 +1183,8 @@ cdef int _look_up(way *this, bint may_wait) noexcept nogil:
     while end[0] != 0 and end[0] != b'/':
         end += 1
     kept, end[0] = end[0], 0
-    if kept:            # as a directory, because that triggers an automount
+    # If more names follow, look the name up as a directory, because that triggers an automount.
+    if kept:
         fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW | O_DIRECTORY)
     if fd == -ENOTDIR:
         fd = (path_fd if may_wait else cached_path)(this.folder, this.name, O_NOFOLLOW)
@@ -1070,7 +1195,8 @@ cdef int _look_up(way *this, bint may_wait) noexcept nogil:
 
 
 cdef int _follow(way *this) noexcept nogil:
-    """Read the link, and put its text ahead of the names that are still to be walked. Or minus the errno."""
+    """Read the link, and put its text in front of the names that are still to be walked. Return 0, or minus
+    the errno."""
     cdef long n, more = strlen(this.ahead)
     cdef char *text = <char *>malloc(PATH_MAX + more + 2)
     if text == NULL:
@@ -1080,14 +1206,16 @@ cdef int _follow(way *this) noexcept nogil:
     if n <= 0 or this.links > LINKS_MAX:
         free(text)
         return -ELOOP
-    memcpy(text + n, this.ahead, more + 1)      # nothing, or a slash and the names behind it
+    # `ahead` is empty, or begins with a slash.
+    memcpy(text + n, this.ahead, more + 1)
     free(this.room)
     this.room = this.ahead = text
     return 0
 
 
 cdef int _jump(way *this) noexcept nogil:
-    """Follow the link as the kernel does, to what it is, whatever its text says: an O_PATH fd, or minus the errno."""
+    """Have the kernel follow the link to the file itself, because its text may be no path. Return an O_PATH
+    fd, or minus the errno."""
     cdef char kept = this.ahead[0]
     this.ahead[0] = 0
     cdef int fd = path_fd(this.folder, this.name, 0)
@@ -1096,8 +1224,8 @@ cdef int _jump(way *this) noexcept nogil:
 
 
 cdef int _walk(way *this, bint may_wait) noexcept nogil:
-    """Walk on. Return ARRIVED; STOPPED, if the next step would have to wait for `device`; or CROSSED as soon as
-    it is on another device, where it may have arrived."""
+    """Walk on. Return ARRIVED at the end, or STOPPED if the next step would have to wait for `way.device`, or
+    CROSSED as soon as the walk is on another device, where it may be at its end, too."""
     cdef int fd
     cdef bint is_other
     while True:
@@ -1114,7 +1242,8 @@ cdef int _walk(way *this, bint may_wait) noexcept nogil:
         elif this.ahead[0] == b'/':
             while this.ahead[0] == b'/':
                 this.ahead += 1
-            fd = path_fd(AT_FDCWD, b'/', 0)     # it is in memory
+            # The root directory is in memory, so this does not wait.
+            fd = path_fd(AT_FDCWD, b'/', 0)
             if fd < 0:
                 return _arrive(this, fd)
         elif this.ahead[0] == 0:
@@ -1149,13 +1278,13 @@ cdef int _walk(way *this, bint may_wait) noexcept nogil:
 
 
 cdef bint _has_to_go_on(way *this) noexcept nogil:
-    """In a thread: walk on; return whether the call is for other threads."""
+    """Walk on in a thread. Return whether other threads have to make the call."""
     return not this.is_over and (_walk(this, True) == CROSSED or this.passes_a_server
                                  or this.stops_at_end and S_ISREG(this.mode))
 
 
 cdef bint _waits_for_a_peer(way *this) noexcept nogil:
-    """Whether an open waits there for the other end of a FIFO, or for a device to be ready."""
+    """Return whether the open waits for the other end of a FIFO, or for a character device to be ready."""
     if not this.opens or this.flags & O_PATH:
         return False
     if S_ISFIFO(this.mode):
@@ -1164,8 +1293,8 @@ cdef bint _waits_for_a_peer(way *this) noexcept nogil:
 
 
 cdef long open_there(void *arg) noexcept nogil:
-    """In a thread: walk on, then open. Or GO_ON: it is for other threads. Or LEASED: a process has to give up its
-    lease first."""
+    """Walk on in a thread, then open. Return the fd, or minus the errno. Return GO_ON if other threads have
+    to make the call, and LEASED if a process has to give up its lease first."""
     cdef way *this = <way *>arg
     cdef int fd
     cdef int mode
@@ -1183,21 +1312,23 @@ cdef long open_there(void *arg) noexcept nogil:
 
 
 cdef long stat_there(void *arg) noexcept nogil:
-    """In a thread: walk on, then stat. Or GO_ON, see `open_there`."""
+    """Walk on in a thread, then stat. Return 0, minus the errno, or GO_ON as `open_there` does."""
     cdef way *this = <way *>arg
     cdef int error
     if _has_to_go_on(this):
         return GO_ON
-    if this.end >= 0 and this.links == 0:       # each step was checked as in a look-up of the whole path
+    # The walk has followed no link, so the kernel has checked each step as in a look-up of the whole path.
+    if this.end >= 0 and this.links == 0:
         error = 0 if fstatat(this.end, b'', <c_stat *>this.answer, AT_EMPTY_PATH) == 0 else c_errno
-        _let_go(this)                   # here: to close the last fd of a file without a name frees it
+        # Close the fds in this thread: the close of the last fd of a file without a name frees its blocks.
+        _let_go(this)
         return -error
     _let_go(this)
     return 0 if fstatat(this.dir_fd, this.path, <c_stat *>this.answer, this.flags) == 0 else -c_errno
 
 
 cdef long unlink_there(void *arg) noexcept nogil:
-    """In a thread: walk on, then unlink. Or GO_ON, see `open_there`."""
+    """Walk on in a thread, then unlink. Return 0, minus the errno, or GO_ON as `open_there` does."""
     cdef way *this = <way *>arg
     if _has_to_go_on(this):
         return GO_ON
@@ -1207,7 +1338,11 @@ cdef long unlink_there(void *arg) noexcept nogil:
 
 @cython.final
 cdef class Walk:
-    """The way to *path*, for a call that may have to wait; to where it leads, if that is a link and it *follows*."""
+    """The walk to *path*, for a call that may have to wait. If it *follows*, it also follows a link at the
+    end.
+
+    A request of `_walk` in calls.pyx keeps the object, so a thread may use `way` after the greenlet was
+    killed."""
 
     def __cinit__(self, bytes path, int dir_fd, bint follows):
         cdef way *this
@@ -1230,7 +1365,8 @@ cdef class Walk:
             _free_way(self.way)
 
     cdef int _begin(self) except -1:
-        """From the directory that it is in, if that is cached; or from where the path begins."""
+        """Begin in the directory of the last name, if the way to it is cached; otherwise where the path
+        begins."""
         cdef way *this = self.way
         cdef char *slash = NULL
         cdef char *at = this.ahead
@@ -1245,25 +1381,26 @@ cdef class Walk:
             if this.folder >= 0:
                 this.ahead = slash + 1
         if this.folder < 0 and this.ahead[0] == b'/':
-            this.folder = max(-1, path_fd(AT_FDCWD, b'/', 0))   # it is in memory
+            # The root directory is in memory, so this does not wait.
+            this.folder = max(-1, path_fd(AT_FDCWD, b'/', 0))
             while this.folder >= 0 and this.ahead[0] == b'/':
                 this.ahead += 1
         elif this.folder < 0:
-            # The directory where the program is has no number, and needs none.
+            # AT_FDCWD, the working directory, is no fd and needs no copy.
             this.folder = c_fcntl(this.dir_fd, F_DUPFD_CLOEXEC, 0) if this.dir_fd >= 0 else this.dir_fd
             this.copy = this.folder if this.folder >= 0 else -1
         _note_place(this, this.folder if this.folder >= 0 else AT_FDCWD)
         return 0
 
     cdef Pool go_on(self):
-        """Walk on without a wait. Return the threads with which the rest of it has to wait."""
+        """Walk on in the hub, without a wait. Return the threads in which the rest has to wait."""
         cdef Device device = self._device()
         while not self.way.is_over:
             if _walk(self.way, False) == STOPPED:
                 if not (device.in_memory or device.answers):
                     return device.pool()
-                # There even a look-up that is not cached waits for nothing. The links of /proc lead to files,
-                # not to the paths that they name.
+                # On these file systems even a look-up that is not cached waits for nothing. The links of
+                # /proc lead to files, not to the paths that they name.
                 self.way.jumps = device.file_system == 'proc'
                 _walk(self.way, True)
                 self.way.jumps = False
@@ -1272,7 +1409,8 @@ cdef class Walk:
         return lone_threads() if self.way.is_alone else self._pool_to_end(device)
 
     cdef Device _device(self):
-        """The device where the walk is, and note it if it is a server: `_walk` stops at each one for that."""
+        """Return the device where the walk is, and write it down if it has a server. `_walk` returns at each
+        border, so no device on the way is missed."""
         cdef Device device = device_of(self.way.device, self.way.mount)
         self.way.is_local = device.is_local
         if not device.is_local and device.number not in self.servers:
@@ -1281,7 +1419,7 @@ cdef class Walk:
         return device
 
     cdef Pool _pool_to_end(self, Device device):
-        """The threads for the call, which passes all servers again and ends on *device*."""
+        """Return the threads for the call, which passes all servers again and ends on *device*."""
         if not self.way.passes_a_server:
             return device.pool()
         devices = [number for number in self.servers if number != device.number]
@@ -1290,13 +1428,15 @@ cdef class Walk:
         return pool_of(tuple(devices) if len(devices) > 1 else devices[0])
 
     cdef bint is_in_memory(self) except -1:
-        """Whether the walk itself, which waited for nothing, tells all that a stat would: `way.end` or `way.error`."""
+        """Return whether the walk alone, which waited for nothing, tells all that a stat would tell.
+        `way.end` or `way.error` then has it."""
         cdef Device device = device_of(self.way.device, self.way.mount)
         return (self.way.is_over and self.way.links == 0 and (device.in_memory or device.answers)
                 and (self.way.end >= 0 or is_certain(self.way.error)))
 
     cdef Known truncated(self):
-        """The file that the call empties, once it is known. None if it empties none, or may come to one later."""
+        """Return the file that the call empties, or None: the call empties none, or the walk is not at its
+        end."""
         if not self.way.truncates or not self.way.is_over or not S_ISREG(self.way.mode):
             return None
         cdef Known known = Known.__new__(Known)
@@ -1306,8 +1446,8 @@ cdef class Walk:
         return known
 
     cdef int arrive(self) noexcept:
-        """Close what is not needed any more, if it is over; return an O_PATH fd of the FIFO that it leads to, if an
-        open waits there, or -1. The fd is the caller's."""
+        """Close all fds of the walk if it is over. If it leads to a FIFO where an open waits, return an
+        O_PATH fd of the FIFO, which the caller has to close. Return -1 otherwise."""
         cdef int fifo = -1
         if self.way.is_over:
             if self.way.is_alone and S_ISFIFO(self.way.mode):
@@ -1317,7 +1457,8 @@ cdef class Walk:
 
 
 cdef object failed(long code, name):
-    """The exception for minus the errno *code*, with the file's name where it has one."""
+    """Return the OSError for *code*, minus the errno, with *name* as its file name unless that is a number or
+    None."""
     if name is None or isinstance(name, int):
         return OSError(-code, os.strerror(-code))
     return OSError(-code, os.strerror(-code), name)

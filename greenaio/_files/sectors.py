@@ -16,8 +16,8 @@ in a thread without a hub, in another process.
 The ranges of a file are in one list of its `Inode`, in the order in which they were asked for. A range is
 granted once no earlier one overlaps it. Until then it hangs on the newest earlier range that overlaps it.
 When that one goes, granted or not, the range looks on from there for the next. So giving a range back costs
-a look at its followers, not at all that wait. Each range waits for earlier ones only, so no two wait for
-each other.
+a look at its followers, not at all ranges that wait. Each range waits for earlier ones only, so no two wait
+for each other.
 
 A write may outlive the greenlet that asked for it: the kernel, or a thread, still has it when the greenlet is
 killed or its hub is gone. So a range that is given back stays in the list until its writes are over. The
@@ -64,10 +64,12 @@ from greenaio._core.handle import Inode, Writes, all_inodes, using
 from greenaio._files import loop as _loop
 from greenaio._files.sleeper import Sleeper
 
-EVERYTHING = 1 << 63            # the end of a range that makes the file longer
+# The end of the range of a write that makes the file longer, in bytes.
+EVERYTHING = 1 << 63
 
 get_ident = get_original('_thread', 'get_ident')
-_make_lock = get_original('_thread', 'RLock')   # a finalizer of the same thread may come here, too
+# The lock is recursive, because a finalizer may run in a thread that holds it and give back a range, too.
+_make_lock = get_original('_thread', 'RLock')
 
 
 class _Ranges:
@@ -76,8 +78,10 @@ class _Ranges:
     def __init__(self) -> None:
         self.newest: _Range | None = None
         self.count = 0
-        self.low, self.high = EVERYTHING, 0     # where all that were in it begin and end, except ...
-        self.before: _Range | None = None       # ... for the range of the writes that hold none
+        # All ranges that were ever in the list lie between these two offsets, except `before`.
+        self.low, self.high = EVERYTHING, 0
+        # The range of the writes that hold none.
+        self.before: _Range | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -122,7 +126,10 @@ def refuse_if_held(inode: Inode | None, start: int = 0, end: int = EVERYTHING) -
 
 
 class _Thread:
-    """The ranges of one native thread, and what else its greenlets would give back."""
+    """The ranges of one native thread, and the numbers that its greenlets keep taken.
+
+    If the thread ends or its hub is destroyed, `give_back` gives back all of them, because the greenlets
+    can't."""
 
     def __init__(self) -> None:
         self.ident = get_ident()
@@ -130,6 +137,7 @@ class _Thread:
         self.stays: set[contextlib.ExitStack] = set()
 
     def give_back(self) -> None:
+        """Give back all that the greenlets of the thread have."""
         _threads.discard(self)
         for stays in list(self.stays):
             stays.close()
@@ -142,6 +150,7 @@ _threads: set[_Thread] = set()
 
 
 def _this_thread() -> _Thread:
+    """Return the `_Thread` of the caller, and make sure that it hears of the end of the caller's hub."""
     mine: _Thread | None = getattr(_local, 'ranges', None)
     if mine is None:
         mine = _local.ranges = _Thread()
@@ -154,9 +163,11 @@ def _this_thread() -> _Thread:
 
 
 def _staying(fd: int) -> contextlib.ExitStack:
-    """Keep *fd* the same file until this is closed: by its greenlet, or when the thread ends."""
+    """Keep the number *fd* on the same file until the result is closed, by its greenlet or at the end of the
+    thread."""
     stays, thread = contextlib.ExitStack(), _this_thread()
-    if fd >= 0:                         # else no number is known yet: the file is being opened
+    # A negative fd means that the file is being opened, and has no number so far.
+    if fd >= 0:
         stays.enter_context(using(fd))
     thread.stays.add(stays)
     stays.callback(thread.stays.discard, stays)
@@ -164,19 +175,20 @@ def _staying(fd: int) -> contextlib.ExitStack:
 
 
 class _Range:
-    """The bytes from *start* to *end* of *inode*: held, or waited for, until `let_go`.
+    """The bytes from *start* to *end* of *inode*, which are held or waited for until `let_go`.
 
-    Its writes count in `writes`. The ranges that hang on this one are a list through `next` and `previous`:
-    giving it back needs no memory.
+    Its writes count in `writes`. The ranges that hang on this one are a list through `next` and `previous`,
+    so that giving it back needs no memory.
     """
 
     ranges: _Ranges
     thread: _Thread | None
-    sleeper: Sleeper | None             # of a greenlet that waits
+    sleeper: Sleeper | None             # of the waiting greenlet
     older: _Range | None
     newer: _Range | None
     blocker: _Range | None
-    first: _Range | None                # of those that hang on this one
+    # The first of the ranges that hang on this one.
+    first: _Range | None
     next: _Range | None
     previous: _Range | None
 
@@ -184,7 +196,8 @@ class _Range:
         self._begin(inode, start, end, Writes())
         self.thread = thread = _this_thread()
         before: _Range | None = None
-        generation()                    # forked by C, a child must not wait for the lock of its parent
+        # Notice a fork by C code. Its child must not wait for a lock that a thread of the parent held.
+        generation()
         with _lock:
             ranges: _Ranges = _Ranges() if inode.ranges is None else inode.ranges
             if inode.ranges is None:
@@ -203,20 +216,23 @@ class _Range:
             ranges.newest, ranges.count = self, count
             if start < ranges.high and ranges.low < end:
                 self._hang(self.older)
-            else:                       # it overlaps no other
+            else:
+                # The range overlaps no range that is held or waited for.
                 self._hang(ranges.before)
             ranges.low, ranges.high = low, high
         if before is not None:
-            before.let_go()             # which stays until the writes that hold no range are over
+            # The range `before` stays in the list until the writes that hold no range are over.
+            before.let_go()
 
     def _begin(self, inode: Inode, start: int, end: int, writes: Writes) -> None:
         self.inode, self.start, self.end, self.writes = inode, start, end, writes
-        self.is_left = self.over = False    # its holder is gone; it has gone itself
+        # `is_left`: the holder has given the range back. `over`: the range is out of the list.
+        self.is_left = self.over = False
         self.thread = self.sleeper = None
         self.older = self.newer = self.blocker = self.first = self.next = self.previous = None
 
     def followers(self) -> Iterator[_Range]:
-        """Those that hang on this one."""
+        """Yield the ranges that hang on this one."""
         one = self.first
         while one is not None:
             yield one
@@ -230,8 +246,8 @@ class _Range:
         return self.start < other.end and other.start < self.end
 
     def _hang(self, other: _Range | None) -> None:
-        """Hang on the newest range that overlaps, *other* or one before it; granted if there is none. With
-        the lock."""
+        """Hang on the newest range that overlaps, which is *other* or one before it. If there is none, the
+        range is granted. The caller has the lock."""
         while other is not None and not (other.start < self.end and self.start < other.end):
             other = other.older
         self.blocker, self.previous, self.next = other, None, None
@@ -242,6 +258,7 @@ class _Range:
             other.first = self
 
     def _unhang(self) -> None:
+        """Stop hanging on the blocker. The caller has the lock."""
         if self.previous is not None:
             self.previous.next = self.next
         elif self.blocker is not None:
@@ -250,20 +267,25 @@ class _Range:
             self.next.previous = self.previous
 
     def wait(self) -> None:
-        """Wait until it is granted."""
+        """Wait until the range is granted."""
         self.sleeper = Sleeper()
-        while not self.granted:         # now another thread's grant is seen here, or wakes the sleeper
+        # The sleeper exists before this look. So a grant by another thread is either seen here or wakes the
+        # sleeper.
+        while not self.granted:
             self.sleeper.wait()
 
     def let_go(self) -> None:
-        """Give it back, granted or not; twice is fine. From any thread. It goes when its writes are over."""
+        """Give the range back, granted or not. It goes when its writes are over. A second call does nothing.
+        Any thread may call this."""
         granted: _Range | None = None
         generation()
         with _lock:
             if self.over:
                 return
             self.is_left = True
-            self.writes.at_end = self.let_go    # first: the last of them may end in another thread now
+            # Set this before the look at the count, because the last write may end in another thread at this
+            # moment.
+            self.writes.at_end = self.let_go
             if self.writes.count:
                 return
             self.writes.at_end = None
@@ -275,7 +297,8 @@ class _Range:
             one, self.first = self.first, None
             while one is not None:
                 following = one.next
-                one._hang(self.older)   # none between the two overlaps it
+                # No range between the two overlaps it.
+                one._hang(self.older)
                 if one.granted:
                     one.next, granted = granted, one
                 one = following
@@ -285,6 +308,7 @@ class _Range:
             one._wake()
 
     def _unlink(self) -> None:
+        """Take the range out of the list of the inode. The caller has the lock."""
         if self.newer is not None:
             self.newer.older = self.older
         else:
@@ -298,23 +322,27 @@ class _Range:
             self.inode.ranges = None
 
     def _wake(self) -> None:
+        """Wake the greenlet that waits for the range, if it has begun to wait."""
         if self.sleeper is None:
-            return                      # it has not begun to wait, and will look first
+            # The greenlet has not begun to wait, and looks before it does.
+            return
         try:
             self.sleeper.wake()
-        except MemoryError:             # nothing else will wake it
+        except MemoryError:
+            # Try again, because nothing else will wake the greenlet.
             self.sleeper.wake()
 
     def forget_writes(self) -> None:
-        """In a forked child: those of the parent never end here."""
+        """Forget the writes of the parent in a forked child, because they never end there."""
         self.writes = Writes() if self.thread is not None else self.inode.writes
 
 
 def hold(fd: int, inode: Inode, start: int, end: int) -> _Range:
-    """Return the range from *start* to *end* of the file *fd*, held: after all earlier ones that overlap
-    it, and after the writes that were under way when the first of them was asked for.
+    """Wait for the range from *start* to *end* (bytes) of the file *fd*, and return it held. It comes after
+    all earlier ranges that overlap it, and after the writes that were under way when the first of them was
+    asked for.
 
-    Raises EBADF in a forked child that has closed *fd* during the wait.
+    Raise OSError (EBADF) in a forked child that has closed *fd* during the wait.
     """
     mine, forks = _Range(inode, start, end), generation()
     try:
@@ -330,13 +358,16 @@ def hold(fd: int, inode: Inode, start: int, end: int) -> _Range:
 
 
 def _after_fork_in_child() -> None:
+    """Drop the ranges of the threads that stayed with the parent, and the writes of the parent."""
     global _lock
-    _lock = _make_lock()                        # another thread may have held the old one
+    # Another thread of the parent may have held the old lock.
+    _lock = _make_lock()
     left = [one for inode in held() for one in inode.ranges]
     for one in left:
         one.forget_writes()
     for thread in list(_threads):
-        if thread.ident != get_ident():         # it stayed with the parent
+        # A thread with another ident stayed with the parent.
+        if thread.ident != get_ident():
             thread.give_back()
     for one in left:
         if one.is_left or one.thread is None or one.thread.ident != get_ident():
@@ -351,20 +382,22 @@ class _Held(Protocol):
 
 
 class Shielded:
-    """``work()``, in a greenlet of its own. If a greenlet that waits for it is killed, the work is finished
-    all the same. *fd* stays the same file until then, even if it is closed. At its end *held* is given back;
-    if this raises, the caller has to."""
+    """Do ``work()`` in a greenlet of its own. If a greenlet that waits for it is killed, the work still goes
+    on to its end. Until then the number *fd* stays on the same file, even if it is closed. *held* is given
+    back at the end. If the constructor raises, the caller has to give it back."""
 
     def __init__(self, fd: int, work: Callable[[], int], held: _Held | None = None) -> None:
         self._work, self._fd, self._forks = work, fd, generation()
         self._result = -1
-        self._error: BaseException | None = gevent.GreenletExit()       # until it has begun
+        # The error of `get` if the greenlet is killed before it has begun.
+        self._error: BaseException | None = gevent.GreenletExit()
         self._stays = _staying(fd)
         try:
             if held is not None:
                 self._stays.callback(held.let_go)
             self.greenlet = gevent.Greenlet(self._capture)
-            self.greenlet.rawlink(self._end)       # also if it is killed before it has begun
+            # The link runs also if the greenlet is killed before it has begun.
+            self.greenlet.rawlink(self._end)
             self.greenlet.start()
         except BaseException:
             self._stays.close()
@@ -378,11 +411,13 @@ class Shielded:
             try:
                 _loop.check_kept(self._fd, self._forks)
                 self._result, self._error = self._work(), None
-            except BaseException as error:  # not printed, but raised by `get`
+            except BaseException as error:
+                # `get` raises the error. Raised here, gevent would print it.
                 self._error = error
 
     def get(self) -> int:
-        """Wait for the result of the work, or raise its exception: once, but after a kill again."""
+        """Wait for the work. Return its result, or raise its exception. Call this once, and again after a
+        kill."""
         try:
             self.greenlet.join()
         except BaseException as error:
@@ -393,11 +428,13 @@ class Shielded:
         try:
             raise self._error
         finally:
-            self._error = None          # its traceback has us
+            # Its traceback refers to this object, so end the cycle.
+            self._error = None
 
 
 def shielded(fd: int, work: Callable[[], int]) -> int:
-    """Return ``work()``, which is finished even if this greenlet is killed: no sector is left half done."""
+    """Return ``work()``, which goes on to its end if this greenlet is killed, so that no sector is left half
+    done."""
     return Shielded(fd, work).get()
 
 
@@ -406,12 +443,14 @@ def write(data: bytes, offset: int, align: int, size: Callable[[], int],
           truncate: Callable[[int], int], span: memoryview) -> int:
     """Write *data* at *offset* of a file of ``size()`` bytes, whose range is held, through the zeroed *span*.
 
-    *read*, *write* and *truncate* do the aligned work; where it fails they return minus the errno, as this.
-    Else it returns bytes of *data* written. The file ends where it would by pwrite, however the sectors fall.
+    *read*, *write* and *truncate* do the aligned work, and return minus the errno if it fails. Return the
+    number of bytes of *data* written, or minus the errno. The file ends where it would end after a pwrite,
+    wherever the sectors end.
     """
     end = offset + len(data)
     start = offset - offset % align
-    last = end - end % align            # where the last sector begins, if it is not whole
+    # The offset of the last sector, if the data fills only a part of it.
+    last = end - end % align
     result, before = 0, size()
     if start < offset and start < before:
         result = read(span[:align], start)
@@ -425,6 +464,7 @@ def write(data: bytes, offset: int, align: int, size: Callable[[], int],
         return written
     longer = start + written
     end = min(end, longer)
-    if end < longer == size() != before:    # else it does not end with our last sector: others made it longer
+    # Otherwise the file does not end with our last sector, because another write made it longer.
+    if end < longer == size() != before:
         result = truncate(before if end < before < longer else end)
     return result if result < 0 else max(0, min(len(data), longer - offset))

@@ -1,10 +1,10 @@
 """The semaphores of `multiprocessing`, cooperative: a greenlet waits for another process, the hub does not.
 
-All that processes share through `multiprocessing` is made of ``_multiprocessing.SemLock``: its locks,
-conditions, events, barriers and queues. `SemLock` here has the same methods, and a native one behind it. The
+The locks, conditions, events, barriers and queues of `multiprocessing` are all made of
+``_multiprocessing.SemLock``. `SemLock` here has the same methods, and a native one behind it. The
 greenlets of this process that want the semaphore stand in a queue, first come, first served, and one native
-thread waits in sem_wait(3) for all of them. It is a thread of its own, because it may wait for ever: neither
-one of a device nor one of gevent's pool.
+thread waits in sem_wait(3) for all of them. It is a thread of its own, and belongs to no device and no pool
+of gevent, because it may wait for ever.
 
 The thread and the greenlets share the queue without a lock, because `collections.deque` does each step in one
 go. *The one that takes a waiter out of the queue decides*:
@@ -52,24 +52,28 @@ from greenaio._files.turn import can_wait
 
 __implements__ = ['SemLock']            # for `greenaio.monkey`
 
-RECURSIVE_MUTEX, SEMAPHORE = 0, 1       # kinds, as in Modules/_multiprocessing/semaphore.c
+# The kinds, as in Modules/_multiprocessing/semaphore.c.
+RECURSIVE_MUTEX, SEMAPHORE = 0, 1
 
 native_sleep = get_original('time', 'sleep')
 start_new_thread = get_original('_thread', 'start_new_thread')
 
-_servers: dict[SemLock, object] = {}    # semaphores that a thread waits for
-_waiters: set[_Waiter] = set()          # all that are parked, for fork
-_all: weakref.WeakSet[SemLock] = weakref.WeakSet()      # for fork, too
+# The semaphores that a thread waits for, each with a token of that thread.
+_servers: dict[SemLock, object] = {}
+# All parked waiters and all semaphores, for a forked child.
+_waiters: set[_Waiter] = set()
+_all: weakref.WeakSet[SemLock] = weakref.WeakSet()
 
 
 class SemLock:
-    """What stands in `_multiprocessing` while `greenaio.monkey` has patched it. A recursive lock belongs to
-    the greenlet that acquired it."""
+    """The class that `greenaio.monkey` puts into `_multiprocessing` instead of the native one. A recursive
+    lock belongs to the greenlet that acquired it."""
 
     SEM_VALUE_MAX = Native.SEM_VALUE_MAX
 
     def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool) -> None:
-        # The native one would count for a whole thread how often a recursive lock is held.
+        # The native lock is a plain semaphore. A native recursive lock would count for a whole thread, not
+        # for a greenlet.
         self._stand_before(Native(SEMAPHORE, value, maxvalue, name, unlink), kind)
 
     @classmethod
@@ -84,13 +88,16 @@ class SemLock:
         self.handle, self.maxvalue, self.name = native.handle, native.maxvalue, native.name
         self._get_value, self._is_zero = native._get_value, native._is_zero
         self._queue: deque[_Waiter] = deque()
-        self._owner: weakref.ref[greenlet] | None = None    # the last that acquired it
-        self._depth = 0                 # how often that one has a recursive lock
-        self._left_behind: weakref.ref[greenlet] | None = None      # it has the lock in the parent
+        # The greenlet that last acquired it.
+        self._owner: weakref.ref[greenlet] | None = None
+        # How often that greenlet holds a recursive lock.
+        self._depth = 0
+        # In a forked child, the greenlet that holds the lock in the parent.
+        self._left_behind: weakref.ref[greenlet] | None = None
         _all.add(self)
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
-        """Return whether it was acquired. *timeout* is in seconds."""
+        """Acquire the semaphore, and return whether that was possible. *timeout* is in seconds."""
         me = getcurrent()
         if self.kind == RECURSIVE_MUTEX and self._belongs_to(me):
             self._depth += 1
@@ -107,14 +114,16 @@ class SemLock:
     __enter__ = acquire
 
     def release(self) -> None:
-        """Raises AssertionError if a recursive lock belongs to another, ValueError if it is not held."""
+        """Release the semaphore. Raise AssertionError if a recursive lock belongs to another greenlet, and
+        ValueError if it is not held."""
         if self.kind == RECURSIVE_MUTEX:
             if not self._belongs_to(getcurrent()):
                 raise AssertionError('attempt to release recursive lock not owned by thread')
             if self._depth > 1:
                 self._depth -= 1
                 return
-            self._owner = None          # before another can have it
+            # Forget the owner before another greenlet can acquire the lock.
+            self._owner = None
         if self._is_left_behind(getcurrent()):
             self._left_behind = None
             return
@@ -151,7 +160,8 @@ class SemLock:
                 self._refuse_if_stuck(me)
             acquired: bool = self._native.acquire(True, timeout)
             return acquired
-        generation()                    # the thread that serves us may have stayed with the parent
+        # Notice a fork by C code, because the thread that serves the queue may have stayed with the parent.
+        generation()
         waiter = _Waiter(self, timeout)
         self._queue.append(waiter)
         try:
@@ -162,7 +172,8 @@ class SemLock:
             if waiter.error is not None:
                 raise waiter.error
             return acquired
-        except BaseException:           # killed, forked, or there is no thread to be had
+        except BaseException:
+            # The greenlet was killed, the process was forked, or no thread could be started.
             if waiter.leave():
                 self._native.release()
             raise
@@ -170,7 +181,8 @@ class SemLock:
             waiter.close()
 
     def _refuse_if_stuck(self, me: greenlet) -> None:
-        """Raise BlockingSwitchOutError if a greenlet of this very thread has it, and so can't release it."""
+        """Raise BlockingSwitchOutError if a greenlet of this thread holds the lock. It could not release the
+        lock while the thread waits."""
         owner = None if self._owner is None else self._owner()
         if (self.maxvalue == 1 and owner is not None and owner is not me and self._belongs_to(owner)
                 and thread_of(owner) is thread_of(me)):
@@ -178,6 +190,8 @@ class SemLock:
                 'a greenlet of this thread holds the lock of multiprocessing, and can\'t go on to release it')
 
     def _ensure_served(self) -> None:
+        """Start a thread that waits for the semaphore, unless one does. Raise RuntimeError if no thread can
+        be started."""
         token = object()
         if _servers.setdefault(self, token) is token:
             try:
@@ -189,13 +203,13 @@ class SemLock:
     # In the thread ---------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Wait for the semaphore for as long as a greenlet does."""
+        """Wait for the semaphore, in a thread, as long as a greenlet waits for it."""
         token = object()
         while True:
             patience = self._patience()
             if patience == 0:
                 _servers.pop(self, None)
-                # The next waiter may have come before that, and have found this thread still there.
+                # The next waiter may have come before the pop, and may have started no thread. So look again.
                 patience = self._patience()
                 if patience == 0 or _servers.setdefault(self, token) is not token:
                     return
@@ -206,10 +220,11 @@ class SemLock:
                 self._hand_over(error)
 
     def _patience(self) -> float:
-        """Seconds until the last waiter gives up, 0 if none is left."""
+        """Return the time until the last waiter gives up, in seconds; 0 if no waiter is left."""
         return max(0, max((waiter.deadline for waiter in self._queue.copy()), default=0) - monotonic())
 
     def _hand_over(self, error: Exception | None) -> None:
+        """Give the unit, or the error, to the first waiter. Without a waiter, post the unit."""
         try:
             waiter = self._queue.popleft()
         except IndexError:
@@ -235,27 +250,31 @@ class _Waiter:
         self.is_told = self.has_left = False
         self.hub: Any = get_hub()
         self.parked: Any = Waiter(self.hub)
-        # It holds the loop as well. Started before the thread knows of it: a send before that would be lost.
+        # The watcher also keeps the loop running. It starts before the thread knows of the waiter, because an
+        # earlier send would be lost.
         self.watcher = self.hub.loop.async_()
         self.watcher.start(self.parked.switch, None)
         before_end(self.hub, self.abandon)
         _waiters.add(self)
 
     def leave(self) -> bool:
-        """Leave the queue. Return whether the semaphore was acquired for this greenlet; once."""
+        """Leave the queue. Return whether the semaphore was acquired for this greenlet. A second call returns
+        False."""
         if self.has_left:
             return False
         self.has_left = True
         try:
             self.semaphore._queue.remove(self)
         except ValueError:
-            while not self.is_told:     # the thread uses the watcher just now
+            while not self.is_told:
+                # The thread uses the watcher at this moment.
                 native_sleep(0)
             return self.error is None
         return False
 
     def abandon(self) -> None:
-        """Before its hub is destroyed or its thread ends: the greenlet never goes on."""
+        """Leave the queue and post the unit, before the hub is destroyed or the thread ends. The greenlet
+        never goes on."""
         _waiters.discard(self)
         if self.leave():
             self.semaphore._native.release()
@@ -263,12 +282,14 @@ class _Waiter:
     def close(self) -> None:
         _waiters.discard(self)
         forget_end(self.hub, self.abandon)
-        if self.hub.loop is not None:   # else it went with the hub
+        # With a destroyed hub the watcher is gone, too.
+        if self.hub.loop is not None:
             self.watcher.stop()
             self.watcher.close()
 
 
 def _after_fork_in_child() -> None:
+    """End the waits that were inherited, and note the locks that other greenlets hold in the parent."""
     here: Any = get_hub_if_exists()
     me = getcurrent()
     for lock in list(_all):

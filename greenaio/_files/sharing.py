@@ -28,15 +28,18 @@ from typing import Any
 
 from greenaio._core.bell import generation, listen
 
-FRAMES = 8              # between the hook of a fork and the function of `gevent.subprocess` that forks
+# Look at so many frames between the hook of a fork and the function of `gevent.subprocess` that forks.
+FRAMES = 8
 
-# The numbers that are surely ours, and whether only a file object knows the number. `_file` reads it, too.
+# The numbers that are surely ours, and whether only a file object knows the number. `_file` reads this dict,
+# too.
 ours: dict[int, bool] = {}
-_watches = False        # whether `greenaio.monkey` sees the calls that copy a number or pass it on
+# Whether `greenaio.monkey` sees the calls that copy a number or pass it on.
+_watches = False
 
 
 def watch(watches: bool) -> None:
-    """From now on `share` is called, or no longer, for each number that the program copies or passes on."""
+    """Note whether `share` is called from now on for each number that the program copies or passes on."""
     global _watches
     if not watches:
         ours.clear()
@@ -44,13 +47,15 @@ def watch(watches: bool) -> None:
 
 
 def is_ours(fd: int) -> bool:
-    """Whether no other process, thread or number can hold the lock of the position of *fd*."""
-    generation()                        # C code may have forked
+    """Return whether no other process, thread or number can hold the lock of the position of *fd*."""
+    # Notice a fork by C code, which ran no hook.
+    generation()
     return fd in ours
 
 
 def tell(fd: int) -> None:
-    """The program asks a file object for its number *fd*. Without `watch` it may do anything with it."""
+    """Note that the program asks a file object for its number *fd*. Unless `watch` is on, forget the number,
+    because the program may copy it unseen."""
     if ours.get(fd):
         if _watches:
             ours[fd] = False
@@ -68,6 +73,7 @@ def share(value: Any) -> None:
 
 
 def _after_fork_in_parent() -> None:
+    """Forget all numbers, unless `gevent.subprocess` forks: its child executes another program."""
     frame: Any = sys._getframe(1) if ours else None
     for _ in range(FRAMES):
         if frame is None:

@@ -22,8 +22,8 @@ _make_lock = get_original('_thread', 'allocate_lock')
 
 
 class _Hold:
-    """Keeps the loop of a hub running while its greenlets sleep, because another thread may wake them. A loop
-    with nothing to do would end, and gevent would raise LoopExit."""
+    """A timer that keeps the loop of a hub running while its greenlets sleep, because another thread may wake
+    them. A loop with nothing to do would end, and gevent would raise LoopExit."""
 
     def __init__(self, hub: Any) -> None:
         self._watcher = hub.loop.timer(FOR_EVER, FOR_EVER)
@@ -46,7 +46,7 @@ def _nothing() -> None:
 
 
 class Sleeper:
-    """The calling greenlet. Its hub serves others while it waits."""
+    """A sleeper for the calling greenlet. Its hub serves other greenlets during the wait."""
 
     __slots__ = ('_hold', '_waiter', 'hub')
 
@@ -57,8 +57,8 @@ class Sleeper:
 
     @property
     def is_parked(self) -> bool:
-        """Whether it waits now: not before, not after, and not while a signal handler that interrupted it
-        waits for something else."""
+        """Whether the greenlet waits here now; no while a signal handler that interrupted it waits for
+        something else."""
         return self._waiter.greenlet is not None
 
     def wait(self) -> None:
@@ -68,10 +68,12 @@ class Sleeper:
         finally:
             if self.hub.loop is not None:
                 self._hold.discard(self)
-        self._waiter.clear()            # of a wake that came before
+        # Drop the result of a wake that came before the wait.
+        self._waiter.clear()
 
     def wake(self) -> None:
-        """From any thread. A greenlet whose hub was destroyed is beyond it."""
+        """Wake the greenlet, from any thread. Do nothing if its hub was destroyed, because the greenlet never
+        goes on."""
         loop = self.hub.loop
         if loop is None:
             return
@@ -81,11 +83,12 @@ class Sleeper:
             else:
                 loop.run_callback_threadsafe(self._waiter.switch, None)
         except ValueError:
-            pass                        # the loop is being destroyed
+            # The loop is being destroyed.
+            pass
 
 
 class NativeSleeper:
-    """The calling thread, which serves no greenlet while it waits."""
+    """A sleeper for the calling thread, which serves no greenlet during the wait."""
 
     __slots__ = ('_lock', 'is_parked')
 
@@ -102,6 +105,7 @@ class NativeSleeper:
             self.is_parked = False
 
     def wake(self) -> None:
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):     # it is awake already
+        """Wake the thread, from any thread."""
+        # The lock is free if the thread is awake already.
+        with contextlib.suppress(RuntimeError):
             self._lock.release()

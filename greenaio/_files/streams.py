@@ -19,20 +19,24 @@ from greenaio._files.arguments import flat
 from greenaio._files.extension import File, aligned_buffer
 from greenaio._files.sectors import Shielded
 
-DEPTH = 8                       # blocks at most, in flight or waiting for the reader
-BLOCK_MIN = 128 << 10           # bytes: smaller ones cost more than they bring
-BLOCK_MAX = 1 << 20             # bytes: larger ones bring nothing
-SEQUENTIAL = 2                  # reads in order before it begins
+# The greatest number of blocks that are in flight or wait for the reader.
+DEPTH = 8
+# In bytes. Smaller blocks cost more than they bring.
+BLOCK_MIN = 128 << 10
+# In bytes. Larger blocks are no faster.
+BLOCK_MAX = 1 << 20
+# So many reads in order come before the first read ahead.
+SEQUENTIAL = 2
 
 
 def block_size(nbytes: int) -> int:
-    """Return the size of the blocks for a program that reads or writes *nbytes* at a time."""
+    """Return the size of the blocks, in bytes, for a program that reads or writes *nbytes* at a time."""
     return min(max(1 << max(nbytes - 1, 0).bit_length(), BLOCK_MIN), BLOCK_MAX)
 
 
 class Block:
-    """A request that is under way, and its memory. Of several that are made at once, all but the last may say
-    that there is *more*: they go to the kernel together."""
+    """A request that is under way, and its memory. If several are made at once, all of them except the last
+    may set *more*; then they go to the kernel together."""
 
     __slots__ = ('_begun', '_file', '_generation', '_rest', 'data', 'memory', 'offset', 'reading')
 
@@ -47,23 +51,27 @@ class Block:
             if not held_back:
                 self._begun = file.begin(reading, self.data, offset, more)
         except (OSError, RuntimeError):
-            pass                        # `end` will say why
+            # `end` tries again, and raises the error.
+            pass
 
     @property
     def leaves_hole(self) -> bool:
-        """Whether some of its bytes are neither written nor under way: it was not begun, or has failed."""
+        """Whether some bytes of the block are neither written nor under way, because it was not begun or has
+        failed."""
         if self._begun is None:
-            return True                 # `end` writes it
+            # The block was not begun. `end` writes it.
+            return True
         result = self._begun[1].result
         return result is not None and result != -errno.ECANCELED and bool(result < len(self.data))
 
     def forget_failure(self) -> None:
-        """Have `end` write the block again: the error is of the past."""
+        """Have `end` write a failed block again, instead of raising its old error."""
         if self.leaves_hole:
             self._begun = None
 
     def end(self) -> int:
-        """Wait for it; return bytes moved. Do it now if it could not be begun, or if another hub began it.
+        """Wait for the request. Return the number of bytes moved. Make the request now if it could not be
+        begun, or if another hub began it. Raise OSError.
 
         After a kill or an error `end` may be called again. After a kill it waits for the same request, so no
         abandoned write lands on top of a later one. After an error it writes the block again."""
@@ -73,11 +81,14 @@ class Block:
             raise OSError(-done, os.strerror(-done), self._file.name)
         if self.reading:
             return done if done >= 0 else self._file.preadv([self.data], self.offset)
-        if self._generation != generation():    # forked: it is the parent's, and this memory is wiped
+        # After a fork the block belongs to the parent, and the memory is wiped in the child.
+        if self._generation != generation():
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._file.name)
         return done if done == len(self.data) else self._write_rest(max(done, 0))
 
     def _write_rest(self, done: int) -> int:
+        """Write the bytes from *done* on, in a greenlet of its own, so that a kill leaves no block half
+        written. Return the length of the block."""
         def work() -> int:
             at = done
             while at < len(self.data):
@@ -102,40 +113,50 @@ class Block:
 class ReadAhead:
     """Reads of a `File` in order, with up to *depth* blocks under way ahead of them.
 
-    It begins after some reads in order, with one block, doubles with each that is used up, and stops at a
-    read from elsewhere. What others write meanwhile may be missed by as much as is read ahead.
+    Reading ahead begins after `SEQUENTIAL` reads in order, with one block. The number of blocks doubles with
+    each block that is used up. A read from another place stops it. A reader may miss bytes that another
+    greenlet or process writes into the blocks that are read ahead.
     """
 
     def __init__(self, file: File, depth: int = DEPTH, eager: bool = False) -> None:
         self._file = file
         self._depth = depth
-        self._eager = eager             # begin with the first read
+        # Begin with the first read.
+        self._eager = eager
         self._blocks: deque[Block] = deque()
-        self._head: Any = None          # the block that is being read: its memory, as far as it was filled
-        self._used: Any = None          # all of its memory, for the next request: new memory is zeroed
+        # The memory of the block that is being read, as far as it was filled.
+        self._head: Any = None
+        # All memory of that block, for the next request, because new memory has to be zeroed.
+        self._used: Any = None
         self._head_offset = 0
         self._window = 1
         self._in_order = 0
-        self._position = 0              # where a read in order would begin
-        self._end = 0                   # what is asked for ends here
+        # The offset where a read in order would begin.
+        self._position = 0
+        # The offset where the last block ends.
+        self._end = 0
         self._size = BLOCK_MIN
         self._generation = generation()
 
     def readinto(self, buffer: Any, position: int) -> int:
-        """Read into *buffer* at *position*; return bytes read, fewer at the end of the file or of a block."""
+        """Read into *buffer* at *position*. Return the number of bytes read, which is less at the end of the
+        file or of a block. Raise OSError."""
         view = flat(buffer)
         if position != self._position or self._generation != generation():
-            self.stop()                 # in a forked child this memory is wiped
+            # After a seek the blocks are of no use. In a forked child their memory is wiped.
+            self.stop()
             self._in_order = 0
             self._generation = generation()
         self._in_order += 1
         try:
             n = self._from_blocks(view, position)
             if n == 0 and len(view):
-                self.stop()             # the end; or nothing was read ahead
+                # The file is at its end, or nothing was read ahead.
+                self.stop()
                 n = self._file.preadv([view], position)
                 self._end = position + n
-        except BaseException:           # an error; or killed, and a block is lost
+        except BaseException:
+            # After an error or a kill, a block may be lost, so begin again.
             self.stop()
             raise
         self._position = position + n
@@ -145,7 +166,7 @@ class ReadAhead:
         return n
 
     def _from_blocks(self, view: memoryview, position: int) -> int:
-        """What is read ahead already; 0 when nothing is."""
+        """Copy bytes that were read ahead into *view*. Return their number, 0 if there are none."""
         done = 0
         while done < len(view):
             begin = position + done - self._head_offset
@@ -159,7 +180,8 @@ class ReadAhead:
         return done
 
     def _take_next(self, position: int) -> bool:
-        """Have the next block at hand, and one more asked for in the memory of the last."""
+        """Wait for the next block, and ask for one more in the memory of the last. Return whether the block
+        has bytes."""
         if not self._blocks or self._blocks[0].offset != position:
             return False
         block = self._blocks.popleft()
@@ -172,7 +194,7 @@ class ReadAhead:
 
     def _ask_for_more(self, used: Any = None) -> None:
         while len(self._blocks) < self._window:
-            # To whole blocks first, so that all that follow are aligned.
+            # The first block ends at a multiple of the size, so that all later blocks are aligned.
             nbytes = self._size - self._end % self._size
             memory = used if used is not None and len(used) == nbytes else aligned_buffer(nbytes)
             used = None
@@ -180,14 +202,14 @@ class ReadAhead:
             self._end += nbytes
 
     def stop(self) -> None:
-        """Forget what was read ahead; what is under way keeps its memory until it is done."""
+        """Forget the blocks. A request that is under way keeps its memory until it is done."""
         self._blocks.clear()
         self._head = self._used = None
         self._window = 1
 
 
 class WriteBehind:
-    """Writes of a `File` in order, done while the writer goes on.
+    """Writes of a `File` in order, which go on while the writer goes on.
 
     An error is raised by a later `write`, at the latest by `drain`. The failed block and all later ones are
     kept, at most *depth* of them, as `io` keeps the bytes that its buffer could not write. Each later call
@@ -196,21 +218,24 @@ class WriteBehind:
     it has room again. Only blocks that were in flight together with the failed one may be on the disk before
     it.
 
-    If a greenlet is killed here, nothing is lost either: the next one waits for the same request.
+    If a greenlet is killed here, nothing is lost either, because the next one waits for the same request.
     """
 
     def __init__(self, file: File, depth: int = DEPTH) -> None:
         self._file = file
         self._depth = depth
         self._blocks: deque[Block] = deque()
-        self._memory: Any = None        # being filled, for `_begin`
+        # The memory of the block that is being filled, and its offset in the file.
+        self._memory: Any = None
         self._begin = self._filled = 0
-        self._holds_back = False        # the oldest block failed, or is waited for: nothing is sent after it
+        # Whether the oldest block has failed or a greenlet waits for it. Then no block is sent after it.
+        self._holds_back = False
         self._generation = generation()
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to `drain`; as in a forked child, where it is the parent's to write."""
+        """Whether there is nothing to `drain`. In a forked child there is nothing, because the parent writes
+        the blocks."""
         if self._generation != generation():
             self._generation = generation()
             self._blocks.clear()
@@ -219,16 +244,17 @@ class WriteBehind:
 
     @property
     def end(self) -> int:
-        """Where a write in order would begin."""
+        """The offset where a write in order would begin."""
         return self._begin + self._filled
 
     def write(self, data: Any, position: int) -> int:
-        """Take bytes-like *data* for *position*; return how many were taken: all, or fewer if there is an
-        error, which the next call raises."""
+        """Take bytes-like *data* for *position*. Return the number of bytes taken: all, or fewer if there was
+        an error, which the next call raises."""
         view = flat(data)
         self.is_idle                    # noqa: B018  # looks for a fork
         if position != self.end:
-            self.drain()                # blocks that overlap would have no order
+            # Blocks that overlap would be written in any order.
+            self.drain()
         done = 0
         while done < len(view):
             if self._memory is None:
@@ -250,11 +276,13 @@ class WriteBehind:
         return done
 
     def _make_room(self) -> None:
-        """Wait until a block may be taken."""
+        """Wait until another block may be taken. Raise the OSError of the oldest block."""
         while self._blocks and (self._holds_back or len(self._blocks) >= self._depth):
             self._settle()
 
     def _send(self) -> None:
+        """Put the block that is being filled into the queue, and begin its write unless writes are held
+        back."""
         memory, n, self._memory, self._filled = self._memory, self._filled, None, 0
         if n:
             self._begin += n
@@ -263,9 +291,11 @@ class WriteBehind:
                 Block(self._file, False, memory, n, self._begin - n, held_back=self._holds_back))
 
     def _settle(self) -> None:
-        """Wait for the oldest block; raise its error. It stays the oldest until it is known to be written."""
+        """Wait for the oldest block, and raise its error. It stays in the queue until it is known to be
+        written."""
         self._holds_back = True
-        self._blocks[0].forget_failure()    # there may be room by now
+        # The disk may have room by now.
+        self._blocks[0].forget_failure()
         self._blocks[0].end()
         self._blocks.popleft()
         self._holds_back = self._has_hole()
@@ -274,8 +304,10 @@ class WriteBehind:
         return any(block.leaves_hole for block in self._blocks)
 
     def write_plainly(self, fd: int) -> None:
-        """Write all that is not known to be written, by calls that block: for a caller that can't park."""
-        self._holds_back = True         # what is still in memory is not sent, only taken into the row
+        """Write all bytes that are not known to be written, by calls that block, for a caller that can't
+        park. Raise OSError."""
+        # Put the block that is being filled into the queue, and do not begin its write.
+        self._holds_back = True
         self._send()
         while self._blocks:
             block, done = self._blocks[0], 0
@@ -285,9 +317,11 @@ class WriteBehind:
         self._holds_back = False
 
     def drain(self) -> None:
-        """Wait until all is written. Raises the OSError of the first block that is not, and keeps it."""
+        """Wait until all is written. Raise the OSError of the first block that could not be written, and keep
+        that block."""
         while self._blocks or self._filled:
             if not self._holds_back:
-                self._send()            # beside those that are under way
+                # The block is written beside the blocks that are under way.
+                self._send()
             if self._blocks:
                 self._settle()

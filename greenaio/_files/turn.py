@@ -92,11 +92,12 @@ from greenaio._core.uninterrupted import inside, thread_of
 from greenaio._files.loop import check_kept
 from greenaio._files.sleeper import NativeSleeper, Sleeper
 
-VAIN_MAX = 16                   # wakes of the first in the queue that find the turn taken again by its leaver
+# So often may the first in the queue be woken in vain, because the leaver has taken the turn again.
+VAIN_MAX = 16
 
 
 class _Mark:
-    """Stands for the owner of a turn where that is no greenlet that could go on."""
+    """A mark in `Turn.owner` instead of a greenlet that could go on."""
 
     parent = None
 
@@ -108,7 +109,8 @@ LEFT, GONE = _Mark(False), _Mark(True)
 
 
 class Turn:
-    """Belongs to one greenlet at a time, first come, first served. The module says how to take it.
+    """A turn, which belongs to one greenlet at a time, first come, first served. The module says how to take
+    it.
 
     If the turn favours its leaver, a greenlet that has left it and not parked since comes first.
 
@@ -120,20 +122,28 @@ class Turn:
 
     def __init__(self, guards_io: bool = False) -> None:
         self.owner: greenlet | _Mark | None = None
-        self.queue: list[_Waiter] = []  # in a loop over it, other threads may change it
-        self.leaver: greenlet | None = None     # the last that left the turn while others waited ...
-        self.thread: Any = None                 # ... and its thread
-        self.is_mixed = False           # a waiter may be of another thread than the owner or the leaver
+        # Other threads may change the list during a loop over it.
+        self.queue: list[_Waiter] = []
+        # The greenlet that last left the turn while others waited, and its thread.
+        self.leaver: greenlet | None = None
+        self.thread: Any = None
+        # Whether a waiter may be of another thread than the owner or the leaver.
+        self.is_mixed = False
         self.closers: list[greenlet] = []
-        self.finalizing = False         # no greenlet waits any more
+        # Set when the file is finalized or the interpreter ends. No greenlet waits after that.
+        self.finalizing = False
         self.favours_leaver = False
         self.guards_io = guards_io
-        _all_turns.add(weakref.ref(self, _all_turns.discard))   # a WeakSet takes ten times as long
+        # A set of weak references, because a WeakSet takes ten times as long.
+        _all_turns.add(weakref.ref(self, _all_turns.discard))
 
     def wait(self) -> bool:
-        """Wait until this greenlet has the turn; return False if it had it already. Raises OSError (EBADF)
-        when another closes what the turn protects, or (EOWNERDEAD); RuntimeError if it would never end."""
-        generation()                    # the owner may have stayed with the parent
+        """Wait until this greenlet has the turn. Return False if it had the turn already.
+
+        Raise OSError: EBADF if another greenlet closes the file that the turn protects, EOWNERDEAD if the
+        owner of a turn that guards `io` can never leave. Raise RuntimeError if the wait would never end."""
+        # Notice a fork by C code, because the owner may have stayed with the parent.
+        generation()
         me = getcurrent()
         if self.owner is me:
             return False
@@ -145,7 +155,8 @@ class Turn:
         return True
 
     def _go_on(self, me: greenlet) -> bool:
-        """Take the turn again if it favours its leaver, this greenlet, and no other must come first."""
+        """Take the turn again if it favours its leaver, which is this greenlet, and no other greenlet must
+        come first. Return whether this greenlet has the turn."""
         if self.favours_leaver and self.leaver is me and not self.is_mixed:
             first = self._first(None)
             if (first is None or first.vain < VAIN_MAX) and self.owner is LEFT:
@@ -153,16 +164,20 @@ class Turn:
         return self.owner is me
 
     def _stand_in_line(self, me: greenlet) -> None:
+        """Wait in the queue until *me* has the turn. After an error *me* is neither in the queue nor the
+        owner."""
         mine = _Waiter(self, me)
         try:
             mine.come()
             while not self._take(mine):
                 mine.wait()
             mine.go()
-        except BaseException as error:  # killed, timed out, or a signal handler raised it ...
+        except BaseException as error:
+            # The greenlet was killed or timed out, or a signal handler raised this.
             try:
                 mine.go()
-            except BaseException:       # ... and another one this
+            except BaseException:
+                # Another signal handler raised this.
                 mine.go()
                 raise
             if self.owner is me:
@@ -171,7 +186,8 @@ class Turn:
             raise
 
     def _take(self, mine: _Waiter) -> bool:
-        """Take the turn if it is there for *mine*; return whether. Raises what would end the wait."""
+        """Take the turn if *mine* may have it. Return whether its greenlet has the turn. Raise the error that
+        ends the wait."""
         me, owner = mine.greenlet, self.owner
         if owner is not None and owner is not LEFT and owner is not me:
             self._look_after_owner(mine)
@@ -189,11 +205,13 @@ class Turn:
         if _is_gone(owner):
             self._pass_over(owner)
         elif mine.is_native and thread_of(owner) is mine.thread:
-            # It cannot go on while we are here, as in a forked child before its hub runs: let it be.
+            # The owner cannot go on while this greenlet keeps the thread, as in a forked child before its hub
+            # runs. So take the turn from it.
             _refuse_if_stuck(mine.greenlet)
             self.owner = mine.greenlet
         elif sys.is_finalizing():
-            self._pass_over(owner)      # other threads do not go on
+            # While the interpreter ends, other threads do not go on.
+            self._pass_over(owner)
         elif not mine.vain and mine.waits_for_ever():
             raise RuntimeError('reentrant call: the owner of the turn with this file waits for another file, '
                                'whose turn this greenlet has')
@@ -203,14 +221,15 @@ class Turn:
         if self.guards_io:
             other = self._first(None)
             if other is not None:
-                other.sleeper.wake()    # it is told the same
+                # The next waiter finds the same owner, and raises the same error.
+                other.sleeper.wake()
             raise OSError(errno.EOWNERDEAD, 'a thread or its hub ended while it used this file')
         if self.owner is owner:
             self.owner = LEFT
             self.wake_next()
 
     def _is_next(self, mine: _Waiter) -> bool:
-        """Whether *mine* may take the turn, which its owner has left."""
+        """Return whether *mine* may take the turn, which its owner has left."""
         first = self._first(mine)
         if first is mine or first is None or sys.is_finalizing():
             return True
@@ -219,27 +238,29 @@ class Turn:
         return first.thread is self.thread
 
     def _first(self, mine: _Waiter | None) -> _Waiter | None:
-        """The first in the queue that could take the turn at once: *mine*, or one that is parked."""
+        """Return the first in the queue that could take the turn at once: *mine*, or a waiter that is parked.
+        None if there is none."""
         for one in self.queue:
             if one is mine or one.sleeper.is_parked:
                 return one
         return None
 
     def refuse_if_stuck(self) -> None:
-        """Raise BlockingSwitchOutError where `wait` would, and wait for nothing."""
+        """Raise BlockingSwitchOutError if `wait` would, but wait for nothing."""
         me, owner = getcurrent(), self.owner
         if isinstance(owner, greenlet) and owner is not me and thread_of(owner) is thread_of(me):
             _refuse_if_stuck(me)
 
     def stay_in_child(self, here: Any) -> None:
-        """In a forked child, whose only thread is *here*: the others stayed with the parent."""
+        """Forget, in a forked child, the owner and the waiters of all threads except *here*, because those
+        threads stayed with the parent."""
         if isinstance(self.owner, greenlet) and thread_of(self.owner) is not here:
             self.owner = GONE
         self.queue = [waiter for waiter in self.queue if waiter.thread is here]
         self.wake_next()
 
     def leave(self) -> None:
-        """Let the next have the turn; for its owner."""
+        """Give the turn to the next waiter. Its owner calls this."""
         if not self.queue:
             self.owner = None
             return
@@ -249,13 +270,17 @@ class Turn:
         self.owner = LEFT
         try:
             self.wake_next()
-        except BaseException:           # a signal handler raised it
+        except BaseException:
+            # A signal handler raised this, and perhaps no waiter was woken.
             self.wake_next()
             raise
 
     def wake_next(self) -> None:
-        """Wake the first in the queue, if its turn has come; with waiters of several threads, the first of
-        each. Those before it that are not parked will look by themselves, but may be about to park."""
+        """Wake the first in the queue, if the owner has left; with waiters of several threads, the first of
+        each thread.
+
+        Also wake the waiters before it that are not parked. They look at the turn by themselves, but may be
+        about to park."""
         if self.owner is not LEFT:
             return
         if self.is_mixed:
@@ -269,7 +294,9 @@ class Turn:
             self.owner = self.leaver = self.thread = None
 
     def _wake_threads(self) -> None:
-        self.is_mixed = False           # a waiter that comes from now on sets it again
+        """Wake the first parked waiter of each thread, and each waiter that keeps a whole thread."""
+        # A waiter of another thread that comes from now on sets this again.
+        self.is_mixed = False
         woken = set()
         for one in self.queue:
             if one.thread is not self.thread:
@@ -289,10 +316,13 @@ class _Waiter:
         self.turn, self.greenlet, self.thread = turn, one, thread_of(one)
         self.is_native = not can_wait()
         self.sleeper: Sleeper | NativeSleeper = NativeSleeper() if self.is_native else Sleeper()
-        self.vain = 0                   # how often it was woken, and did not get the turn
-        self.outer: _Waiter | None = None       # the same greenlet, below a signal handler
+        # The number of wakes after which this waiter did not get the turn.
+        self.vain = 0
+        # The waiter of the same greenlet below a signal handler.
+        self.outer: _Waiter | None = None
 
     def come(self) -> None:
+        """Enter the queue."""
         turn, owner = self.turn, self.turn.owner
         self.outer = _waiters.get(self.greenlet)
         _waiters[self.greenlet] = self
@@ -308,7 +338,8 @@ class _Waiter:
         self.vain += 1
 
     def go(self) -> None:
-        """Out of the queue; twice is fine."""
+        """Leave the queue, and wake the next waiter. May be called twice, because an exception may interrupt
+        it."""
         if _waiters.get(self.greenlet) is self:
             if self.outer is None:
                 _waiters.pop(self.greenlet, None)
@@ -321,8 +352,8 @@ class _Waiter:
         self.turn.wake_next()
 
     def waits_for_ever(self) -> bool:
-        """Whether the owner waits for a turn that this greenlet has, or a greenlet whose thread this blocks,
-        directly or through other waiters."""
+        """Return whether the owner waits for a turn that this greenlet has, or that a greenlet has whose
+        thread this one blocks, directly or through other waiters."""
         owner = self.turn.owner
         for _ in range(len(_waiters)):
             if not isinstance(owner, greenlet):
@@ -340,7 +371,7 @@ class _Waiter:
 
 
 def _is_gone(one: greenlet | _Mark) -> bool:
-    """Whether it never goes on: its thread has ended, or its hub was destroyed."""
+    """Return whether *one* never goes on, because its thread has ended or its hub was destroyed."""
     if one.dead:
         return True
     hub: Any = one.parent
@@ -351,7 +382,7 @@ def _is_gone(one: greenlet | _Mark) -> bool:
 
 
 def _refuse_if_stuck(me: greenlet) -> None:
-    """For *me*, which keeps the greenlet that has the turn from going on."""
+    """Raise BlockingSwitchOutError if *me* keeps the greenlet that has the turn from going on."""
     if get_hub_if_exists() is me:
         raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
     if me in inside and not _is_fresh_child:
@@ -360,14 +391,18 @@ def _refuse_if_stuck(me: greenlet) -> None:
 
 
 _all_turns: set[weakref.ref[Turn]] = set()
-_waiters: dict[greenlet, _Waiter] = {}  # of all threads; of a greenlet below signal handlers, the newest
-_blocked: dict[Any, _Waiter] = {}       # by thread: a waiter that keeps the whole thread
-_attended: Any = None                   # the hub for which `_attend` was called last
+# The waiters of all threads. For a greenlet with waiters below signal handlers this is the newest.
+_waiters: dict[greenlet, _Waiter] = {}
+# By thread: the waiter that keeps the whole thread.
+_blocked: dict[Any, _Waiter] = {}
+# The hub for which `_attend` was called last.
+_attended: Any = None
 _is_fresh_child = False
 
 
 class _End:
-    """Ends the turns of a hub that is destroyed, or whose thread ends: its greenlets never go on."""
+    """The end of a hub that is destroyed, or whose thread ends. It takes the hub's waiters out of their
+    queues, because its greenlets never go on."""
 
     def __init__(self, hub: Any) -> None:
         self._hub = weakref.ref(hub)
@@ -375,7 +410,8 @@ class _End:
 
     def __call__(self) -> None:
         global _attended
-        self.is_over = True             # from here on, new waiters see it themselves
+        # From here on, new waiters see it themselves.
+        self.is_over = True
         hub = self._hub()
         if hub is _attended:
             _attended = None
@@ -395,7 +431,8 @@ def _let_others_look() -> None:
 
 def _all_waiters() -> list[_Waiter]:
     found: list[_Waiter] = []
-    for waiter in list(_waiters.values()):      # in one go: other threads add and take out
+    # Copy the values in one step, because other threads add and remove waiters.
+    for waiter in list(_waiters.values()):
         inner: _Waiter | None = waiter
         while inner is not None:
             found.append(inner)
@@ -404,7 +441,8 @@ def _all_waiters() -> list[_Waiter]:
 
 
 def _attend(hub: Any) -> None:
-    """Hear of the end of *hub*, the one of this thread: before a greenlet of it is parked in its turn."""
+    """Ask to be told of the end of *hub*, the hub of this thread, before a greenlet of the hub parks in its
+    turn."""
     global _attended
     if hub is not None and '_greenaio_turns' not in hub.__dict__:
         hub._greenaio_turns = end = _End(hub)
@@ -413,10 +451,10 @@ def _attend(hub: Any) -> None:
 
 
 def can_wait() -> bool:
-    """Whether the caller is a greenlet whose hub can serve others while it waits.
+    """Return whether the caller is a greenlet whose hub can serve others while it waits.
 
-    Not inside `uninterrupted`. Not in a forked child before its hub has run for another reason: between fork
-    and exec, as in `gevent.subprocess`, it would run the parent's greenlets there.
+    The answer is no inside `uninterrupted`. It is also no in a forked child until its hub has run for another
+    reason: between fork and exec, as in `gevent.subprocess`, the hub would run the parent's greenlets there.
     """
     if _is_fresh_child or sys.is_finalizing():
         return False
@@ -430,6 +468,7 @@ def can_wait() -> bool:
 
 
 def _after_fork_in_child() -> None:
+    """Forget the waiters and owners of the threads that stayed with the parent."""
     global _is_fresh_child
     here = thread_of(getcurrent())
     for waiter in _all_waiters():
@@ -454,13 +493,14 @@ def _hub_runs() -> None:
 
 listen(_after_fork_in_child)
 
-turns: dict[int, Turn] = {}             # by fd; a number that was used once will be used again
+# By fd. An entry stays after the close, because a number that was used once will be used again.
+turns: dict[int, Turn] = {}
 
 
 @contextlib.contextmanager
 def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
-    """One greenlet at a time; its owner may take the turn again. Raises EBADF if a forked child has closed
-    *fd* while a copy of this greenlet waited there."""
+    """Hold *turn* inside the ``with`` block. Its owner may enter again. Raise OSError (EBADF) if this is a
+    forked child that has closed *fd* while the copy of the greenlet waited."""
     hub = get_hub_if_exists()
     if hub is not _attended:
         _attend(hub)
@@ -489,5 +529,5 @@ def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
 
 
 def turn_of(fd: int) -> contextlib.AbstractContextManager[None]:
-    """One greenlet at a time, for each fd."""
+    """Return a context manager that holds the turn of the position of *fd*."""
     return taking(turns.get(fd) or turns.setdefault(fd, Turn()), fd)

@@ -1,7 +1,7 @@
 """Zones: parts of a device that are written from their begin to their end, each with its write pointer.
 
-A zoned device has them from the kernel, which also wants the writes to a zone one after another. An ordinary
-file is divided; what is no hole in it has been written, so the pointers outlive the process.
+For a zoned device the kernel reports the zones, and wants the writes to a zone one after another. An ordinary
+file is divided. Its data has been written and its holes have not, so the pointers outlive the process.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from greenaio._files.extension import _calls
 BLKREPORTZONE, BLKRESETZONE = 0xC0101282, 0x40101283
 BLKGETZONESZ = 0x80041284
 REPORT = struct.Struct('=QII')                      # first sector, zones, flags
-ZONE = struct.Struct('=QQQBBBB4xQ24x')              # start, length, write pointer; type; capacity
+# The start, the length and the write pointer; then the type, and at the end the capacity.
+ZONE = struct.Struct('=QQQBBBB4xQ24x')
 RANGE = struct.Struct('=QQ')                        # first sector, sectors
-FLAG_CAPACITY = 1                                   # capacities are told
+FLAG_CAPACITY = 1                                   # capacities are reported
 SECTOR, CONVENTIONAL, AT_ONCE = 512, 1, 1024
-PAGE = 4096                         # bytes: holes come in these
+# In bytes. A hole is a number of whole pages.
+PAGE = 4096
 
 
 class Zone(NamedTuple):
@@ -45,9 +47,10 @@ class _Zone:
     def __init__(self, offset: int, length: int, capacity: int, write_pointer: int) -> None:
         self.offset, self.length, self.end = offset, length, offset + capacity
         self.write_pointer = write_pointer
-        self.appends = 0                # that are beside each other
+        # How many appends run beside each other.
+        self.appends = 0
 
-    # Made when they are needed: a large device has many zones.
+    # These two are made when they are needed, because a large device has many zones.
 
     @functools.cached_property
     def turn(self) -> BoundedSemaphore:
@@ -62,7 +65,8 @@ class _Zone:
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
-        """An append that takes no turn, but the owner of the turn may wait until the zone is `idle`."""
+        """Count an append during the ``with`` block. It does not hold the turn during the write, but the
+        owner of the turn may wait until the zone is `idle`."""
         with self.turn:
             self.appends += 1
             self.idle.clear()
@@ -75,7 +79,7 @@ class _Zone:
 
 
 class Zones:
-    """Those of *file*, which has *size* bytes."""
+    """The zones of *file*, which has *size* bytes. Without a *zone_size* an ordinary file has none."""
 
     def __init__(self, file: Any, size: int, zone_size: int | None) -> None:
         self._file = file
@@ -96,17 +100,19 @@ class Zones:
         return bool(self._zones)
 
     def told(self) -> list[Zone]:
+        """Return the zones as the program sees them."""
         return [Zone(zone.offset, zone.end - zone.offset, zone.write_pointer)
                 for zone in self._zones.values()]
 
     def _at(self, offset: int) -> _Zone:
+        """Return the zone that begins at *offset*. Raise OSError (EINVAL) if none does."""
         try:
             return self._zones[offset]
         except KeyError:
             raise OSError(errno.EINVAL, 'No zone begins there', self._file.name) from None
 
     def check_room(self, offset: int, nbytes: int) -> None:
-        """Refuse what `appending` would, unless another greenlet may be about to make room."""
+        """Raise OSError (ENOSPC) as `appending` would, unless another greenlet may be about to make room."""
         zone = self._at(offset)
         if not zone.turn.locked():
             self._check_room(zone, nbytes)
@@ -117,7 +123,9 @@ class Zones:
 
     @contextlib.contextmanager
     def appending(self, offset: int, nbytes: int) -> Iterator[int]:
-        """Where the *nbytes* go that are written inside."""
+        """Yield the offset for a write of *nbytes*, which the caller makes inside the ``with`` block. Raise
+        OSError (ENOSPC) if the zone has no room. If the write fails, the write pointer goes back as far as
+        possible."""
         zone = self._at(offset)
         with zone.turn if self._is_kernels else zone.beside_others():
             self._check_room(zone, nbytes)
@@ -126,7 +134,8 @@ class Zones:
             try:
                 yield where
             except BaseException:
-                if self._is_kernels:    # it knows how far the write came
+                if self._is_kernels:
+                    # The kernel knows how far the write came.
                     now, = _reported(self._file.fileno(), offset, offset + zone.length)
                     zone.write_pointer = now.write_pointer
                 elif zone.write_pointer == where + nbytes:
@@ -135,7 +144,7 @@ class Zones:
 
     @contextlib.contextmanager
     def resetting(self, offset: int) -> Iterator[int]:
-        """Empty a zone; yields how many bytes are to be made a hole for that."""
+        """Empty a zone. Yield the number of bytes that the caller has to make a hole."""
         zone = self._at(offset)
         with zone.turn:
             zone.idle.wait()
@@ -149,7 +158,7 @@ class Zones:
 
 
 def _is_zoned(file: Any) -> bool:
-    """Asks the device, which has it in memory."""
+    """Return whether the file is a zoned device. The answer is in memory, so the call does not wait."""
     if not stat.S_ISBLK(file.kind):
         return False
     try:
@@ -159,7 +168,7 @@ def _is_zoned(file: Any) -> bool:
 
 
 def _reported(fd: int, offset: int, end: int) -> list[_Zone]:
-    """Those from *offset* to *end* that are to be written in order."""
+    """Return the zones from *offset* to *end* that have to be written in order. Raise OSError."""
     found = []
     while offset < end:
         memory = _calls.ioctl(fd, BLKREPORTZONE,
@@ -173,16 +182,17 @@ def _reported(fd: int, offset: int, end: int) -> list[_Zone]:
             capacity = capacity if flags & FLAG_CAPACITY else length
             offset = (start + length) * SECTOR
             if kind != CONVENTIONAL and start * SECTOR < end:
-                # That of a full zone is beyond it, or anything.
+                # The pointer of a full zone may be any number, so keep it inside the zone.
                 pointer = min(max(pointer, start), start + capacity)
                 found.append(_Zone(start * SECTOR, length * SECTOR, capacity * SECTOR, pointer * SECTOR))
     return found
 
 
 def _divided(fd: int, size: int, zone_size: int) -> list[_Zone]:
-    """Those of an ordinary file, each written up to the end of its last data."""
+    """Return the zones of an ordinary file, each with its write pointer at the end of its last data."""
     found = []
-    step = AT_ONCE * zone_size          # then a thread is asked, and other greenlets run
+    # After so many bytes a thread is asked again, and other greenlets run.
+    step = AT_ONCE * zone_size
     for first in range(0, size, step):
         last = min(first + step, size)
         zones = [_Zone(start, min(zone_size, last - start), min(zone_size, last - start), start)
@@ -195,7 +205,7 @@ def _divided(fd: int, size: int, zone_size: int) -> list[_Zone]:
 
 
 def _data(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """From where to where there is data between *offset* and *end*, in order."""
+    """Yield the begin and the end of each piece of data between *offset* and *end*, in order."""
     while offset < end:
         for nbytes, is_data in _calls.extents(fd, offset, end):
             if is_data:
