@@ -266,7 +266,7 @@ def test_mount_point_of_any_name_is_found(tmp_path, name):
 def test_extension_that_was_not_built_is_told(disk_folder):
     code, report = examine(disk_folder, before=WITHOUT)
     assert code == 1
-    assert not report['machine']['native'] and '_files.file' in report['machine']['extension']
+    assert not report['machine']['native'] and 'greenaio._core.' in report['machine']['extension']
     problem, = report['degraded']
     assert 'not built' in problem['what'] and 'pip has used the wheel' in problem['what']
     assert '--no-cache-dir' in problem['remedy']
