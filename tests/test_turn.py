@@ -462,7 +462,7 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert turn.owner is not job and len(turn.queue) == 1
 os._exit(0)
-''')
+''', env={'PYTHONWARNINGS': 'ignore::DeprecationWarning'})        # of a fork beside threads
 
 
 # The hub ---------------------------------------------------------------------------------------------
