@@ -1,5 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True,
-# embedsignature.format=clinic
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True, embedsignature.format=clinic
 """`File`: one open file, and the way that each operation on it goes, so that the hub never waits for a disk.
 
 Native AIO serves O_DIRECT reads and overwrites of regular files and block devices, and fsync of both. Bytes
