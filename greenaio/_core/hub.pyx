@@ -78,8 +78,6 @@ _get_ident = get_original('_thread', 'get_ident')
 _local = get_original('_thread', '_local')()
 # The drivers of all threads. A driver that closes leaves this set.
 cdef set _drivers = set()
-# The engines of closed drivers, until the kernel and the threads are done with their requests.
-cdef set _ending = set()
 # The sum of the counters of all closed drivers.
 cdef Tally _past = Tally()
 # True: the lack of native AIO was logged. It is logged once
@@ -177,11 +175,6 @@ def all_drivers():
     """Return the drivers of all threads."""
     # Copy the set in one step, because other threads add drivers and take them out.
     return list(_drivers)
-
-
-def all_engines():
-    """Return the engines of all threads, and the engines of closed drivers that have requests in flight."""
-    return [(<HubDriver>driver).engine for driver in all_drivers()] + list(_ending)
 
 
 def tally():
@@ -477,26 +470,22 @@ cdef class HubDriver(Driver):
         self.closed = True
         if thread_driver == <PyObject *>self:
             thread_driver = NULL
-        # Every step is made, even if the one before it fails. The engine is in `_ending` until its memory is
-        # free to go, so `all_engines` still finds its requests.
+        _drivers.discard(self)
+        _past.add(self.engine)
+        # Every step is made, even if the one before it fails. First the loop, so that it calls nothing here
+        # any more. Then the requests that have not begun. At last the context, which may have to wait for the
+        # disk.
         try:
-            _ending.add(self.engine)
+            self._stop_watching()
         finally:
-            _drivers.discard(self)
-            _past.add(self.engine)
             try:
-                # First the loop, so that it calls nothing here any more. Then the requests that have not
-                # begun. At last the context, which may have to wait for the disk.
-                self._stop_watching()
+                self._give_up()
             finally:
-                try:
-                    self._give_up()
-                finally:
-                    self._end()
-                # Threads that belong to this hub alone have no more
-                # work. Only the thread of the hub knows which they are.
-                if self.hub.thread_ident == _get_ident():
-                    _pools.end_own_threads()
+                self._end()
+            # Threads that belong to this hub alone have no more
+            # work. Only the thread of the hub knows which they are.
+            if self.hub.thread_ident == _get_ident():
+                _pools.end_own_threads()
 
     def _stop_watching(self):
         """Stop all that may call this driver from the loop."""
@@ -563,7 +552,6 @@ cdef class HubDriver(Driver):
         # Without a context the kernel has no memory of ours, and
         # no thread has any either. So do not start a thread.
         if not self.engine.context.is_open and self.engine.lent.count == 0:
-            _ending.discard(self.engine)
             return
         # A real lock, which the new thread releases as its first step.
         begun = _new_lock()
@@ -577,7 +565,6 @@ cdef class HubDriver(Driver):
             log.warning('no thread to free a native AIO context; it stays until the process ends')
             _leaked.append(self.engine)
             self.engine.forget_writes()
-            _ending.discard(self.engine)
             return
         # An interpreter that ends frees the state of each thread, also of one that is being started, which
         # then crashes (python/cpython#110052). So wait until the thread has begun: then it finds out by
@@ -602,7 +589,6 @@ def _end_context(Engine engine, Inbox inbox, begun):
     inbox.wait()
     inbox.reap(engine)
     _let_go(engine.ready)
-    _ending.discard(engine)
 
 
 cdef int _let_go(RequestList requests) except -1:
@@ -629,8 +615,6 @@ cdef inline _notice_fork():
 
 def _after_fork_in_child():
     """Make the drivers fit for this process. The bell calls this in each forked child."""
-    # The threads that wait for their disks stayed with the parent, and so did the requests.
-    _ending.clear()
     # A driver of another thread leaves the set during the loop.
     for driver in list(_drivers):
         driver.after_fork_in_child()
