@@ -10,10 +10,10 @@ from setuptools.errors import CompileError
 
 # .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
 # another system than Linux, greenaio must install all the same (it then uses threads).
-NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.tally', '_core.fifo',
-         '_core.request', '_core.engine', '_core.caller', '_core.job', '_core.mailbox', '_core.processor',
-         '_core.worker', '_core.threads', '_core.pools', '_core.driver', '_core.hub', '_files.route',
-         '_files.calls', '_files.file']
+NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.tally', '_core.thread',
+         '_core.fifo', '_core.request', '_core.engine', '_core.caller', '_core.job', '_core.mailbox',
+         '_core.processor', '_core.worker', '_core.threads', '_core.pools', '_core.driver', '_core.hub',
+         '_files.route', '_files.calls', '_files.file']
 
 
 class BuildAndCopy(build_ext):

@@ -13,7 +13,7 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 ORDER = {
     'settings': '_config',
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
-             'fifo request engine caller job mailbox processor worker threads pools driver hub',
+             'thread fifo request engine caller job mailbox processor worker threads pools driver hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper route sectors calls turn file '
               'extension position streams copies zones semaphore',
     '_operate': 'stats blocked',

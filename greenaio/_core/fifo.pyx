@@ -21,9 +21,6 @@ from posix.unistd cimport close
 cdef extern from *:
     """
     #include <fcntl.h>
-    #include <pthread.h>
-    #include <signal.h>
-    #include <stdint.h>
     #include <stdio.h>
     #include <unistd.h>
 
@@ -48,40 +45,8 @@ cdef extern from *:
         if (fcntl(fd, F_GETFL) & O_PATH)
             close(fd);
     }
-
-    static void *close_one(void *fd)
-    {
-        close((int)(intptr_t)fd);
-        return NULL;
-    }
-
-    /* Close *fd* in a thread of its own, because the file may be on a server, and close(2) may wait until the
-       server has been told.
-
-       The thread is detached, because no code waits for it. It blocks all signals, which are for the threads
-       of Python. A new thread inherits the mask of the thread that starts it, so the mask is set around the
-       start. If no thread can be started, the call is made here, and the hub may wait. A number that stays
-       open would be worse. */
-    static void close_elsewhere(int fd)
-    {
-        pthread_t thread;
-        pthread_attr_t attributes;
-        sigset_t all, before;
-        int error;
-        sigfillset(&all);
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        pthread_attr_setstacksize(&attributes, 128 * 1024);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        error = pthread_create(&thread, &attributes, close_one, (void *)(intptr_t)fd);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        pthread_attr_destroy(&attributes);
-        if (error)
-            close(fd);
-    }
     """
     void c_close_path_fd "close_path_fd"(int fd) noexcept nogil
-    void c_close_elsewhere "close_elsewhere"(int fd)
     int open_both_ends(int fd)
 
 # The number of FIFOs that `join` has opened, and the number of them that are
@@ -94,11 +59,6 @@ cdef int _under_way = 0
 cdef void close_path_fd(int fd) noexcept nogil:
     """Close an O_PATH fd of ours, but not a file of the program that has its number by now."""
     c_close_path_fd(fd)
-
-
-cdef void close_elsewhere(int fd) noexcept:
-    """Close *fd* in a native thread, because close(2) may wait for a server."""
-    c_close_elsewhere(fd)
 
 
 cdef int join(int fifo) noexcept:

@@ -22,6 +22,8 @@ does. No call tells. So where the process is under filters when this module is i
 tries it. Under other filters than those no worker is bound.
 """
 
+from greenaio._core.caller cimport is_filtered
+
 cdef extern from *:
     """
     #include <errno.h>
@@ -33,10 +35,6 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <sys/wait.h>
     #include <unistd.h>
-
-    /* Return whether this thread is under a seccomp filter. */
-    static int is_filtered(void)
-    { return prctl(PR_GET_SECCOMP, 0, 0, 0, 0) > 0; }
 
     /* Both return 0 or minus the errno. *thread* is a thread's id, not a process's, and 0 is this thread. */
     static int set_cpus(pid_t thread, const cpu_set_t *cpus)
@@ -148,8 +146,6 @@ cdef extern from *:
     {
         int status = -1;
         long child;
-        if (!is_filtered())
-            return;
         /* The plain system call runs no handlers of fork, neither Python's nor the C library's. */
         child = syscall(SYS_clone, 0L, 0L, 0L, 0L, 0L);
         if (child == 0) {
@@ -167,15 +163,14 @@ cdef extern from *:
             filters_tried = count_filters();
     }
 
-    /* Whether this thread may ask for, and change, the processors of a thread. */
-    /* Return whether this thread may ask for, and change, the processors of a thread. */
-    static int filters_allow(void)
-    { return !is_filtered() || (filters_tried > 0 && count_filters() == filters_tried); }
+    /* Return whether the filters of this thread are those that a child has tried. */
+    static int are_filters_tried(void)
+    { return filters_tried > 0 && count_filters() == filters_tried; }
     """
     int c_bind_worker "bind_worker"(place *at, int cpu) noexcept nogil
     void c_release_worker "release_worker"(place *at) noexcept nogil
     void try_filters() noexcept nogil
-    bint c_filters_allow "filters_allow"() noexcept nogil
+    bint are_filters_tried() noexcept nogil
     bint c_is_ordinary "is_ordinary"() noexcept nogil
 
 
@@ -193,7 +188,7 @@ cdef void release_worker(place *at) noexcept nogil:
 
 cdef bint filters_allow() noexcept nogil:
     """Return whether this thread may ask for, and change, the processors of a thread."""
-    return c_filters_allow()
+    return not is_filtered() or are_filters_tried()
 
 
 cdef bint is_ordinary() noexcept nogil:
@@ -203,4 +198,5 @@ cdef bint is_ordinary() noexcept nogil:
 
 
 # Once, at import: see the docstring of this module.
-try_filters()
+if is_filtered():
+    try_filters()

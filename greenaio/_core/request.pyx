@@ -62,7 +62,8 @@ from libc.stdlib cimport free
 from posix.unistd cimport close
 
 from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
-from greenaio._core.fifo cimport close_elsewhere, close_path_fd, join, leave
+from greenaio._core.fifo cimport close_path_fd, join, leave
+from greenaio._core.thread cimport close_elsewhere
 from greenaio._core.handle cimport Handle, Writes
 from greenaio._core.tally cimport OTHER, READ, SYNC, WRITE
 

@@ -52,7 +52,8 @@ from greenaio._core.mailbox cimport (
     WARY, Inbox, give_out, inboxes, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, take_back,
 )
 from greenaio._core.processor cimport bind_worker, filters_allow, is_ordinary, release_worker
-from greenaio._core.worker cimport call_to_work, is_asleep, pool, start_worker, unlink, work, worker
+from greenaio._core.thread cimport start_thread
+from greenaio._core.worker cimport DOUBTED, call_to_work, is_asleep, pool, unlink, work, worker
 
 cdef extern from *:
     """
@@ -65,8 +66,6 @@ cdef extern from *:
 cdef enum:
     # Idle threads that `lone_threads` keeps, for opens that wait briefly.
     LONE_KEPT = 4
-    # The number of calls of a kind that may run on all processors after a worker could not be bound.
-    DOUBTED = 16
     # These stand where a processor does. This one means a worker on any processor, bound or not.
     WHEREVER = -1
     # A worker that may run on all processors.
@@ -222,7 +221,7 @@ cdef class Pool:
         pthread_mutex_unlock(&home.lock)
         # Without the lock, because starting a thread takes long, and its first step is to take the lock.
         if more:
-            error = start_worker(work, home)
+            error = start_thread(work, home)
             if error:
                 pthread_mutex_lock(&home.lock)
                 home.threads -= 1

@@ -2,6 +2,11 @@ from greenaio._core.job cimport KINDS, job
 from greenaio._core.mailbox cimport pthread_mutex_t
 from greenaio._core.processor cimport place
 
+# The number of calls of a kind that are taken for long after two of them in a row were, or after a worker could
+# not be bound.
+cdef enum:
+    DOUBTED = 16
+
 # It lies on the stack of its thread.
 cdef struct worker:
     # The link in `resting`.
@@ -36,7 +41,6 @@ cdef struct pool:
     # The link of all pools, for `any_busy`.
     pool *older
 
-cdef int start_worker(void *(*run)(void *) noexcept nogil, void *arg) noexcept
 cdef void *work(void *arg) noexcept nogil
 cdef void unlink(pool *home, job *one) noexcept nogil
 cdef void call_to_work(worker *one) noexcept

@@ -37,33 +37,8 @@ from greenaio._core.processor cimport filters_allow, release_worker
 cdef extern from *:
     """
     #include <linux/futex.h>
-    #include <pthread.h>
-    #include <signal.h>
     #include <sys/syscall.h>
     #include <unistd.h>
-
-    /* In bytes. A system call needs little, and the C library wants some for itself. */
-    #define WORKER_STACK (128 * 1024)
-
-    /* Start a detached thread, because no code ever joins a worker. Return 0 or an errno. */
-    static int start_worker(void *(*work)(void *), void *pool)
-    {
-        pthread_t thread;
-        pthread_attr_t attributes;
-        sigset_t all, before;
-        int error;
-        sigfillset(&all);
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        pthread_attr_setstacksize(&attributes, WORKER_STACK);
-        /* Threads inherit the mask. The signals of the process are for Python's threads, and a handler
-           must not run here. */
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        error = pthread_create(&thread, &attributes, work, pool);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        pthread_attr_destroy(&attributes);
-        return error;
-    }
 
     /* The states of `word`. See the docstring of this module. */
     enum { AT_WORK, CALLED, ASLEEP };
@@ -92,7 +67,6 @@ cdef extern from *:
     static int is_asleep(int *word)
     { return __atomic_load_n(word, __ATOMIC_RELAXED) == ASLEEP; }
     """
-    int start_native "start_worker"(void *(*run)(void *) noexcept nogil, void *arg)
     int AT_WORK
     void rest(int *word) noexcept nogil
     void c_call_to_work "call_to_work"(int *word) noexcept nogil
@@ -100,17 +74,8 @@ cdef extern from *:
     long syscall(long number, ...) nogil
     const long SYS_gettid
 
-# The number of calls of a kind that are taken for long after two of them in a row were.
-cdef enum:
-    DOUBTED = 16
-
 # In ns. A call that takes longer gains little by being on the hub's processor.
 cdef uint64_t SHORT_NS = 100000
-
-
-cdef int start_worker(void *(*run)(void *) noexcept nogil, void *arg) noexcept:
-    """Start a native thread that calls ``run(arg)``, with signals blocked. Return 0 or an errno."""
-    return start_native(run, arg)
 
 
 cdef void call_to_work(worker *one) noexcept:

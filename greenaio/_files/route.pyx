@@ -44,8 +44,8 @@ from greenaio._core.mailbox cimport WAITED_NS
 from greenaio._core.pools cimport lone_threads, pool_of
 from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request
 from greenaio._core.tally cimport WRITE
+from greenaio._core.thread cimport start_thread
 from greenaio._core.threads cimport Pool, any_busy
-from greenaio._core.worker cimport start_worker
 
 cdef extern from *:
     """
@@ -623,7 +623,7 @@ cdef int _find_out(Device device, uint64_t mount) except -1:
     if take_mount_table() and _table_is_current:
         device.has(kind_in_table(device.number).decode())
     elif begin_mount_table():
-        _table_is_current = start_worker(read_mount_table, NULL) == 0
+        _table_is_current = start_thread(read_mount_table, NULL) == 0
         if not _table_is_current:
             end_mount_table()
     return 0
