@@ -34,8 +34,6 @@ cdef class Context:
     cdef iocb **_pointers
     # An array of PEEK_MAX: the copies that `peek` makes.
     cdef io_event *_events
-    # Not used at present.
-    cdef long _getevents_ns
     # Minus the errno that `eventfd` gave, if a pipe stands for it. Otherwise 0.
     cdef readonly long denied
     # The number for the loop, which watches it.

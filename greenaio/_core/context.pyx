@@ -314,7 +314,7 @@ cdef class Context:
         completions are copied again.
         """
         cdef unsigned int head, tail, nr
-        cdef int n = 0, i, kept
+        cdef int n = 0
         if self._ring == NULL:
             if not self._ctx:
                 return 0
