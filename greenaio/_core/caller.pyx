@@ -261,7 +261,7 @@ cdef void forget_first_permitted() noexcept:
 
 
 cdef void _learn_umask(unsigned int mask) noexcept:
-    """Remember the umask of the process, for the jobs to come."""
+    """Remember the umask of the process. Each later job takes it along."""
     global umask_now
     umask_now = mask
 

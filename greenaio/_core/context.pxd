@@ -38,7 +38,7 @@ cdef class Context:
     cdef readonly long denied
     # The number for the loop, which watches it.
     cdef readonly int eventfd
-    # Another number of the same eventfd, for the kernel and for our own calls.
+    # Another number of the same eventfd, which the kernel and our own calls use.
     cdef readonly int own_eventfd
     cdef readonly int depth
     cdef readonly int staged

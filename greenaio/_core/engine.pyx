@@ -402,8 +402,8 @@ cdef class Engine(Tally):
             at = request.following
             n += 1
         taken = self.context.submit()
-        # One look at the clock serves three times: for the length of the submission, for the completions that
-        # are found right after it (`reaps`), and for the budget of `Driver.perform`.
+        # One look at the clock serves three times: it ends the submission, it is the time of completions that
+        # are found right after it (`reaps`), and the budget of `Driver.perform` begins with it.
         self.submitted_ns = self.reaped_ns = self.context.now()
         took = self.submitted_ns - took
         if took > STALL_NS:

@@ -579,7 +579,7 @@ _leaked = []
 
 
 def _end_context(Engine engine, Inbox inbox, begun):
-    """Wait, in a native thread, for the disk. Then release the memory that it was writing."""
+    """Wait for the disk in a native thread. Then release the memory that it was writing."""
     begun.release()
     # io_destroy returns when the kernel has finished all requests. From here on it writes no memory of ours,
     # so the requests may go, although their events were never read.

@@ -108,7 +108,7 @@ cdef class AlignedBuffer:
 
 
 cdef AlignedBuffer scratch(Py_ssize_t nbytes):
-    """Return a block of *nbytes* with any content, for a read whose bytes are copied out by its result."""
+    """Return a block of *nbytes* with any content. The result of a read copies its bytes out of it."""
     return AlignedBuffer.__new__(AlignedBuffer, nbytes)
 
 

@@ -163,7 +163,7 @@ cdef extern from *:
             filters_tried = count_filters();
     }
 
-    /* Return whether the filters of this thread are those that a child has tried. */
+    /* Return whether a child has tried the filters of this thread. */
     static int are_filters_tried(void)
     { return filters_tried > 0 && count_filters() == filters_tried; }
     """

@@ -41,7 +41,7 @@ Ownership is what makes native AIO safe in Python. Three parties use the memory 
     ============  =========================================  ========================================
 
 The kernel names a request by its address (the iocb's data), and a reference that no Python object holds is
-invisible to everybody else. So the `RequestList` of a request holds one reference for it, from
+invisible to all other code. So the `RequestList` of a request holds one reference for it, from
 `Engine.enqueue` until the request is DONE and handed over. The request in turn pins its buffers (buffer
 protocol), so that a bytearray cannot be resized and a memory map cannot be closed below the kernel. A
 greenlet that is killed leaves its request in `in_flight`: the request is *abandoned*, and finishes by itself.

@@ -913,8 +913,8 @@ cdef class Underway:
         return self._result
 
     def withdraw(self):
-        """Take the call back if no thread has begun it, for a greenlet that was killed. Return whether that
-        was possible; then the call never happens."""
+        """Take the call of a killed greenlet back if no thread has begun it. Return whether that was possible;
+        then the call never happens."""
         if self._request is None or self._request.state != IN_FLIGHT or not withdraw(self._request):
             return False
         self._driver.engine.take_back(self._request)

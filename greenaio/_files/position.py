@@ -68,8 +68,8 @@ CANNOT_ASK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
 def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any) -> Any:
-    """Return ``call(*args, **kwargs)``, a call of `posix`, for a greenlet inside `uninterrupted`. The
-    argument at *place* is the fd of the file that the call reads or changes.
+    """Return ``call(*args, **kwargs)``, a call of `posix` by a greenlet inside `uninterrupted`. The argument
+    at *place* is the fd of the file that the call reads or changes.
 
     Parked greenlets may be in the middle of a read or write at the file's position, or of its sectors. Raise
     BlockingSwitchOutError if they are.

@@ -416,7 +416,7 @@ cdef enum:
     REFUSED_MAX = 32
     # The number of files that are remembered; the oldest is forgotten first.
     DEMOTED_MAX = 1024
-    # In requests, for a device that sysfs does not know, such as the one of btrfs.
+    # The number of requests of a device that sysfs does not know, such as a device of btrfs.
     DEFAULT_QUEUE = 64
     # Links on one walk, as many as the kernel's MAXSYMLINKS.
     LINKS_MAX = 40
@@ -898,7 +898,7 @@ cdef Known know(int fd, object name):
     name, if *fd* is not open."""
     cdef Known known = Known.__new__(Known)
     cdef facts found
-    # statx would take AT_FDCWD, which is negative, for the working directory.
+    # AT_FDCWD is negative, and statx would tell of the working directory instead.
     cdef int error = facts_of(fd, b'', &found) if fd >= 0 else -errno.EBADF
     if error:
         raise failed(error, name)
@@ -1338,7 +1338,7 @@ cdef long unlink_there(void *arg) noexcept nogil:
 
 @cython.final
 cdef class Walk:
-    """The walk to *path*, for a call that may have to wait. If it *follows*, it also follows a link at the
+    """The walk to *path* of a call that may have to wait. If it *follows*, it also follows a link at the
     end.
 
     A request of `_walk` in calls.pyx keeps the object, so a thread may use `way` after the greenlet was

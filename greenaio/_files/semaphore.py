@@ -60,7 +60,7 @@ start_new_thread = get_original('_thread', 'start_new_thread')
 
 # The semaphores that a thread waits for, each with a token of that thread.
 _servers: dict[SemLock, object] = {}
-# All parked waiters and all semaphores, for a forked child.
+# All parked waiters and all semaphores. A forked child goes through them.
 _waiters: set[_Waiter] = set()
 _all: weakref.WeakSet[SemLock] = weakref.WeakSet()
 

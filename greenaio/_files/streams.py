@@ -126,7 +126,7 @@ class ReadAhead:
         self._blocks: deque[Block] = deque()
         # The memory of the block that is being read, as far as it was filled.
         self._head: Any = None
-        # All memory of that block, for the next request, because new memory has to be zeroed.
+        # All memory of that block. The next request uses it again, because new memory has to be zeroed.
         self._used: Any = None
         self._head_offset = 0
         self._window = 1
@@ -304,8 +304,8 @@ class WriteBehind:
         return any(block.leaves_hole for block in self._blocks)
 
     def write_plainly(self, fd: int) -> None:
-        """Write all bytes that are not known to be written, by calls that block, for a caller that can't
-        park. Raise OSError."""
+        """Write all bytes that are not known to be written, by calls that block. A caller that can't park
+        uses it. Raise OSError."""
         # Put the block that is being filled into the queue, and do not begin its write.
         self._holds_back = True
         self._send()

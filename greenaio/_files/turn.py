@@ -66,9 +66,9 @@ their own, which are held for ever then, so a greenlet that wants the turn gets 
 never go on are taken out of the queue.
 
 A signal handler runs on top of a greenlet, which may be inside a turn, or may be waiting for one. A waiter
-below a handler that waits for something else is passed over until it is back. If the owner waits, directly or
-through other waiters, for a turn that the caller has, waiting would never end: `wait` raises RuntimeError,
-as `io` does for reentrant calls.
+below a handler that waits for something else is passed over until it is back. If the owner waits for a
+turn that the caller has, directly or through other waiters, waiting would never end: `wait` raises
+RuntimeError, as `io` does for reentrant calls.
 """
 
 from __future__ import annotations
