@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import os
@@ -19,7 +20,7 @@ from tests.support.disks import MIB, FreezableDisk, HeldDisk, pattern, real_disk
 from tests.support.kernel import ScriptedContext
 from tests.support.leftovers import close_files, open_files, unfinished_work
 from tests.support.processes import EXAMPLES
-from tests.support.watchdog import start_watchdog, stop_watchdog, tell_watchdog
+from tests.support.watchdog import start_watchdog, tell_watchdog
 
 
 def pytest_sessionstart():
@@ -39,8 +40,11 @@ def pytest_runtest_logstart(nodeid):
     tell_watchdog('test', nodeid)
 
 
-def pytest_sessionfinish():
-    stop_watchdog()
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure():
+    # The process may hang while it ends, too, and then says where. By now pytest says it no more.
+    tell_watchdog('test', 'the end of the process')
+    faulthandler.enable()
 
 
 @pytest.fixture(params=['disk', 'memory'])

@@ -1,9 +1,14 @@
 """A test that leaves something behind fails, and the next one finds nothing of it, nor of the shell."""
 
+import importlib.util
 import os
+import signal
+import subprocess
 import sys
 
-from tests.support.processes import ROOT, run_in_shell
+from tests.support import missing
+from tests.support.disks import is_mounted
+from tests.support.processes import ROOT, run_in_shell, run_program
 
 LEAKING = '''
 import os
@@ -49,6 +54,14 @@ def test_child_ignores_neither_ctrl_c_nor_a_hangup():
 '''
 
 
+def is_running(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as stat:
+            return stat.read().rpartition(')')[2].split()[0] not in 'ZX'
+    except FileNotFoundError:
+        return False
+
+
 def run_tests(folder, text, before=''):
     """Run a file of tests, in a shell that first does *before*; return the finished process."""
     path = folder / 'test_inner.py'
@@ -71,3 +84,23 @@ def test_tests_in_the_background_do_not_pass_ignored_signals_on(tmp_path):
     """As a shell has it behind ``nohup`` and before ``&``."""
     done = run_tests(tmp_path, IGNORED, before='trap "" INT HUP')
     assert done.returncode == 0, done.stdout
+
+
+def test_tests_that_hang_in_a_stopped_server_end(tmp_path):
+    """A process in such a call can't be killed before the server goes on, or is gone."""
+    if os.geteuid() != 0:
+        missing('needs root')
+    if importlib.util.find_spec('mfusepy') is None:
+        missing('needs mfusepy')
+    folder, mount = tmp_path / 'folder', tmp_path / 'mount'
+    for path in folder, mount:
+        path.mkdir()
+    (folder / 'file').touch()
+    try:
+        done = run_program('hangs_in_a_stopped_server', folder, mount, check=False)
+    finally:
+        if is_mounted(str(mount)):
+            subprocess.run(['umount', '-l', mount], check=True)
+    assert -done.returncode in (signal.SIGABRT, signal.SIGKILL), done.stderr
+    assert 'hangs: one that hangs' in done.stderr
+    assert not is_running(int(done.stdout))
