@@ -14,8 +14,8 @@ ORDER = {
     'settings': '_config',
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
              'thread fifo request engine caller job mailbox processor worker threads pools driver hub',
-    '_files': 'arguments unclosed sharing loop pool place portable sleeper route sectors calls turn file '
-              'extension position streams copies zones semaphore',
+    '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
+              'steps walk sectors calls turn file extension position streams copies zones semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',
     '_commands': 'show bench doctor',

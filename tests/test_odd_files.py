@@ -22,7 +22,7 @@ import greenaio
 import greenaio.os
 from greenaio import File, aligned_buffer
 from greenaio._core import hub as _hub
-from greenaio._files import route as _route
+from greenaio._files import device as _device
 from greenaio._files import streams
 from tests.support import missing
 from tests.support.disks import FreezableDisk, pattern
@@ -434,7 +434,7 @@ def test_file_in_memory_takes_no_thread_where_no_swap_is_used(folder, engine):
 def test_file_that_knows_no_nowait_is_asked_once_and_not_held_against_its_file_system(stream):
     ordinary = stream.removesuffix('stream') + 'ordinary'
     with File(ordinary, os.O_RDONLY | os.O_DIRECT) as file, opened(ordinary, os.O_RDONLY | os.O_DIRECT) as fd:
-        device = next(one for one in _route.devices() if one.number == file.device)
+        device = next(one for one in _device.devices() if one.number == file.device)
         memory = aligned_buffer(4096)
         for at in range(0, 1 << 20, 4096):
             at %= 1 << 14
@@ -445,7 +445,7 @@ def test_file_that_knows_no_nowait_is_asked_once_and_not_held_against_its_file_s
 
 
 def test_file_system_that_knows_no_nowait_is_not_asked_for_longer_and_longer():
-    nowait = _route.Device(os.makedev(7, 250), 'overlay').reads
+    nowait = _device.Device(os.makedev(7, 250), 'overlay').reads
     for i in range(33):
         assert nowait.state == 'asking', i
         nowait.unsupported()

@@ -16,6 +16,7 @@ import greenaio.os
 from greenaio import File, config
 from greenaio._core import hub as _hub
 from greenaio._core import pools as _pools
+from greenaio._files import device as _device
 from greenaio._files import route as _route
 from tests.support import missing
 from tests.support.disks import MIB, pattern
@@ -487,7 +488,7 @@ ASK, PLAIN, THREAD = 'native AIO, asked not to wait', 'native AIO', 'thread'
 ])
 def test_way_follows_what_the_file_system_answered(file_system, answer, ways):
     """xfs refuses NOWAIT to each overwrite, which would not wait; and to reads that would."""
-    device = _route.Device(os.makedev(7, 250), file_system)
+    device = _device.Device(os.makedev(7, 250), file_system)
     for direction in (device.reads, device.writes):
         for _ in range(64):
             if answer == 'unknown':
@@ -500,7 +501,7 @@ def test_way_follows_what_the_file_system_answered(file_system, answer, ways):
 
 
 def test_half_of_the_answers_must_be_refusals_before_it_stops_asking():
-    device = _route.Device(os.makedev(7, 250), 'ext4')
+    device = _device.Device(os.makedev(7, 250), 'ext4')
     for i in range(200):
         device.reads.answered(i % 2 == 0)
     assert device.reads.state == 'asking'

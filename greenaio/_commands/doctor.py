@@ -426,7 +426,7 @@ class _Examination:
         if place.kind == 'block device':
             place.file_system = place.mount_point = place.source = None
         if self.machine.native:
-            from greenaio._files.route import devices
+            from greenaio._files.device import devices
 
             self.device = next(device for device in devices() if device.number == file.device)
             place.share = self.device.limit

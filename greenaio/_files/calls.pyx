@@ -36,11 +36,13 @@ from greenaio._core.handle cimport Handle, Inode, check_open, closing, handle_of
 from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, scratch
 from greenaio._core.request cimport NEW, Request
-from greenaio._files.route cimport (
-    GO_ON, LEASED, LOCKED, REGULAR, STORED, WRITABLE, Device, Known, Walk,
-    block_size, c_int, failed, file_size, folder_at_hand, in_line, know, know_again, open_at_hand, open_fd_again, open_there,
-    path_at_hand, seek_may_wait, stat_there, unlink_there, way,
-)
+from greenaio._files.arguments cimport c_int, failed
+from greenaio._files.device cimport Device
+from greenaio._files.facts cimport LOCKED, REGULAR, STORED, WRITABLE, block_size, file_size
+from greenaio._files.paths cimport folder_at_hand, open_at_hand, open_fd_again, path_at_hand
+from greenaio._files.route cimport Known, in_line, know, know_again, seek_may_wait
+from greenaio._files.steps cimport GO_ON, LEASED, open_there, stat_there, unlink_there, way
+from greenaio._files.walk cimport Walk
 from greenaio._core.job cimport POSIX_FALLOCATE, chain, make_here, new_call, new_chain, new_close
 from greenaio._core.pools cimport pool_of
 from greenaio._core.threads cimport Pool

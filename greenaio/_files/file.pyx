@@ -38,10 +38,11 @@ from greenaio._core.driver cimport ASK, THREAD, Driver
 from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, Filling, scratch
 from greenaio._core.request cimport IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Request, advance, iovec, new_request
+from greenaio._files.arguments cimport c_int, failed
+from greenaio._files.device cimport Device, coarse_ns, waited_in_hub
+from greenaio._files.facts cimport ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, LOCKED, REGULAR, STORED, file_size
 from greenaio._files.route cimport (
-    ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, IN_LINE_MAX, LOCKED, REGULAR, STORED, Device, Known, c_int,
-    coarse_ns, failed, file_size, in_line, is_ready, is_swapped_out, know, knows_block_devices,
-    seek_may_wait, swap_is_in_use, waited_in_hub,
+    IN_LINE_MAX, Known, in_line, is_swapped_out, know, knows_block_devices, seek_may_wait, swap_is_in_use,
 )
 from greenaio._core.job cimport as_call, new_call
 from greenaio._core.mailbox cimport WAITED_NS
@@ -54,6 +55,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <poll.h>
     #include <sys/syscall.h>
     #include <sys/uio.h>
     #include <unistd.h>
@@ -97,6 +99,14 @@ cdef extern from *:
         return flags == 8 && denies(reading, result) ? -EOPNOTSUPP : result;
     }
 
+    /* Return whether a read of *fd* waits for nothing, as far as poll tells. If poll fails the answer is yes,
+       and the read will say why. */
+    static inline int is_ready(int fd)
+    {
+        struct pollfd one = { fd, POLLIN, 0 };
+        return poll(&one, 1, 0) != 0;
+    }
+
     /* Return whether *buffer* is a memoryview that owns nothing, so that pinning it keeps no memory alive.
        io.BufferedReader hands out such views, and may free the memory while the kernel still uses it. */
     static inline int is_ownerless(PyObject *buffer)
@@ -104,6 +114,7 @@ cdef extern from *:
     """
     const int ECANCELED
     const long SYS_pread64
+    bint is_ready(int fd)
     bint is_ownerless(object buffer)
     bint fd_is_direct(int fd)
     long vector_now(bint reading, int fd, iovec *buffers, int n, int64_t offset, unsigned int flags)

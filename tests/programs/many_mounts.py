@@ -9,7 +9,7 @@ import sys
 import gevent
 
 import greenaio.os
-from greenaio._files import route as _route
+from greenaio._files import device as _device
 
 libc = ctypes.CDLL(None, use_errno=True)
 folder = sys.argv[1].encode()
@@ -33,10 +33,10 @@ for _ in range(500):
     for i in (0, 299):
         with contextlib.suppress(FileNotFoundError):
             greenaio.os.stat(folder + b'/%d/no' % i)
-    found = [device for device in _route.devices() if device.number == os.stat(folder + b'/299').st_dev]
+    found = [device for device in _device.devices() if device.number == os.stat(folder + b'/299').st_dev]
     if found and found[0].in_memory:
         break
     gevent.sleep(0.01)
 else:
-    raise AssertionError(_route.devices())
+    raise AssertionError(_device.devices())
 print('known')

@@ -8,7 +8,7 @@ import gevent
 
 import greenaio
 import greenaio.os
-from greenaio._files import route as _route
+from greenaio._files import device as _device
 
 folder = sys.argv[1]
 for i in range(3):
@@ -31,7 +31,7 @@ end = time.monotonic() + 10
 
 
 def file_system():
-    found = [device for device in _route.devices() if device.number == os.stat(folder).st_dev]
+    found = [device for device in _device.devices() if device.number == os.stat(folder).st_dev]
     greenaio.os.fstat(0), greenaio.os.stat(folder)
     return found[0].file_system if found else ''
 
