@@ -8,8 +8,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# .pyx files listed as they are: cythonize() drops optional=True, and without a compiler, or on
-# another system than Linux, greenaio must install all the same (it then uses threads).
+if sys.platform != 'linux':
+    sys.exit(f'greenaio is for Linux only, and this is {sys.platform}')
+
+# The list has .pyx files, because cythonize() drops optional=True, and without a compiler greenaio must
+# install all the same. It then uses Python threads.
 NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.tally', '_core.thread',
          '_core.fifo', '_core.request', '_core.engine', '_core.caller', '_core.job', '_core.mailbox',
          '_core.processor', '_core.worker', '_core.threads', '_core.pools', '_core.driver', '_core.hub',
@@ -45,5 +48,4 @@ headers = [os.path.dirname(os.path.dirname(greenlet.origin))] if greenlet else [
 setup(cmdclass={'build_ext': BuildAndCopy}, ext_modules=[
     Extension(f'greenaio.{name}', [source_of(name)], optional=True, include_dirs=headers,
               extra_compile_args=['-O3', '-fno-strict-aliasing', '-fno-semantic-interposition'])
-    for name in NAMES
-] if sys.platform == 'linux' else [])
+    for name in NAMES])

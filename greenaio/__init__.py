@@ -13,6 +13,9 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if sys.platform != 'linux':
+    raise ImportError(f'greenaio is for Linux only, and this is {sys.platform}')
+
 # ``python -m greenaio`` imports this package before the first line of __main__.py, and the import takes a
 # while. Until the command begins, Ctrl-C ends the process without a traceback. While Python looks for the
 # module that -m names, sys.argv begins with -m.

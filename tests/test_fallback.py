@@ -1,4 +1,5 @@
-"""Without the extension, as after an install with no compiler: everything works, by threads."""
+"""Without the extension, as after an install with no compiler, everything works by threads. Without Linux,
+nothing does."""
 
 import os
 import pathlib
@@ -7,7 +8,7 @@ import shutil
 import pytest
 
 import greenaio
-from tests.support.processes import HIDE_EXTENSION, run_python
+from tests.support.processes import HIDE_EXTENSION, ROOT, run_python
 
 HOUSE = pathlib.Path(greenaio.__file__).parent
 
@@ -164,3 +165,31 @@ assert greenaio.stats().by_thread > 0
 from greenaio._commands.doctor import examine_machine
 assert sys.argv[2] in examine_machine().extension
 ''', tmp_path, name.rpartition('/')[2])
+
+
+ELSEWHERE = 'greenaio is for Linux only, and this is darwin'
+
+
+def test_import_on_another_system_fails_in_one_line():
+    run_python('''
+import sys
+sys.platform = 'darwin'
+for name in 'greenaio', 'greenaio.os', 'greenaio.monkey':
+    try:
+        __import__(name)
+    except ImportError as error:
+        assert str(error) == sys.argv[1]
+    else:
+        raise AssertionError(name)
+''', ELSEWHERE)
+
+
+def test_install_on_another_system_fails_in_one_line():
+    done = run_python("""
+import runpy
+import sys
+import setuptools.command.build_ext
+sys.platform = 'darwin'
+runpy.run_path(sys.argv[1])
+""", ROOT / 'setup.py', check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, '', ELSEWHERE + '\n')
