@@ -15,7 +15,8 @@ ORDER = {
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
              'thread fifo request engine caller job mailbox processor worker threads pools driver hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
-              'steps walk sectors calls turn file extension position streams copies zones semaphore',
+              'steps walk sectors changes transfers opening names seeks closing calls turn file extension '
+              'position streams copies zones semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',
     '_commands': 'show bench doctor',

@@ -56,7 +56,7 @@ OPERATIONS = (
 AIO, THREAD, IN_LINE, NONE = 'native AIO', 'thread', 'in line', '-'
 REFUSED = 'thread, after native AIO'        # which said that it would have waited
 
-# Reasons that no probe can tell. The code that acts on them is in _files/file.pyx and _files/calls.pyx.
+# Reasons that no probe can tell. The code that acts on them is in the modules of _files.
 EXTENDS = 'the kernel would make the file longer inside io_submit'
 MAY_WAIT = 'it waits where much is dirty, or what it changes has to be read first'
 CHANGES = 'it changes the file system, which may have to read or write something first'

@@ -27,10 +27,6 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 from posix.stat cimport S_ISDIR
 
-from greenaio._files.calls cimport (
-    AT_FDCWD, close_file, fallocate_file, hold_range, in_pages, open_file, shield_in,
-    takes_turn, truncate_file, work_in,
-)
 from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._core.engine cimport Engine
 from greenaio._core.handle cimport check_open, closing, is_closing
@@ -39,8 +35,13 @@ from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, Filling, scratch
 from greenaio._core.request cimport IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Request, advance, iovec, new_request
 from greenaio._files.arguments cimport c_int, failed
+from greenaio._files.changes cimport (
+    fallocate_file, hold_range, in_pages, shield_in, takes_turn, truncate_file, work_in,
+)
+from greenaio._files.closing cimport close_file
 from greenaio._files.device cimport Device, coarse_ns, waited_in_hub
 from greenaio._files.facts cimport ANSWER, APPEND, AT_ONCE, DIRECT, EVENTS, LOCKED, REGULAR, STORED, file_size
+from greenaio._files.opening cimport open_file
 from greenaio._files.route cimport (
     IN_LINE_MAX, Known, in_line, is_swapped_out, know, knows_block_devices, seek_may_wait, swap_is_in_use,
 )
@@ -112,6 +113,7 @@ cdef extern from *:
     static inline int is_ownerless(PyObject *buffer)
     { return PyMemoryView_Check(buffer) && PyMemoryView_GET_BASE(buffer) == NULL; }
     """
+    const int AT_FDCWD
     const int ECANCELED
     const long SYS_pread64
     bint is_ready(int fd)

@@ -1,12 +1,23 @@
 # cython: language_level=3
-"""Look-ups of paths: in the kernel's cache of names, where they wait for nothing, or with a wait."""
+"""Paths: as bytes, the place where a thread begins to look one up, and look-ups in the kernel's cache of names.
 
+Look-ups in the cache wait for nothing, and so do opens of the files that they find.
+"""
+
+import os
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
+import sys
+
+cimport cython
 from libc.errno cimport EACCES, EAGAIN, EINVAL, ELOOP, ENAMETOOLONG, ENOENT, ENOSYS, ENOTDIR, EPERM, errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from posix.stat cimport S_ISREG
 from posix.unistd cimport close as close_fd
 
+from greenaio._core.fifo cimport close_path_fd
+from greenaio._core.handle cimport Handle, check_open, take
 from greenaio._core.mailbox cimport WAITED_NS
 from greenaio._core.threads cimport any_busy
 from greenaio._files.arguments cimport failed
@@ -29,6 +40,9 @@ cdef extern from "<fcntl.h>":
 
 cdef extern from "<unistd.h>":
     long syscall(long number, ...) nogil
+
+cdef extern from "<sys/syscall.h>":
+    const long SYS_gettid
 
 cdef enum:
     SYS_OPENAT2 = 437
@@ -156,3 +170,75 @@ cdef int open_at_hand(bytes path, int dir_fd, int flags, object name, Known know
         # The open was refused. A thread does not repeat it, because it may have been born with other rights.
         raise failed(opened, name)
     return max(-1, opened)
+
+
+cdef bytes path_bytes(path, str name=None):
+    """Return *path* as bytes. Raise ValueError if it has a null byte; from Python 3.13 on the message has
+    *name*, the function of `os`. *name* is None for `io`."""
+    cdef bytes encoded
+    found = os.fsencode(path)
+    # An object of a subclass of bytes is copied, because it may have other methods.
+    encoded = found if type(found) is bytes else bytes(memoryview(found))
+    if b'\0' in encoded:
+        raise ValueError('embedded null byte' if name is None or sys.version_info < (3, 13)
+                         else f'{name}: embedded null character in path')
+    return encoded
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Place:
+    """The place where a thread begins to look up *path*, perhaps after the working directory has changed.
+
+    A relative path begins in the directory that is the working directory now. `dir_fd` is an O_PATH fd of
+    that directory, which stays open as long as this object lives. If the caller gave the fd of another
+    directory, this object keeps its number taken. The request keeps the object, so both hold if the greenlet
+    is killed.
+
+    If no fd is free, or to open the directory would wait for a server, the path is made absolute instead.
+    That makes a difference only if the directory is renamed before the look-up.
+    """
+
+    def __cinit__(self, bytes path, int dir_fd):
+        # This path means the thread that asks, so name that thread: another one makes the call.
+        if path.startswith(b'/proc/thread-self/'):
+            path = b'/proc/self/task/%d/%s' % (syscall(SYS_gettid), path[len(b'/proc/thread-self/'):])
+        self.path, self.dir_fd = path, dir_fd
+        if path.startswith(b'/'):
+            return
+        if dir_fd >= 0:
+            check_folder(path, dir_fd)
+            self._number = take(dir_fd)
+        if dir_fd != AT_FDCWD:
+            return
+        cdef int fd = folder_at_hand()
+        if fd >= 0:
+            self.dir_fd, self._is_ours = fd, True
+        elif path:
+            try:
+                self.path = os.path.join(posix.getcwdb(), path)
+            except OSError:
+                # No path leads to the directory, so the look-up will fail with the true error.
+                pass
+
+    def __dealloc__(self):
+        if self._is_ours:
+            close_path_fd(self.dir_fd)
+        if self._number is not None:
+            self._number.let_go()
+
+
+def working_directory():
+    """Return a new O_PATH fd of the working directory. Audit hooks don't see it, because the program opens
+    nothing. Raise OSError if a server would have to be asked whether the directory may be searched."""
+    cdef int fd = folder_at_hand()
+    if fd < 0:
+        raise failed(fd, None)
+    return fd
+
+
+cdef int check_folder(bytes path, int dir_fd) except -1:
+    """Raise EBADF if *path* begins in a directory whose number is being closed."""
+    if dir_fd >= 0 and not path.startswith(b'/'):
+        check_open(dir_fd)
+    return 0

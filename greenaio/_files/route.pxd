@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint64_t
 from greenaio._core.driver cimport Driver, Ways
 from greenaio._core.handle cimport Inode
 from greenaio._core.request cimport Request
+from greenaio._core.threads cimport Pool
 from greenaio._files.device cimport Device
 from greenaio._files.facts cimport facts
 
@@ -33,6 +34,7 @@ cdef class Known(Ways):
     cdef int demote(self) except -1
 
 cdef Known know(int fd, name)
+cdef Known know_open(int fd)
 cdef Known know_again(int fd, Known known)
 cdef int learn(Known known, int fd, facts *found, int flags) except -1
 cdef bint knows_block_devices() noexcept
@@ -40,3 +42,4 @@ cdef bint seek_may_wait(Known known) noexcept
 cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) except -1
 cdef bint swap_is_in_use() noexcept
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept
+cdef int64_t perform(Request request, Known known, Pool pool=*) except? -4096

@@ -18,7 +18,8 @@ from greenaio._core.handle import all_inodes
 
 from greenaio._core.context cimport monotonic_ns
 from greenaio._core.driver cimport ASK, NONE, PLAIN, THREAD, Driver, Way
-from greenaio._core.handle cimport Inode, inode_of
+from greenaio._core.handle cimport Inode, check_open, inode_of
+from greenaio._core.hub cimport current_driver
 from greenaio._core.pools cimport lone_threads
 from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request
 from greenaio._core.tally cimport WRITE
@@ -277,6 +278,13 @@ cdef Known know(int fd, object name):
     return known
 
 
+cdef Known know_open(int fd):
+    """Return the facts of *fd*. Raise EBADF if it is not open, also if the program has closed it and
+    operations that are under way still keep its number."""
+    check_open(fd)
+    return know(fd, None)
+
+
 cdef Known know_again(int fd, Known known):
     """Return the facts of the file *fd*, with the present answer whether it has a name. *known* is the
     earlier answer of `know`, or None. The number may mean another file by now; then all facts are asked
@@ -347,3 +355,9 @@ cdef bint swap_is_in_use() noexcept:
     if now - _swap_asked > SWAP_ASKED_NS:
         _swap_asked, _swap_is_used = now, swap_is_used()
     return _swap_is_used
+
+
+cdef int64_t perform(Request request, Known known, Pool pool=None) except? -4096:
+    """Have a thread make the call. Return its result, or minus the errno. *pool* is None for the threads of
+    the device."""
+    return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)

@@ -55,7 +55,7 @@ cdef class Walk:
     """The walk to *path* of a call that may have to wait. If it *follows*, it also follows a link at the
     end.
 
-    A request of `_walk` in calls.pyx keeps the object, so a thread may use `way` after the greenlet was
+    A request of `walk_there` in opening.pyx keeps the object, so a thread may use `way` after the greenlet was
     killed."""
 
     def __cinit__(self, bytes path, int dir_fd, bint follows):
