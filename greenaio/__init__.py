@@ -30,7 +30,7 @@ from greenaio._files.extension import File, aligned_buffer, native, renew_thread
 logging.getLogger('greenaio').addHandler(logging.NullHandler())
 
 if native:
-    from greenaio._core.driver import report_to
+    from greenaio._core.dispatch import report_to
 
     def _raise_event(hub: Any, name: str, *facts: Any) -> None:
         # Not imported before there is an event, because `events` takes most of the time of this import.

@@ -160,7 +160,7 @@ BREAKS = [
     ('the iovec freed as it is submitted', 'greenaio/_core/engine.pyx', '        self.submitted += 1\n',
      '        self.submitted += 1\n        free(request.buffers)\n',
      ['tests/test_file.py', '-k', 'test_preadv_fills'], 'attempting double-free', 'Invalid free'),
-    ('buffers let go by a kill', 'greenaio/_core/driver.pyx',
+    ('buffers let go by a kill', 'greenaio/_core/parking.pyx',
      '            # The engine keeps it, and a pass releases it after its event.\n',
      '            request.release()\n',
      ['tests/test_hub.py', '-k', 'kill'], 'use-after-', 'Invalid read'),

@@ -25,7 +25,7 @@ from gevent.exceptions import InvalidSwitchError
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from greenaio import config
-from greenaio._core import driver as _driver
+from greenaio._core import dispatch as _dispatch
 from greenaio._core import handle as _handle
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
@@ -193,7 +193,7 @@ class Threads(Pool):
 THREADS = Threads('the disk')           # one for all histories: the memory of a pool is never freed
 
 
-class Ways(_driver.Ways):
+class Ways(_dispatch.Ways):
     """Any way may come next, as long as a part of the request is left."""
 
     def __init__(self, history):

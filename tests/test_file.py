@@ -16,7 +16,7 @@ from greenlet import settrace
 import greenaio
 import greenaio.os
 from greenaio import File, aligned_buffer
-from greenaio._core import driver as _driver
+from greenaio._core import dispatch as _dispatch
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
 from greenaio._core.request import Request, State
@@ -249,7 +249,7 @@ def test_read_whose_greenlet_was_killed_goes_no_other_way(kernel):
 
 
 def test_no_memory_for_the_next_way_is_an_error_of_that_read_alone(kernel):
-    class Ways(_driver.Ways):
+    class Ways(_dispatch.Ways):
         def next_way(self, driver, request, result, asked):
             raise MemoryError
 

@@ -15,7 +15,7 @@ from gevent.exceptions import BlockingSwitchOutError
 from greenlet import settrace
 
 from greenaio import config
-from greenaio._core import driver as _driver
+from greenaio._core import dispatch as _dispatch
 from greenaio._core import hub as _hub
 from greenaio._core.context import Opcode
 from greenaio._core.request import Request
@@ -769,7 +769,7 @@ def test_again_for_ever_is_refused_so_that_a_thread_is_asked(driver):
         def __bool__(self):
             return True
 
-    class Ways(_driver.Ways):
+    class Ways(_dispatch.Ways):
         def next_way(self, driver, request, result, asked):
             asked_for.append((result, asked))
             return 3                    # none

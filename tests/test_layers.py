@@ -13,7 +13,8 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 ORDER = {
     'settings': '_config',
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
-             'thread fifo request engine caller job mailbox processor worker threads pools driver hub',
+             'thread fifo request engine caller job mailbox processor worker threads pools dispatch parking '
+             'driver hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
               'steps walk sectors changes transfers opening names seeks closing calls turn file extension '
               'position streams copies zones semaphore',
@@ -84,7 +85,7 @@ def test_engine_and_below_do_not_know_gevent():
 
 def test_one_place_parks_and_one_place_wakes():
     for name, path, text in sources():
-        if name == '_core.driver' and path.suffix == '.pyx':
+        if name == '_core.parking' and path.suffix == '.pyx':
             switches = [line.strip() for line in text.splitlines()
                         if 'greenlet_switch(' in line and 'static' not in line
                         and 'PyObject *to)' not in line]

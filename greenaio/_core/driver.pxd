@@ -1,89 +1,16 @@
-from cpython.ref cimport PyObject
+cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._core.engine cimport Engine
-from greenaio._core.mailbox cimport Inbox
-from greenaio._core.policy cimport budget, polling
+from greenaio._core.parking cimport Parking
 from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
 
-# The ways that a request can go. ASK: native AIO with RWF_NOWAIT, so that a request that would wait comes
-# back with EAGAIN. PLAIN: native AIO; the request does not wait here, or there is no way to ask. THREAD: a
-# native thread makes the system call, and may wait. NONE: no way is left, and the last result is the result.
-cdef enum Way:
-    ASK
-    PLAIN
-    THREAD
-    NONE
-
-cdef class Driver
-
-# An open file implements this. The driver asks it for the next way of a request that the kernel has declined.
-cdef class Ways:
-    cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1
-    cpdef Pool pool(self)
-
-cdef class Driver:
-    cdef object __weakref__
-    cdef readonly object hub
-    cdef readonly Engine engine
-    cdef readonly Inbox inbox
-    # False: the kernel gave no context, and threads make all calls.
-    cdef readonly bint native
-    cdef readonly bint closed
-    # The number of greenlets that are parked here.
-    cdef readonly int waiting
-    # The number of forks between this process and the one that made the driver.
-    cdef readonly int forks
-    # After a fork the next use attaches the driver to the kernel again.
-    cdef bint must_attach
-    # The number of drain passes under way. In a pass, `_park` may
-    # switch to the next greenlet, and the end of the pass submits.
-    cdef int sections
-    # The eventfd is signalled, and the watcher was not called since.
-    cdef bint asked_for_pass
-    # The queued callback that submits at the end of this hub turn, or None.
-    cdef object turn_end
-    # See policy.pxd for both.
-    cdef budget _budget
-    cdef polling _polling
-
-    # For the layers above: a request as its greenlet sees it.
+cdef class Driver(Parking):
     cdef int64_t perform(self, Request request) except? -4096
     cdef int64_t perform_by_thread(self, Request request, Pool pool) except? -4096
     cdef int begin(self, Request request, bint more) except -1
     cdef int begin_by_thread(self, Request request, Pool pool) except -1
-    cdef int let_run(self, Request request, Pool pool) except -1
     cdef int64_t end(self, Request request) except? -4096
-    cdef int end_in_line(self) except -1
-    cdef int check_caller(self) except -1
-    cdef int flush(self) except -1
-    cdef int ask_for_pass(self) except -1
 
-    # For driver.pyx alone.
-    cdef bint _lend(self, Request request, Pool pool) except -1
-    cdef int _move_declined(self) except -1
-    cdef int _move(self, Request request) except -1
-    cdef int _move_to(self, int way, Request request, Pool pool) except -1
-    cdef int _unready(self, Request request) except -1
-    cdef object _caller(self)
+    @cython.final
     cdef int64_t _result(self, Request request, current, uint64_t now=*) except? -4096
-    cdef int _end_turn_soon(self) except -1
-    cdef object _park(self, Request request, current)
-    cdef PyObject *_next(self) noexcept
-    cdef int _leave(self, Request request) except -1
-    cdef int _submit_admitted(self) except -1
-    cdef int _wake(self, Request request) except -1
-    cdef int _reap(self) except -1
-    cdef int _drain(self) except -1
-    cdef int _tell_of_stall(self) except -1
-    cdef bint _more_is_ready(self) except -1
-    cdef bint _run_is_over(self, int limit=*, uint64_t now=*) noexcept
-    cdef bint _poll(self) except -1
-
-    # `hub.HubDriver` implements these: it knows the loop, and opens the context of the kernel.
-    cdef int attach(self) except -1
-    cpdef bint has_aio(self) except -1
-    cdef int hold_loop(self) except -1
-    cdef int let_go_of_loop(self) except -1
-    cdef int retry_soon(self) except -1

@@ -11,7 +11,7 @@ that is thrown into it, and the layers above ask for the mark.
     ==========================================  =======================  ==========================
     code that parks a greenlet                  an answer                an exception thrown into it
     ==========================================  =======================  ==========================
-    `Driver._park`                              a number in the request  marked
+    `Parking.park`                              a number in the request  marked
     `_files.pool.call`, `Shielded.get`          returned by the job      marked
     `_files.loop.wait_for`, `Turn.wait`         none                     marked
     ==========================================  =======================  ==========================

@@ -104,7 +104,7 @@ cdef class Engine(Tally):
             request.share.admitted += 1
             request.admitted = True
         self.pending.append(request)
-        # While the kernel is full, a submission would only be refused. `Driver._reap` flushes when the first
+        # While the kernel is full, a submission would only be refused. `Dispatcher.reap` flushes when the first
         # completion has made room.
         return self.pending.count >= self.batch_limit(request) and not self.blocked
 
@@ -154,7 +154,7 @@ cdef class Engine(Tally):
             self._unqueue(request)
         if declined:
             # Only note the request here. The choice of its next way may run Python code, and a reap is under
-            # way, so `Driver._move_declined` makes that choice later. The request stays in its share until
+            # way, so `Dispatcher._move_declined` makes that choice later. The request stays in its share until
             # then, because it will go on.
             request.answer = result
             request.state = DECLINED
@@ -264,7 +264,7 @@ cdef class Engine(Tally):
     cdef int cancel_declined(self, int64_t result) noexcept:
         """Move every DECLINED request to DONE with *result*. Return how many there were."""
         cdef int n = 0
-        # A request in `moving` has a `Driver._move` on the stack of some greenlet. That code finds the
+        # A request in `moving` has a `Dispatcher._move` on the stack of some greenlet. That code finds the
         # request gone from `moving`, and does nothing with it.
         while self.declined.count or self.moving.count:
             self.settle(self.declined.first() if self.declined.count else self.moving.first(), result)
@@ -423,7 +423,7 @@ cdef class Engine(Tally):
         if waited and self.culprit is None:
             # The request that went alone is still the head of `pending`, because
             # `flush` moves it after this. Only keep it: no Python code may run
-            # before the lists are right. `Driver._tell_of_stall` reports it.
+            # before the lists are right. `Dispatcher._tell_of_stall` reports it.
             self.culprit = self.pending.first()
             self.culprit_ns = took
 

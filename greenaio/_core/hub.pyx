@@ -30,16 +30,16 @@ from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.context cimport Context
+from greenaio._core.dispatch cimport notice_fork
 from greenaio._core.driver cimport Driver
 from greenaio._core.engine cimport Engine
-from greenaio._core.fork cimport forked
 from greenaio._core.mailbox cimport Inbox
 from greenaio._core.request cimport Request, RequestList
 from greenaio._core.tally cimport Tally
 from greenaio._core.threads cimport withdraw
 
 from greenaio._core import pools as _pools
-from greenaio._core.bell import listen, ring
+from greenaio._core.bell import listen
 
 cdef extern from *:
     """
@@ -102,7 +102,7 @@ cdef class _Sentinel:
             # In a forked child Python ends the other threads before any hook runs.
             # Hear of the fork first, which closes the drivers of those threads:
             # their context is the parent's, and must not be destroyed here.
-            _notice_fork()
+            notice_fork()
             self.driver.close()
 
 
@@ -112,7 +112,7 @@ cdef HubDriver current_driver():
     Raises RuntimeError while the interpreter shuts down, and OSError if no eventfd can be had."""
     cdef HubDriver driver
     # A child must not find the driver of its parent as it was.
-    _notice_fork()
+    notice_fork()
     # Each operation comes here, so this is a C variable of the thread, not a look into a Python thread-local.
     # The hub may have been destroyed since, and its thread may have another hub by now.
     if thread_driver != NULL:
@@ -165,7 +165,7 @@ def use_driver(HubDriver driver not None):
 
 def driver_if_exists():
     """Return the `Driver` of the current hub, or None if the hub has not done any I/O."""
-    _notice_fork()
+    notice_fork()
     if thread_driver != NULL and not (<HubDriver>thread_driver).closed:
         return <HubDriver>thread_driver
     return None
@@ -330,7 +330,7 @@ cdef class HubDriver(Driver):
 
     def _on_stuck_timer(self):
         """Report each request that is under way for too long, and look again while there is any request."""
-        _notice_fork()
+        notice_fork()
         cdef Engine engine = self.engine
         # The timer has run once. A new one is made below, if there is anything to look for.
         self._stuck.close()
@@ -364,7 +364,7 @@ cdef class HubDriver(Driver):
 
     def _on_retry(self):
         """Flush again. If that fails in the same way, `flush` has started the next timer."""
-        _notice_fork()
+        notice_fork()
         self._retry.close()
         self._retry = None
         if self.closed:
@@ -377,7 +377,7 @@ cdef class HubDriver(Driver):
             if self._retry is None:
                 self._retry_after = RETRY_MIN
         except BaseException:
-            self._failed()
+            self.failed()
         finally:
             self.ask_for_pass()
 
@@ -462,7 +462,7 @@ cdef class HubDriver(Driver):
         second call does nothing.
         """
         global thread_driver
-        _notice_fork()
+        notice_fork()
         if self.closed:
             return
         # Set this first. The steps below may run any code, and from here on that code gets another driver,
@@ -605,12 +605,6 @@ cdef int _let_go(RequestList requests) except -1:
 def _log_in_greenlet(depth):
     """Log in a greenlet and not in the hub, because a handler may have to wait for its lock."""
     gevent.spawn(log.info, 'native AIO is to be had again: %d requests in flight', depth)
-
-
-cdef inline _notice_fork():
-    """Run the handlers of the bell, if this process was forked by C code and has not heard of it."""
-    if forked():
-        ring()
 
 
 def _after_fork_in_child():

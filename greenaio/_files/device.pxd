@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from greenaio._core.driver cimport Way
+from greenaio._core.dispatch cimport Way
 from greenaio._core.threads cimport Pool
 
 cdef class Nowait:

@@ -12,7 +12,7 @@ from gevent import spawn
 from libc.stdint cimport uint64_t
 
 from greenaio._core.context cimport monotonic_ns
-from greenaio._core.driver cimport ASK, PLAIN, THREAD, Way
+from greenaio._core.dispatch cimport ASK, PLAIN, THREAD, Way
 from greenaio._core.pools cimport pool_of
 from greenaio._core.threads cimport Pool
 from greenaio._files.facts cimport facts, facts_of

@@ -30,7 +30,8 @@ from posix.stat cimport S_ISDIR
 from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD, PREADV, PWRITE, PWRITEV
 from greenaio._core.engine cimport Engine
 from greenaio._core.handle cimport check_open, closing, is_closing
-from greenaio._core.driver cimport ASK, THREAD, Driver
+from greenaio._core.dispatch cimport ASK, THREAD
+from greenaio._core.driver cimport Driver
 from greenaio._core.hub cimport current_driver
 from greenaio._core.memory cimport AlignedBuffer, Filling, scratch
 from greenaio._core.request cimport IN_FLIGHT, RWF_APPEND, RWF_NOWAIT, Request, advance, iovec, new_request

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._core.driver cimport Driver, Ways
+from greenaio._core.dispatch cimport Dispatcher, Ways
 from greenaio._core.handle cimport Inode
 from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
@@ -26,7 +26,7 @@ cdef class Known(Ways):
     cdef bint is_nameless
     cdef Device device
 
-    cdef int way(self, Driver driver, Request request) except -1
+    cdef int way(self, Dispatcher driver, Request request) except -1
     cdef int answered(self, Request request, int64_t result) except -1
     cdef bint _falls_short(self, Request request, int64_t result) noexcept
     cdef bint _extends(self, Request request) noexcept

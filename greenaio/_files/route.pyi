@@ -1,6 +1,6 @@
 from typing import final
 
-from greenaio._core.driver import Ways
+from greenaio._core.dispatch import Ways
 
 @final
 class Known(Ways):

@@ -17,7 +17,7 @@ from greenaio._core import pools as _pools
 from greenaio._core.handle import all_inodes
 
 from greenaio._core.context cimport monotonic_ns
-from greenaio._core.driver cimport ASK, NONE, PLAIN, THREAD, Driver, Way
+from greenaio._core.dispatch cimport ASK, NONE, PLAIN, THREAD, Dispatcher, Way
 from greenaio._core.handle cimport Inode, check_open, inode_of
 from greenaio._core.hub cimport current_driver
 from greenaio._core.pools cimport lone_threads
@@ -145,7 +145,7 @@ cdef class Known:
         return (f'{os.major(self.device.number)}:{os.minor(self.device.number)} {self.device.file_system}',
                 self.number, ns / 1e9, DEMOTED_NS / 1e9)
 
-    cdef int way(self, Driver driver, Request request) except -1:
+    cdef int way(self, Dispatcher driver, Request request) except -1:
         """Return the way of an aligned O_DIRECT request by which io_submit does not wait."""
         cdef bint writing = request.direction == WRITE
         cdef Way way
@@ -165,7 +165,7 @@ cdef class Known:
             return THREAD
         return way
 
-    cpdef int next_way(self, Driver driver, Request request, int64_t result, bint asked) except -1:
+    cpdef int next_way(self, Dispatcher driver, Request request, int64_t result, bint asked) except -1:
         """Return the way on which *request* goes on after *result*; NONE if it is done. *asked* tells whether
         it went with RWF_NOWAIT.
 

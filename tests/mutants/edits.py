@@ -5,10 +5,10 @@ A mutant is a text file, ``NAME.mutant``, which breaks one promise of the code::
     The eventfd is cleared after the ring was looked at, so a completion between them wakes no greenlet.
     Tests: tests/faults/test_sim.py tests/test_hub.py
 
-    @ Driver._on_eventfd
+    @ Parking._on_eventfd
     -self.engine.context.clear()
 
-    @ Driver._on_eventfd
+    @ Parking._on_eventfd
          if greenlet_current() is self.hub:
              self._drain()
     +        self.engine.context.clear()
