@@ -16,7 +16,7 @@ if sys.platform != 'linux':
 NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.tally', '_core.thread',
          '_core.fifo', '_core.request', '_core.engine', '_core.caller', '_core.job', '_core.mailbox',
          '_core.processor', '_core.worker', '_core.threads', '_core.pools', '_core.dispatch',
-         '_core.parking', '_core.driver', '_core.hub',
+         '_core.parking', '_core.driver', '_core.shutdown', '_core.loop', '_core.hub',
          '_files.facts', '_files.mounts', '_files.device', '_files.route', '_files.paths',
          '_files.steps', '_files.walk', '_files.changes', '_files.transfers', '_files.opening',
          '_files.names', '_files.seeks', '_files.closing', '_files.calls', '_files.file']

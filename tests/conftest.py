@@ -14,6 +14,7 @@ import gevent
 import pytest
 
 from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
 from greenaio._files import route as _route
 from tests.support import missing
 from tests.support.disks import MIB, FreezableDisk, HeldDisk, pattern, real_disk, temporary_folder
@@ -76,7 +77,7 @@ def driver():
     or a slow machine would end a pass where no test wants it, unless that is set free."""
     context = ScriptedContext()
     context.frozen_at = context.now()
-    driver = _hub.HubDriver(gevent.get_hub(), context, depth=64)
+    driver = _loop.HubDriver(gevent.get_hub(), context, depth=64)
     yield driver
     driver._check()
     driver.close()

@@ -27,7 +27,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from greenaio import config
 from greenaio._core import dispatch as _dispatch
 from greenaio._core import handle as _handle
-from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
+from greenaio._core import shutdown as _shutdown
 from greenaio._core.context import Opcode
 from greenaio._core.mailbox import Inbox
 from greenaio._core.request import Request, State
@@ -415,7 +416,7 @@ class History:
         self.loop = self.hub.loop
         self.threads = THREADS.begin(self)
         self.kernel = Kernel(self)
-        self.driver = _hub.HubDriver(self.hub, self.kernel, depth=self.rng.choice([1, 2, 8, 64]))
+        self.driver = _loop.HubDriver(self.hub, self.kernel, depth=self.rng.choice([1, 2, 8, 64]))
         self.workers = []
         self.parked = {}                # in a call of the driver's: the number
         self.memories = {}              # weak: who else has them is what this is about
@@ -562,8 +563,8 @@ class History:
 
     def run(self):
         config.poll_max_us = self.rng.choice([0, 0, 0, 20])
-        starter = _hub._start_new_thread
-        _hub._start_new_thread = self.start_thread
+        starter = _shutdown._start_new_thread
+        _shutdown._start_new_thread = self.start_thread
         try:
             self.start_some()
             for _ in range(self.rng.choice([3, 10, 40])):
@@ -577,7 +578,7 @@ class History:
             self.close()
             self.leave_nothing()
         finally:
-            _hub._start_new_thread = starter
+            _shutdown._start_new_thread = starter
             config.poll_max_us = 0
         if self.errors:
             raise self.errors[0]

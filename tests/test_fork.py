@@ -10,6 +10,7 @@ COMMON = '''
 import errno, gevent, os, sys
 from greenaio import File, aligned_buffer
 from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
 from tests.programs.forking import *
 '''
 
@@ -72,7 +73,7 @@ def test_inherited_waiter_in_the_child_gets_ecanceled(fork_file):
     run_python(COMMON + '''
 from tests.support.kernel import ScriptedContext
 from greenaio._core.request import Request
-driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
+driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
 memory = bytearray(512)
 waiter = gevent.spawn(driver.perform_request, Request(0, 3, memory))
 queued = gevent.spawn(driver.perform_request, Request(0, 3, bytearray(512)))

@@ -17,6 +17,8 @@ from greenlet import settrace
 from greenaio import config
 from greenaio._core import dispatch as _dispatch
 from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
+from greenaio._core import shutdown as _shutdown
 from greenaio._core.context import Opcode
 from greenaio._core.request import Request
 from tests.support.kernel import ScriptedContext
@@ -77,7 +79,7 @@ def test_destroyed_hub_leaves_no_fd_and_no_context():
 def test_destroyed_hub_waits_until_the_thread_that_frees_its_context_has_begun(monkeypatch):
     """Python 3.11 crashes if it ends while it starts a thread."""
     begun, seen = [], []
-    start_new_thread = _hub._start_new_thread
+    start_new_thread = _shutdown._start_new_thread
 
     def start(function, args):
         def begin():
@@ -91,7 +93,7 @@ def test_destroyed_hub_waits_until_the_thread_that_frees_its_context_has_begun(m
         gevent.get_hub().destroy(True)
         seen.extend(begun)
 
-    monkeypatch.setattr(_hub, '_start_new_thread', start)
+    monkeypatch.setattr(_shutdown, '_start_new_thread', start)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -147,7 +149,7 @@ def test_destroyed_with_requests_in_flight_keeps_their_memory_until_the_kernel_i
         def destroy(self):
             self.done.wait(30)
 
-    driver = _hub.HubDriver(gevent.get_hub(), Slow(), depth=8)
+    driver = _loop.HubDriver(gevent.get_hub(), Slow(), depth=8)
     memory = bytearray(512)
     greenlet = gevent.spawn(perform, driver, read(memory=memory))
     turn()
@@ -432,7 +434,7 @@ def test_failure_of_one_that_another_went_to_is_reported_and_nothing_lost(driver
 
 
 def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
-    driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=1000)
+    driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=1000)
     driver.engine.context.frozen_at = 1
     woken, after_passes = [], []
     greenlets = [gevent.spawn(lambda i=i: (perform(driver, read(i)), woken.append(i)))
@@ -454,7 +456,7 @@ def test_one_pass_wakes_a_bounded_number_and_returns_to_the_loop():
 def test_one_pass_lets_go_of_all_that_nobody_waits_for():
     """They come as fast as others ask for them, not one for each greenlet: counted, a server that was asked
     for more than it could deliver kept the memory of all."""
-    driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=1000)
+    driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=1000)
     driver.engine.context.frozen_at = 1         # a pass is as long as it needs to be
     greenlets = [gevent.spawn(perform, driver, read(i)) for i in range(500)]
     turn()
@@ -893,9 +895,9 @@ def test_loop_is_held_while_somebody_waits():
     run_python('''
         import gevent, time
         from tests.support.kernel import ScriptedContext
-        from greenaio._core import hub as _hub
+        from greenaio._core import loop as _loop
         from greenaio._core.request import Request
-        driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
+        driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
         def later():
             time.sleep(0.2)
             driver.engine.context.finish()
@@ -910,9 +912,9 @@ def test_loop_ends_when_only_abandoned_requests_are_left():
     run_python('''
         import gevent
         from tests.support.kernel import ScriptedContext
-        from greenaio._core import hub as _hub
+        from greenaio._core import loop as _loop
         from greenaio._core.request import Request
-        driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
+        driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=8)
         greenlet = gevent.spawn(driver.perform_request, Request(0, 3, bytearray(10)))
         gevent.sleep(0.01)
         greenlet.kill()
@@ -958,7 +960,7 @@ def test_spin_grows_when_it_would_have_paid_and_shrinks_when_not(polling):
             self.spun += (limit_ns,)
             return 0
 
-    driver = _hub.HubDriver(gevent.get_hub(), Timed(), depth=8)
+    driver = _loop.HubDriver(gevent.get_hub(), Timed(), depth=8)
     kernel = driver.engine.context
     driver._adapt_poll(10_000)              # came 10 µs after a spin of 0: begin
     grown = []
@@ -988,7 +990,7 @@ def test_spin_that_catches_the_completion_needs_no_switch(polling):
             self.finish()
             return 1
 
-    caught = _hub.HubDriver(gevent.get_hub(), Catching(), depth=8)
+    caught = _loop.HubDriver(gevent.get_hub(), Catching(), depth=8)
     caught._adapt_poll(1000)
     ran = []
     gevent.get_hub().loop.run_callback(ran.append, 'hub')
@@ -1031,14 +1033,14 @@ class Refusing(ScriptedContext):
 
 @pytest.fixture
 def warnings_of(caplog):
-    _hub._warned = False
+    _loop._warned = False
     caplog.set_level('WARNING', 'greenaio')
     yield caplog
-    _hub._warned = True
+    _loop._warned = True
 
 
 def test_setup_again_halves_the_depth(warnings_of):
-    driver = _hub.HubDriver(gevent.get_hub(), Refusing(errno.EAGAIN, below=40), depth=256)
+    driver = _loop.HubDriver(gevent.get_hub(), Refusing(errno.EAGAIN, below=40), depth=256)
     assert driver.native and driver.engine.depth == 32
     assert driver.engine.context.opened == [256, 128, 64, 32]
     message, = warnings_of.messages
@@ -1050,7 +1052,7 @@ def test_setup_again_halves_the_depth(warnings_of):
 @pytest.mark.parametrize('code', [errno.EAGAIN, errno.EPERM, errno.ENOSYS, errno.ENOMEM])
 def test_setup_refused_means_threads_and_one_warning(warnings_of, code):
     for _ in range(2):
-        driver = _hub.HubDriver(gevent.get_hub(), Refusing(code), depth=256)
+        driver = _loop.HubDriver(gevent.get_hub(), Refusing(code), depth=256)
         assert not driver.native
         driver.close()
     assert len(warnings_of.messages) == 1
@@ -1072,7 +1074,7 @@ def test_native_aio_that_was_used_up_is_asked_for_again_at_most_once_a_second(ca
 
     context = UsedUp()
     context.frozen_at = now = context.now()
-    driver = _hub.HubDriver(gevent.get_hub(), context, depth=64)
+    driver = _loop.HubDriver(gevent.get_hub(), context, depth=64)
     try:
         assert not driver.native
         assert context.opened == [64, 32, 16]
@@ -1107,7 +1109,7 @@ def test_native_aio_that_is_denied_is_not_asked_for_again():
 
     context = Denied()
     context.frozen_at = context.now()
-    driver = _hub.HubDriver(gevent.get_hub(), context, depth=64)
+    driver = _loop.HubDriver(gevent.get_hub(), context, depth=64)
     try:
         context.frozen_at += 10 ** 11
         assert not driver.has_aio()

@@ -14,7 +14,7 @@ ORDER = {
     'settings': '_config',
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
              'thread fifo request engine caller job mailbox processor worker threads pools dispatch parking '
-             'driver hub',
+             'driver shutdown loop hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
               'steps walk sectors changes transfers opening names seeks closing calls turn file extension '
               'position streams copies zones semaphore',

@@ -19,6 +19,7 @@ from test_fallback import WITHOUT
 import greenaio
 from greenaio import File, aligned_buffer, config, events, monkey
 from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
 from greenaio._core.context import Opcode
 from greenaio._core.counters import COUNTERS
 from greenaio._core.engine import Engine
@@ -465,7 +466,7 @@ class Refusing(ScriptedContext):
 
 
 def test_refusal_by_the_kernel_is_told_of(told):
-    driver = _hub.HubDriver(gevent.get_hub(), Refusing(), depth=256)
+    driver = _loop.HubDriver(gevent.get_hub(), Refusing(), depth=256)
     gevent.sleep(0)
     driver.close()
     assert told == [events.Fallback('only 32 were to be had', 32, True)]

@@ -12,6 +12,7 @@ import pytest
 
 from greenaio import File, aligned_buffer
 from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
 from greenaio._core.request import Request, State
 from tests.support.disks import MIB, file_system
 from tests.support.kernel import ScriptedContext
@@ -24,7 +25,7 @@ def test_scripted_kernel_kills_and_timeouts_at_random(seed):
     time out, or get an answer: each request ends exactly once, no buffer is written after its end."""
     rng = random.Random(seed)
     kernel = ScriptedContext()
-    driver = _hub.HubDriver(gevent.get_hub(), kernel, depth=rng.choice([1, 8, 64]))
+    driver = _loop.HubDriver(gevent.get_hub(), kernel, depth=rng.choice([1, 8, 64]))
     ends = []
 
     def worker(number):

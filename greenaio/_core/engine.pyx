@@ -558,16 +558,6 @@ cdef class Engine(Tally):
                 found.append((request, where, now - request.began))
         return found
 
-    def forget_writes(self):
-        """Stop counting the writes in flight, because no code learns when the kernel is done with them.
-
-        Other code that waits until a file has no writes would wait for ever otherwise."""
-        cdef Request request
-        for requests in self.in_flight, self.lent:
-            for request in requests:
-                if request.writes is not None:
-                    request.end_write()
-
     def _check(self):
         """Assert all that must hold between two calls. For tests."""
         seen = set()

@@ -5,7 +5,7 @@ import sys
 
 import gevent
 
-from greenaio._core import hub as _hub
+from greenaio._core import loop as _loop
 from greenaio._core.request import Request
 from tests.support.kernel import ScriptedContext
 
@@ -16,7 +16,7 @@ def resident():
         return next(int(line.split()[1]) for line in file if line.startswith('Rss:')) * 1024
 
 
-driver = _hub.HubDriver(gevent.get_hub(), ScriptedContext(), depth=256)
+driver = _loop.HubDriver(gevent.get_hub(), ScriptedContext(), depth=256)
 buffers = [bytearray(64) for _ in range(10_000)]
 perform = driver.perform_request
 event = gevent.event.Event()
