@@ -35,12 +35,15 @@ from benchmarks.loads import ASYNCIO, ENGINES, buffered, disk, kinds, many, memo
 from benchmarks.log import log
 from benchmarks.nbd import nbd
 from benchmarks.object_server import object_server
+from benchmarks.price import price, price_overlay
+from benchmarks.server import server
 from benchmarks.streams import streams
 from greenaio.__main__ import end_on_signals, without_traceback
 from greenaio._commands import bench
 
 GROUPS = {group.__name__: group for group in (
-    disk, kinds, memory, many, reads, buffered, sync, streams, log, object_server, nbd, start)}
+    disk, kinds, memory, many, reads, buffered, sync, streams, log, object_server, nbd, start, price,
+    price_overlay, server)}
 PROG = 'python -m benchmarks'
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'performance.md'
 

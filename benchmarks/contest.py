@@ -67,8 +67,8 @@ def run(contests: Iterable[Contest], rounds: int, step: Callable[[str], None]) -
 # What is said of it ------------------------------------------------------------------------------
 
 LABELS = {'iops': 'IOPS', 'mib_s': 'MiB/s', 'cpu_us': 'CPU µs', 'p50_us': 'p50 µs', 'p99_us': 'p99 µs',
-          'gap_p99_ms': 'gap p99 ms', 'gap_max_ms': 'gap max ms', 'us': 'µs', 'seconds': 's', 'ms': 'ms',
-          'p99_ms': 'p99 ms', 'cpu': 'processors'}
+          'gap_p99_ms': 'gap p99 ms', 'gap_max_ms': 'gap max ms', 'us': 'µs', 'least_us': 'least µs',
+          'seconds': 's', 'ms': 'ms', 'p99_ms': 'p99 ms', 'cpu': 'processors', 'per_second': 'requests/s'}
 
 
 def number(value: float | None) -> str:
