@@ -9,7 +9,7 @@ from test_fallback import WITHOUT
 from test_file import SECCOMP
 
 from tests.support import missing
-from tests.support.processes import run_program, run_python
+from tests.support.processes import make_plugin_visible, run_program, run_python
 
 PERSONALITY = 135 if os.uname().machine == 'x86_64' else 92     # a system call that nobody misses
 
@@ -42,6 +42,27 @@ assert sorted(os.listdir('here')) == ['by-file', 'by-open', 'by-os', 'by-parent'
 assert os.listdir('there') == ['absolute']
 assert open_fds() == before
 ''', folder, env=ONE_THREAD)
+
+
+def test_umask_changed_while_a_thread_creates_a_file_does_not_open_it_to_others(folder):
+    run_python('''
+        import os, random, sys, time, gevent, gevent.monkey
+        gevent.monkey.patch_all(greenaio=True)
+        os.chdir(sys.argv[1])
+        os.umask(0o077)
+        for i in range(3000):
+            creating = gevent.spawn(os.open, str(i), os.O_WRONLY | os.O_CREAT, 0o666)
+            gevent.sleep(0)
+            end = time.perf_counter() + random.uniform(0, 100e-6)
+            while time.perf_counter() < end:
+                pass
+            os.umask(0)
+            fd = creating.get()
+            os.umask(0o077)
+            assert os.fstat(fd).st_mode & 0o777 == 0o600, i
+            os.close(fd)
+            os.unlink(str(i))
+    ''', folder, timeout=120, env=make_plugin_visible(folder))
 
 
 def test_copy_finds_both_files_in_the_working_directory_of_the_call(folder):

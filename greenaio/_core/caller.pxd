@@ -31,5 +31,6 @@ cdef void note_caller(caller *one) noexcept
 cdef int begin_for(caller *one) noexcept nogil
 cdef void act_for(caller *one) noexcept nogil
 cdef void forget_first_permitted() noexcept
+cdef void forget_creations() noexcept
 cdef long creation_mode(long mode) noexcept nogil
 cdef int take_signal(long result) noexcept nogil

@@ -28,6 +28,12 @@ directory with a default ACL the kernel ignores the umask, so this code must not
                                        sets the umask to 0
                                                                           sees 4 changes: applies 022 itself
                                                                           creates the file
+
+A worker that has looked at the number, and is about to create the file, would create it with the new umask. So
+the worker counts in `creating` before it looks, until the file is there, and `umask` waits after its count
+until no worker creates a file. Each side writes before it reads, and both are sequentially consistent, so
+either the worker sees the new number or `umask` sees the worker. A disk may hang, so `umask` waits for at
+most 1 ms.
 """
 
 # `os` may be patched.
@@ -51,6 +57,8 @@ cdef extern from *:
     /* The hub's side changes this with the GIL. Workers read it at any time, so its changes and
        their loads are atomic. */
     static unsigned umask_changes;
+    static unsigned creating;           /* workers */
+    static __thread int is_creating;    /* whether this worker counts in it */
     static unsigned umask_now;          /* with the GIL */
     /* The permitted capabilities of the process when it first made a call. Guarded by the GIL. */
     static uint64_t first_permitted;
@@ -184,14 +192,39 @@ cdef extern from *:
     static long mode_for_caller(long mode)
     {
         struct caller *one = acting_for;
-        if (one == NULL || __atomic_load_n(&umask_changes, __ATOMIC_ACQUIRE) == one->umask_changes)
+        if (one == NULL)
+            return mode;
+        if (!is_creating) {
+            is_creating = 1;
+            __atomic_add_fetch(&creating, 1, __ATOMIC_SEQ_CST);
+        }
+        if (__atomic_load_n(&umask_changes, __ATOMIC_SEQ_CST) == one->umask_changes)
             return mode;
         return mode & ~(long)one->umask;
     }
 
-    /* Release: a worker that sees the new umask of the process also sees the new number. */
+    /* Release: `umask` goes on after the file is there. */
+    static void end_creation(void)
+    {
+        if (is_creating) {
+            is_creating = 0;
+            __atomic_sub_fetch(&creating, 1, __ATOMIC_RELEASE);
+        }
+    }
+
+    /* Count a change of the umask. Then wait until no worker creates a file by the old number, or for 1 ms. */
     static void count_umask_change(void)
-    { __atomic_add_fetch(&umask_changes, 1, __ATOMIC_RELEASE); }
+    {
+        struct timespec pause = { 0, 20000 };   /* ns */
+        int i;
+        __atomic_add_fetch(&umask_changes, 1, __ATOMIC_SEQ_CST);
+        for (i = 0; i < 50 && __atomic_load_n(&creating, __ATOMIC_SEQ_CST); i++)
+            nanosleep(&pause, NULL);
+    }
+
+    /* In a forked child, whose workers stayed with the parent. */
+    static void no_creation(void)
+    { __atomic_store_n(&creating, 0, __ATOMIC_SEQ_CST); }
 
     /* Return the signal that a call has sent to the worker, or 0. A worker blocks all signals, so this one
        stays pending until it is taken here. It waits for no time. */
@@ -215,7 +248,9 @@ cdef extern from *:
     caller *acting_for
     bint has_first_permitted
     long mode_for_caller(long mode) noexcept nogil
-    void count_umask_change() noexcept
+    void end_creation() noexcept nogil
+    void count_umask_change() noexcept nogil
+    void no_creation() noexcept nogil
     unsigned int umask_now
     int c_take_signal "take_signal"(long result) noexcept nogil
 
@@ -238,9 +273,11 @@ cdef int begin_for(caller *one) noexcept nogil:
 
 cdef void act_for(caller *one) noexcept nogil:
     """Let this thread create files with the umask of *one* from now on, or with the umask of the process if
-    it is NULL."""
+    it is NULL. Then its call is over."""
     global acting_for
     acting_for = one
+    if one == NULL:
+        end_creation()
 
 
 cdef long creation_mode(long mode) noexcept nogil:
@@ -258,6 +295,11 @@ cdef void forget_first_permitted() noexcept:
     """Look again, at the next call, at the capabilities that the process begins with."""
     global has_first_permitted
     has_first_permitted = False
+
+
+cdef void forget_creations() noexcept:
+    """Forget the files that workers are creating. They do it in the parent of this process."""
+    no_creation()
 
 
 cdef void _learn_umask(unsigned int mask) noexcept:
@@ -282,10 +324,11 @@ def learn_umask():
 
 def umask(mask, /):
     """Set the umask as `os.umask` does, and return the one before. A file whose creation was asked for and
-    has not begun gets no bit that the umask until now forbids."""
+    has not begun gets no bit that the umask until now forbids. Take at most 1 ms."""
     # The count changes first. Otherwise a worker could create a file between the two, with the new umask and
     # without knowing of it.
-    count_umask_change()
+    with nogil:
+        count_umask_change()
     old = posix.umask(mask)
     _learn_umask(PyNumber_Index(mask) & 0o777)
     return old

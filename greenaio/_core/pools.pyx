@@ -10,7 +10,7 @@ domain belongs to the thread of the hub and is never used again. The number of a
 
 from greenaio._core.bell import listen
 
-from greenaio._core.caller cimport forget_first_permitted
+from greenaio._core.caller cimport forget_creations, forget_first_permitted
 from greenaio._core.threads cimport Pool
 
 cdef extern from *:
@@ -125,6 +125,7 @@ def _after_fork_in_child():
     """Forget all pools. Their threads stayed with the parent, and may have held their locks. So the child
     does not use their memory again."""
     forget_first_permitted()
+    forget_creations()
     _pools.clear()
     _retired.clear()
 

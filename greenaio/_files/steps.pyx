@@ -19,6 +19,8 @@ cdef extern from "<fcntl.h>":
     const int O_CLOEXEC
     const int O_NOFOLLOW
     const int O_PATH
+    const int O_CREAT
+    const int O_TMPFILE
     const int O_ACCMODE
     const int O_RDWR
     const int O_DIRECTORY
@@ -219,7 +221,10 @@ cdef long open_there(void *arg) noexcept nogil:
     if waits_for_a_peer(this) and not this.is_alone:
         return GO_ON
     let_go(this)
-    mode = creation_mode(this.permissions)
+    mode = this.permissions
+    # An open that waits for its peer creates no file, and `os.umask` must not wait for it.
+    if this.flags & (O_CREAT | O_TMPFILE) and not waits_for_a_peer(this):
+        mode = creation_mode(mode)
     if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH) and not this.is_patient:
         fd = open_leased(this.dir_fd, this.path, this.flags, mode)
         return LEASED if fd == -EAGAIN else fd
