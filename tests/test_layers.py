@@ -16,8 +16,9 @@ ORDER = {
              'thread fifo request engine caller job mailbox processor worker threads pools dispatch parking '
              'driver shutdown loop hub',
     '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
-              'steps walk sectors changes transfers opening names seeks closing calls turn file extension '
-              'position streams copies zones semaphore',
+              'steps walk sectors changes transfers opening names seeks closing calls buffers inline '
+              'direct buffered underway operation file turn extension position streams copies zones '
+              'semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',
     '_commands': 'show bench doctor',

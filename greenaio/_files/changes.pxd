@@ -7,6 +7,7 @@ from greenaio._files.route cimport Known
 cdef (uint64_t, uint64_t) in_pages(uint64_t start, uint64_t end) noexcept
 cdef bint takes_turn(Known known, Request request) except -1
 cdef object hold_range(int fd, Known known, start, end)
+cdef object hold_to(int fd, Known known, uint64_t start, uint64_t end)
 cdef object shield_in(mine, int fd, work)
 cdef object work_in(mine, int fd, work)
 cdef object change(int fd, Known known, int64_t start, Request request, Pool pool=*)

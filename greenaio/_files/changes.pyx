@@ -16,7 +16,7 @@ from greenaio._core.job cimport POSIX_FALLOCATE, make_here, new_call
 from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
 from greenaio._files.arguments cimport c_int, failed
-from greenaio._files.facts cimport file_size
+from greenaio._files.facts cimport REGULAR, file_size
 from greenaio._files.route cimport Known, in_line, know, know_open, perform
 
 cdef extern from "<sys/syscall.h>":
@@ -52,6 +52,20 @@ cdef bint takes_turn(Known known, Request request) except -1:
 cdef object hold_range(int fd, Known known, start, end):
     """Wait for the range, and return it held. The number *fd* stays the same file until then."""
     return alignment.hold(fd, known.inode(), start, end)
+
+
+cdef object hold_to(int fd, Known known, uint64_t start, uint64_t end):
+    """Return the range from *start* to *end*, held; without an end if the write makes the file longer.
+
+    Earlier writes of greenlets that were waited for may have made the file shorter. So look at the size again
+    when the range is granted, and take a longer range if need be."""
+    cdef bint grows
+    while True:
+        grows = known.kind & REGULAR and end > <uint64_t>file_size(fd)
+        mine = hold_range(fd, known, start, alignment.EVERYTHING if grows else end)
+        if grows or not known.kind & REGULAR or end <= <uint64_t>file_size(fd):
+            return mine
+        mine.let_go()
 
 
 cdef object shield_in(mine, int fd, work):

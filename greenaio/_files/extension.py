@@ -11,7 +11,7 @@ try:
     from greenaio._core.memory import Filling, aligned_buffer
     from greenaio._core.pools import renew_threads
     from greenaio._files import calls as _calls
-    from greenaio._files import file as _file
+    from greenaio._files import operation as _file
     from greenaio._files.file import File
 except Exception as error:
     # ImportError: there is no such module. The checks of Cython raise ValueError for a structure of another

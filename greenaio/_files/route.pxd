@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.dispatch cimport Dispatcher, Ways
+from greenaio._core.driver cimport Driver
 from greenaio._core.handle cimport Inode
 from greenaio._core.request cimport Request
 from greenaio._core.threads cimport Pool
@@ -43,3 +44,4 @@ cdef bint in_line(Known known, uint64_t nbytes, int fd=*, int64_t offset=*) exce
 cdef bint swap_is_in_use() noexcept
 cdef bint is_swapped_out(Known known, int fd, int64_t offset, uint64_t nbytes) noexcept
 cdef int64_t perform(Request request, Known known, Pool pool=*) except? -4096
+cdef int64_t by_thread(Driver driver, Request request, Known known) except? -4096

@@ -18,8 +18,10 @@ from greenaio._core.handle import all_inodes
 
 from greenaio._core.context cimport monotonic_ns
 from greenaio._core.dispatch cimport ASK, NONE, PLAIN, THREAD, Dispatcher, Way
+from greenaio._core.driver cimport Driver
 from greenaio._core.handle cimport Inode, check_open, inode_of
 from greenaio._core.hub cimport current_driver
+from greenaio._core.job cimport as_call
 from greenaio._core.pools cimport lone_threads
 from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request
 from greenaio._core.tally cimport WRITE
@@ -361,3 +363,10 @@ cdef int64_t perform(Request request, Known known, Pool pool=None) except? -4096
     """Have a thread make the call. Return its result, or minus the errno. *pool* is None for the threads of
     the device."""
     return current_driver().perform_by_thread(request, known.device.pool() if pool is None else pool)
+
+
+cdef int64_t by_thread(Driver driver, Request request, Known known) except? -4096:
+    """Have a thread make the request. Return bytes moved, or minus the errno."""
+    request.file = known
+    as_call(request)
+    return driver.perform_by_thread(request, known.pool())

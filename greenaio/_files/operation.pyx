@@ -1,0 +1,203 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, binding=False, embedsignature=True, embedsignature.format=clinic
+"""The way that each read, write and sync goes, of a `File` or of a raw fd.
+
+Native AIO serves O_DIRECT reads and overwrites of regular files and block devices, and fsync of both. Bytes
+in the page cache are read inline, with RWF_NOWAIT. A file without a disk gets the plain call, inline. Every
+other operation runs in a native thread. So does an operation that would have waited on another way, or was
+refused there, because only the system call gives the true answer.
+
+The functions for a raw fd remember nothing of its file, because numbers are used again.
+"""
+
+# `posix` has the plain calls, also while the functions of `os` are patched.
+import posix
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.errno cimport EINVAL
+from libc.stdint cimport int64_t, uint64_t
+from posix.stat cimport S_ISDIR
+
+from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD
+from greenaio._core.driver cimport Driver
+from greenaio._core.engine cimport Engine
+from greenaio._core.handle cimport check_open, closing
+from greenaio._core.hub cimport current_driver
+from greenaio._core.memory cimport AlignedBuffer, scratch
+from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request, new_request
+from greenaio._files.arguments cimport c_int, failed
+from greenaio._files.buffered cimport fd_is_direct, pread_buffered, read_at_position, read_buffered, write_buffered
+from greenaio._files.buffers cimport (
+    bounced, check_place, copy_back, is_ownerless, one_or_many, only, opcode_of, owned, pin,
+)
+from greenaio._files.changes cimport takes_turn
+from greenaio._files.device cimport Device
+from greenaio._files.direct cimport (
+    by_aio, direct, is_misaligned, misfit, read_misaligned, whole_sectors, write_misaligned,
+)
+from greenaio._files.facts cimport DIRECT, STORED
+from greenaio._files.route cimport Known, by_thread, in_line, know
+from greenaio._files.underway cimport RWF_HIPRI, shield_in_turn
+
+cdef enum:
+    # In buffers. The kernel says EINVAL to more.
+    IOV_MAX = 1024
+    # In requests under way on a device. With as many, a sync runs in a thread.
+    SYNCS_MAX = 4
+
+
+cdef object read_bytes(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
+    """Return up to *n* bytes at *offset*. *known* is None for a raw fd. Raise OSError."""
+    cdef AlignedBuffer memory
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t got, before
+    if closing:
+        check_open(fd)
+    if n < 0 or offset < 0:
+        raise failed(-EINVAL, name)
+    if not (fd_is_direct(fd) if known is None else known.kind & DIRECT):
+        return pread_buffered(driver, fd, known, n, offset, name)
+    if known is None:
+        known = know(fd, name)
+    before = misfit(known, offset)
+    if before or misfit(known, n):
+        memory = scratch(whole_sectors(known, <uint64_t>before + n))
+    else:
+        # Read into memory of our own, so that no code sees the bytes of an abandoned read arrive.
+        memory = scratch(n)
+    request = new_request(PREAD, fd, offset - before, 0, max_batch)
+    request.pin(memory)
+    got = direct(driver, request, known)
+    if got < 0:
+        raise failed(got, name)
+    return PyBytes_FromStringAndSize(memory.address + before, max(0, min(n, got - before)))
+
+
+cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name,
+                      int max_batch):
+    """Read into or write *asked*, the buffers as `one_or_many` or `only` return them, at *offset*. Return bytes
+    moved. Raise OSError."""
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef bint many = type(asked) is tuple
+    cdef int64_t got
+    if closing:
+        check_open(fd)
+    if many:
+        memory = owned(asked, reading)
+    else:
+        memory = bounced(asked, reading) if is_ownerless(asked) else asked
+    if known is None:
+        known = know(fd, name)
+    request = new_request(opcode_of(reading, many), fd, offset, flags, max_batch)
+    pin(request, memory)
+    if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
+        if (request.buffer_count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
+                and is_misaligned(known, request)):
+            driver.check_caller()
+            steady = memory if many else (memory,)
+            if reading:
+                got = read_misaligned(driver, known, request, steady)
+            else:
+                got = write_misaligned(known, request, steady)
+        elif not reading and takes_turn(known, request):
+            driver.check_caller()
+            got = shield_in_turn(known, request).get()
+        else:
+            got = direct(driver, request, known)
+    elif reading:
+        got = read_buffered(driver, request, known, memory)
+    elif known.kind & STORED and takes_turn(known, request):
+        driver.check_caller()
+        got = shield_in_turn(known, request).get()
+    else:
+        got = write_buffered(driver, request, known)
+    if got < 0:
+        raise failed(got, name)
+    if reading and memory is not asked:
+        if many:
+            copy_back(memory, asked, got)
+        else:
+            copy_back((memory,), (asked,), got)
+    return got
+
+
+cdef object sync(int fd, Known known, int opcode, name):
+    """Make the file durable as *opcode* says, FSYNC or FDSYNC. *known* is None for a raw fd. Raise
+    OSError."""
+    cdef Driver driver = current_driver()
+    cdef Request request
+    cdef int64_t result
+    if closing:
+        check_open(fd)
+    if fd < 0:
+        raise ValueError(f'file descriptor cannot be a negative integer ({fd})')
+    if known is None:
+        known = know(fd, name)
+    if in_line(known, 0) and (not S_ISDIR(known.mode) or known.device.in_memory):
+        driver.check_caller()
+        (posix.fdatasync if opcode == FDSYNC else posix.fsync)(fd)
+        driver.end_in_line()
+        return
+    request = new_request(opcode, fd, 0, 0, BATCH_MAX)
+    if known.kind & STORED and driver.has_aio() and driver.engine.context.supports(opcode) and not (
+            _is_crowded(driver, known.device)):
+        result = by_aio(driver, request, known)
+    else:
+        result = by_thread(driver, request, known)
+    if result < 0:
+        raise failed(result, name)
+
+
+cdef bint _is_crowded(Driver driver, Device device) except -1:
+    """Return whether a sync should run in a thread. The kernel makes the syncs of native AIO one after the
+    other, on the processor that submits them, which is the hub's."""
+    return driver.engine.share(device.number, device.limit).admitted + device.pool().busy() >= SYNCS_MAX
+
+
+def pread(fd, Py_ssize_t n, Py_ssize_t offset, /):
+    """Read up to *n* bytes at *offset* of the file *fd*, and return them as bytes. The result is shorter only
+    at the end of the file, or when the result of os.pread would be.
+
+    Raises OSError.
+    """
+    return read_bytes(c_int(fd), None, n, offset, None, BATCH_MAX)
+
+
+def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
+    """Read at *offset* into a sequence of writable *buffers*. Return the number of bytes read.
+
+    *flags* are ``os.RWF_*``; a flag that can't be honoured raises OSError (EOPNOTSUPP).
+    """
+    return vectored(True, c_int(fd), None, one_or_many(True, buffers), offset, c_int(flags), None, BATCH_MAX)
+
+
+def read_cached(fd, buffer):
+    """Do the work of `File.read_cached` for a raw fd."""
+    return read_at_position(c_int(fd), None, buffer)
+
+
+def pwrite(fd, data, Py_ssize_t offset, /):
+    """Write bytes-like *data* at *offset*. Return the number of bytes written. Raise OSError."""
+    cdef int number = c_int(fd)
+    check_place(data, offset, None)
+    return vectored(False, number, None, only(data), offset, 0, None, BATCH_MAX)
+
+
+def pwritev(fd, buffers, Py_ssize_t offset, flags=0, /):
+    """Write a sequence of *buffers* at *offset*. Return the number of bytes written.
+
+    *flags* are ``os.RWF_DSYNC``, ``os.RWF_APPEND`` and the like; a flag that can't be honoured raises
+    OSError.
+    """
+    return vectored(False, c_int(fd), None, one_or_many(False, buffers), offset, c_int(flags), None, BATCH_MAX)
+
+
+def fsync(fd):
+    """Make data and metadata of the file *fd* durable. Raise OSError."""
+    sync(c_int(fd), None, FSYNC, None)
+
+
+def fdatasync(fd):
+    """Make data of the file *fd* durable, and the metadata that is needed to read it. Raise OSError."""
+    sync(c_int(fd), None, FDSYNC, None)

@@ -1,0 +1,6 @@
+from typing import final
+
+@final
+class Underway:
+    def get(self) -> int: ...
+    def withdraw(self) -> bool: ...
