@@ -199,6 +199,16 @@ cdef int64_t write_buffered(Driver driver, Request request, Known known) except?
     return by_thread(driver, request, known)
 
 
+cdef bint _may_read_now(int fd, Known known) except -1:
+    """Return whether a read at the file's own position may run inline, if RWF_NOWAIT is set."""
+    if known is None:
+        # Under O_DIRECT the kernel waits for the disk, also with RWF_NOWAIT.
+        return not fd_is_direct(fd)
+    if known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
+        return False
+    return not lacks_threads(known)
+
+
 cdef int64_t read_at_position(int fd, Known known, buffer) except? -4096:
     """Do the work of `File.read_cached`. *known* is None for a raw fd, of which nothing is remembered,
     because numbers are used again."""
@@ -212,13 +222,7 @@ cdef int64_t read_at_position(int fd, Known known, buffer) except? -4096:
         return -1
     if known is None and (any_busy() or knows_block_devices() or swap_is_in_use()):
         known = know(fd, fd)
-    if known is None:
-        if fd_is_direct(fd):
-            # Under O_DIRECT the kernel waits for the disk, also with RWF_NOWAIT.
-            return -1
-    elif known.kind & (STORED | DIRECT | LOCKED) != STORED or known.kind & (ANSWER | AT_ONCE) == ANSWER:
-        return -1
-    elif lacks_threads(known):
+    if not _may_read_now(fd, known):
         return -1
     PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
     cdef bint is_answer = known is not None and known.kind & ANSWER != 0

@@ -182,23 +182,30 @@ cdef int close_file(int fd, bint may_wait, bint is_forgotten=False, Known known=
         pool = _pool_to_close(fd, handle is not None or may_wait, known)
     if pool is not None:
         slow = _new_slow_close(pool)
-    # From here on no other thread runs until the close has begun. The answers above may be out of date, so
-    # ask for the handle again.
-    handle = handle_of(fd)
+    result = _close(fd, slow, may_wait)
+    if result < 0 and result != -EINTR:
+        raise failed(result, None)
+    return 0
+
+
+cdef int64_t _close(int fd, _SlowClose slow, bint may_wait) except? -4096:
+    """Close *fd*, or have the last user of its number close it: by a thread if *slow* is not None. Return 0,
+    or minus the errno.
+
+    No other thread runs until the close has begun. The caller's answers may be out of date, so ask for the
+    handle again."""
+    cdef Handle handle = handle_of(fd)
     if handle is not None or slow is not None:
         handle = _take_to_close(fd)
     if handle is None:
-        result = -c_errno if close_fd(fd) < 0 else 0
-    elif handle.closing:
+        return -c_errno if close_fd(fd) < 0 else 0
+    if handle.closing:
         handle.let_go()
-        result = -EBADF
-    elif handle.users == 1 and slow is not None and may_wait:
-        result = slow.wait(handle)
-    else:
-        handle.close_with(_close_number if slow is None else slow)
-        handle.let_go()
-    if result < 0 and result != -EINTR:
-        raise failed(result, None)
+        return -EBADF
+    if handle.users == 1 and slow is not None and may_wait:
+        return slow.wait(handle)
+    handle.close_with(_close_number if slow is None else slow)
+    handle.let_go()
     return 0
 
 

@@ -59,19 +59,7 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     cdef bytes encoded
     cdef int flags = 0 if follow_symlinks else AT_SYMLINK_NOFOLLOW
     if PyIndex_Check(path):
-        if dir_fd is not None:
-            raise ValueError("stat: can't specify dir_fd without matching path")
-        if not follow_symlinks:
-            raise ValueError('stat: cannot use fd and follow_symlinks together')
-        if c_int(path) < 0:
-            # `posix.stat` has an error of its own for a negative number.
-            return posix.stat(path)
-        try:
-            return fstat(path)
-        except OSError as error:
-            if not was_thrown(error):
-                error.filename = path
-            raise
+        return _stat_number(path, dir_fd, follow_symlinks)
     path = os.fspath(path)
     encoded = path_bytes(path, 'stat')
     cdef int where = AT_FDCWD if dir_fd is None else c_int(dir_fd)
@@ -101,6 +89,23 @@ def stat(path, *, dir_fd=None, follow_symlinks=True):
     if result < 0:
         raise failed(result, path)
     return _stat_result(<c_stat *>memory.address)
+
+
+cdef object _stat_number(fd, dir_fd, bint follow_symlinks):
+    """Do the work of `stat` for an fd. Raise ValueError if an argument has a meaning for paths only."""
+    if dir_fd is not None:
+        raise ValueError("stat: can't specify dir_fd without matching path")
+    if not follow_symlinks:
+        raise ValueError('stat: cannot use fd and follow_symlinks together')
+    if c_int(fd) < 0:
+        # `posix.stat` has an error of its own for a negative number.
+        return posix.stat(fd)
+    try:
+        return fstat(fd)
+    except OSError as error:
+        if not was_thrown(error):
+            error.filename = fd
+        raise
 
 
 def unlink(path):

@@ -91,27 +91,7 @@ cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, i
         known = know(fd, name)
     request = new_request(opcode_of(reading, many), fd, offset, flags, max_batch)
     pin(request, memory)
-    if known.kind & DIRECT and not flags & RWF_HIPRI and offset >= 0:
-        if (request.buffer_count <= IOV_MAX and not flags & (RWF_NOWAIT | RWF_APPEND)
-                and is_misaligned(known, request)):
-            driver.check_caller()
-            steady = memory if many else (memory,)
-            if reading:
-                got = read_misaligned(driver, known, request, steady)
-            else:
-                got = write_misaligned(known, request, steady)
-        elif not reading and takes_turn(known, request):
-            driver.check_caller()
-            got = shield_in_turn(known, request).get()
-        else:
-            got = direct(driver, request, known)
-    elif reading:
-        got = read_buffered(driver, request, known, memory)
-    elif known.kind & STORED and takes_turn(known, request):
-        driver.check_caller()
-        got = shield_in_turn(known, request).get()
-    else:
-        got = write_buffered(driver, request, known)
+    got = _moved(driver, request, known, memory, reading, many)
     if got < 0:
         raise failed(got, name)
     if reading and memory is not asked:
@@ -120,6 +100,23 @@ cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, i
         else:
             copy_back((memory,), (asked,), got)
     return got
+
+
+cdef int64_t _moved(Driver driver, Request request, Known known, memory, bint reading, bint many) except? -4096:
+    """Make the read or write, whose buffers are *memory*. Return bytes moved, or minus the errno."""
+    cdef bint is_direct = known.kind & DIRECT and not request.flags & RWF_HIPRI and request.offset >= 0
+    if (is_direct and request.buffer_count <= IOV_MAX and not request.flags & (RWF_NOWAIT | RWF_APPEND)
+            and is_misaligned(known, request)):
+        driver.check_caller()
+        steady = memory if many else (memory,)
+        return read_misaligned(driver, known, request, steady) if reading else (
+            write_misaligned(known, request, steady))
+    if not reading and known.kind & STORED and takes_turn(known, request):
+        driver.check_caller()
+        return shield_in_turn(known, request).get()
+    if is_direct:
+        return direct(driver, request, known)
+    return read_buffered(driver, request, known, memory) if reading else write_buffered(driver, request, known)
 
 
 cdef object sync(int fd, Known known, int opcode, name):

@@ -141,6 +141,25 @@ cdef int _jump(way *this) noexcept nogil:
     return fd
 
 
+cdef void _enter(way *this, int fd) noexcept nogil:
+    """Take *fd*, the place that was looked up last, as the link to follow, the end or the next directory."""
+    if S_ISLNK(this.mode) and (this.ahead[0] or this.follows):
+        this.link = fd
+    elif this.ahead[0] == 0:
+        this.end = fd
+        arrive(this, 0)
+    elif not S_ISDIR(this.mode):
+        close_fd(fd)
+        arrive(this, -ENOTDIR)
+    else:
+        while this.ahead[0] == b'/':
+            this.ahead += 1
+        _close_place(this, this.folder)
+        if this.folder == this.copy:
+            this.copy = -1
+        this.folder = fd
+
+
 cdef int walk_on(way *this, bint may_wait) noexcept nogil:
     """Walk on. Return ARRIVED at the end, or STOPPED if the next step would have to wait for `way.device`, or
     CROSSED as soon as the walk is on another device, where it may be at its end, too."""
@@ -174,22 +193,8 @@ cdef int walk_on(way *this, bint may_wait) noexcept nogil:
             if fd < 0:
                 return arrive(this, fd)
         is_other = note_place(this, fd)
-        if S_ISLNK(this.mode) and (this.ahead[0] or this.follows):
-            this.link = fd
-        elif this.ahead[0] == 0:
-            this.end = fd
-            arrive(this, 0)
-        elif not S_ISDIR(this.mode):
-            close_fd(fd)
-            return arrive(this, -ENOTDIR)
-        else:
-            while this.ahead[0] == b'/':
-                this.ahead += 1
-            _close_place(this, this.folder)
-            if this.folder == this.copy:
-                this.copy = -1
-            this.folder = fd
-        if is_other:
+        _enter(this, fd)
+        if is_other and not this.error:
             return CROSSED
         if this.is_over:
             return ARRIVED
