@@ -19,9 +19,9 @@ from typing import Any
 import gevent
 
 from greenaio._core.ends import was_thrown
-from greenaio._files import sectors as alignment
 from greenaio._files.arguments import flat
 from greenaio._files.extension import File, _calls, aligned_buffer, native
+from greenaio._files.shield import shielded
 from greenaio._files.streams import Block
 from greenaio._files.zones import Zone, Zones
 
@@ -250,7 +250,7 @@ class BlockDevice:
                 self._write_all(views, n, offset, os.RWF_DSYNC)
             return n
 
-        alignment.shielded(self._file.fileno(), write)
+        shielded(self._file.fileno(), write)
 
     def _write_all(self, buffers: Sequence[Any], left: int, offset: int, flags: int = 0) -> None:
         while True:
@@ -382,7 +382,7 @@ class BlockDevice:
             return where
 
         # In a greenlet of its own: the range is the request's, even if the caller is killed.
-        return alignment.shielded(self._file.fileno(), append)
+        return shielded(self._file.fileno(), append)
 
     def zone_reset(self, offset: int) -> None:
         """Empty the zone that begins at *offset*: it waits for the appends begun before, and later appends
@@ -398,7 +398,7 @@ class BlockDevice:
             return nbytes
 
         # As an append: once begun it can't be stopped, and nothing may be written there before it is over.
-        alignment.shielded(self._file.fileno(), reset)
+        shielded(self._file.fileno(), reset)
 
 
 class _Writes:

@@ -38,17 +38,18 @@ from greenlet import getcurrent, greenlet
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import inode_of_facts, using
 from greenaio._core.uninterrupted import is_uninterrupted
+from greenaio._files import pollable as _pollable
 from greenaio._files import pool as _pool
 from greenaio._files import position as _position
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges, streams
 from greenaio._files import sharing as _sharing
-from greenaio._files import streams
 from greenaio._files import turn as _turn
 from greenaio._files.arguments import flat
 from greenaio._files.extension import File, Filling, _calls
 from greenaio._files.streams import ReadAhead, WriteBehind
-from greenaio._files.turn import Turn, can_wait
+from greenaio._files.turn import Turn
 from greenaio._files.unclosed import warn_unclosed
+from greenaio._files.waiter import can_wait
 
 __all__ = ['BufferedRWPair', 'BufferedRandom', 'BufferedReader', 'BufferedWriter', 'FileIO', 'FileObject',
            'TextIOWrapper', 'open']
@@ -355,7 +356,7 @@ class FileIO(io.FileIO):
     def _refuse_if_held(self) -> None:
         """Raise BlockingSwitchOutError inside `uninterrupted`, if a parked greenlet is changing sectors."""
         if self.file.direct and is_uninterrupted() and not self._io_turn.finalizing:
-            alignment.refuse_if_held(inode_of_facts(posix.fstat(self._fd)))
+            ranges.refuse_if_held(inode_of_facts(posix.fstat(self._fd)))
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """The turn with the position; at the end nobody else can go on, and nobody waits."""
@@ -879,8 +880,8 @@ def _layers(raw: FileIO, mode: str, buffering: int, encoding: str | None, errors
         if raw._behind is not None:
             _writers[id(raw)] = raw
         return raw
-    if not _position.is_stored(raw.file.kind) and not _position.keeps_messages(raw.fileno(), raw.file.kind):
-        raw._piece = min(_position.PIPE_BUF, size)  # killed between two pieces, it is known what is left
+    if not _position.is_stored(raw.file.kind) and not _pollable.keeps_messages(raw.fileno(), raw.file.kind):
+        raw._piece = min(_pollable.PIPE_BUF, size)  # killed between two pieces, it is known what is left
     layer: Any = BufferedRandom if '+' in mode else BufferedReader if raw.readable() else BufferedWriter
     result: Any = layer(raw, size)
     if 'b' not in mode:

@@ -42,7 +42,7 @@ from greenaio._files import loop as _loop
 from greenaio._files import position as _position
 from greenaio._files import sharing as _sharing
 from greenaio._files.extension import _calls
-from greenaio._files.turn import can_wait
+from greenaio._files.waiter import can_wait
 from greenaio._operate import blocked as _blocked
 
 __all__ = ['is_patched', 'patch_all', 'patch_builtins', 'patch_locks', 'patch_multiprocessing',

@@ -22,7 +22,7 @@ from greenaio._core.ends import was_thrown
 from greenaio._files.arguments import StrPath
 from greenaio._files.extension import File
 from greenaio._files.streams import ReadAhead
-from greenaio._files.turn import can_wait
+from greenaio._files.waiter import can_wait
 from greenaio.fileobject import FileIO
 from greenaio.os import fstat
 

@@ -13,7 +13,7 @@ import greenaio.os
 from greenaio import File, aligned_buffer
 from greenaio._core import handle as _handle
 from greenaio._core import hub as _hub
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 from tests.support.disks import MIB, pattern
 from tests.support.processes import run_program
 
@@ -26,7 +26,7 @@ def file(folder):
         os.fsync(file.fileno())
     with File(path, os.O_RDWR | os.O_DIRECT) as file:
         yield file
-    assert not alignment.held()
+    assert not _ranges.held()
 
 
 def contents(file):
@@ -205,7 +205,7 @@ def test_killed_writer_leaves_whole_sectors_and_its_range_free(file):
         writer = gevent.spawn(file.pwrite, b'x' * 700, 65536 + 100)
         gevent.sleep(0 if i % 2 else 0.0002)
         writer.kill()
-    while alignment.held():
+    while _ranges.held():
         gevent.sleep(0.001)
     assert file.pwrite(b'end', 100) == 3
     got = contents(file)
@@ -224,7 +224,7 @@ def test_read_only_file_says_ebadf_and_holds_nothing(folder):
             file.pwrite(b'abc', 10)
         assert caught.value.errno == errno.EBADF
         assert caught.value.filename == path
-    assert not alignment.held()
+    assert not _ranges.held()
 
 
 def test_full_file_system_is_a_short_write_of_ones_own_bytes(tmp_path):
@@ -265,7 +265,7 @@ def test_closed_between_the_steps_it_still_writes_to_its_own_file(folder):
         with open(paths[1], 'rb') as plain:
             assert plain.read() == pattern(65536)
         os.truncate(paths[0], 65536)
-    assert not alignment.held()
+    assert not _ranges.held()
 
 
 @pytest.fixture
@@ -412,13 +412,13 @@ def test_what_goes_again_by_a_thread_does_so_on_its_own_file(folder, busy, writi
 
 def hold(file, start, end):
     st = os.stat(file.name)
-    return alignment.hold(file.fileno(), _handle.inode_of(st.st_dev, st.st_ino), start, end)
+    return _ranges.hold(file.fileno(), _handle.inode_of(st.st_dev, st.st_ino), start, end)
 
 
 @pytest.fixture
 def inode():
     yield _handle.inode_of(1, 2)
-    assert not alignment.held()
+    assert not _ranges.held()
 
 
 def test_ranges_asked_for_and_given_back_at_random_keep_their_order(inode):
@@ -433,14 +433,14 @@ def test_ranges_asked_for_and_given_back_at_random_keep_their_order(inode):
                 one.let_go()            # twice is fine
             else:
                 start = choose.randrange(100)
-                end = choose.choice([start + 1, start + 10, alignment.EVERYTHING])
-                ranges.append(alignment._Range(inode, start, end))
+                end = choose.choice([start + 1, start + 10, _ranges.EVERYTHING])
+                ranges.append(_ranges.Range(inode, start, end))
             if ranges:
                 inode.ranges._check()
                 assert list(inode.ranges) == ranges[::-1]
         for one in ranges:
             one.let_go()
-        assert not alignment.held()
+        assert not _ranges.held()
 
 
 def test_cost_of_a_range_does_not_grow_with_those_that_wait(inode):
@@ -453,7 +453,7 @@ def test_cost_of_a_range_does_not_grow_with_those_that_wait(inode):
             return int(self) < other
 
     count = 10_000
-    ranges = [alignment._Range(inode, Counting(0), 512) for _ in range(count)]
+    ranges = [_ranges.Range(inode, Counting(0), 512) for _ in range(count)]
     for one in ranges[::2]:
         one.let_go()                    # granted, or killed before
     for one in ranges[1::2]:
@@ -461,25 +461,25 @@ def test_cost_of_a_range_does_not_grow_with_those_that_wait(inode):
         one.let_go()
     assert compared <= 10 * count
     compared = 0
-    ranges = [alignment._Range(inode, Counting(512 * i), 512 * i + 512) for i in range(count)]
+    ranges = [_ranges.Range(inode, Counting(512 * i), 512 * i + 512) for i in range(count)]
     for one in ranges:                  # these overlap none
         assert one.granted
         one.let_go()
     assert compared <= 10 * count
     compared = 0
     inode.writes.begin(inode)
-    ranges = [alignment._Range(inode, Counting(512 * i), 512 * i + 512) for i in range(count)]
+    ranges = [_ranges.Range(inode, Counting(512 * i), 512 * i + 512) for i in range(count)]
     assert not any(one.granted for one in ranges)
     inode.writes.end()                  # for which all of them have waited
     for one in ranges:
         assert one.granted
         one.let_go()
     assert compared <= 10 * count
-    assert not alignment.held()
+    assert not _ranges.held()
 
 
 def test_range_that_is_given_back_stays_until_its_writes_are_over(inode):
-    mine, other = (alignment._Range(inode, 0, 512) for _ in range(2))
+    mine, other = (_ranges.Range(inode, 0, 512) for _ in range(2))
     mine.writes.begin(mine)
     mine.writes.begin(mine)
     mine.let_go()
@@ -494,9 +494,9 @@ def test_range_that_is_given_back_stays_until_its_writes_are_over(inode):
 def test_ranges_wait_for_the_writes_that_began_before_the_first_of_them(inode):
     """Also if that one is killed."""
     inode.writes.begin(inode)
-    ranges = [alignment._Range(inode, start, start + 512) for start in (0, 4096)]
+    ranges = [_ranges.Range(inode, start, start + 512) for start in (0, 4096)]
     ranges[0].let_go()
-    late = alignment._Range(inode, 8192, 8704)
+    late = _ranges.Range(inode, 8192, 8704)
     inode.ranges._check()
     assert not ranges[1].granted and not late.granted
     inode.writes.end()
@@ -510,7 +510,7 @@ def test_inode_lives_as_long_as_a_write_is_under_way():
     writes = inode.writes
     writes.begin(inode)
     del inode
-    mine = alignment._Range(_handle.inode_of(1, 3), 0, 512)
+    mine = _ranges.Range(_handle.inode_of(1, 3), 0, 512)
     assert not mine.granted
     writes.end()
     assert mine.granted
@@ -588,7 +588,7 @@ def test_thread_that_ends_gives_its_range_back_when_the_disk_is_done(held_disk):
             gevent.sleep(0.01)
 
         end_thread(work)
-        assert not alignment.held()
+        assert not _ranges.held()
         writer = gevent.spawn(file.pwrite, b'main', 300)
         gevent.sleep(0.05)
         assert not writer.ready()

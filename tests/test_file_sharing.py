@@ -149,7 +149,7 @@ def test_owner_whose_thread_has_ended():
 
 TURN_AND_THREAD = '''
 import errno, gevent, os, sys
-from greenaio._files import position as _position, turn as _turn
+from greenaio._files import position as _position, turn as _turn, waiter as _waiter
 from tests.programs.turn_and_thread import *
 '''
 
@@ -177,7 +177,7 @@ else:
     behind.join(10)
     assert behind.ready() and turn.owner is behind
     turn.leave()
-assert not _turn._waiters
+assert not _waiter._waiters
 has_its_turn(file.write if kind == 'file' else (lambda data: _position.write(fd, data)), b'x')
 os._exit(0)
 ''', f'{disk_folder}/data', how, kind, is_alone)

@@ -15,10 +15,10 @@ ORDER = {
     '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
              'thread fifo request engine caller job mailbox processor worker threads pools dispatch parking '
              'driver shutdown loop hub',
-    '_files': 'arguments unclosed sharing loop pool place portable sleeper facts mounts device route paths '
-              'steps walk sectors changes transfers opening names seeks closing calls buffers inline '
-              'direct buffered underway operation file turn extension position streams copies zones '
-              'semaphore',
+    '_files': 'arguments unclosed sharing loop pool place portable portable_file sleeper waiter turn facts '
+              'mounts device route paths steps walk ranges shield sectors changes transfers opening names '
+              'seeks closing calls buffers inline direct buffered underway operation file extension '
+              'pollable position streams copies zones semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',
     '_commands': 'show bench doctor',

@@ -8,7 +8,7 @@ import pytest
 
 from greenaio import aligned_buffer
 from greenaio._core import memory as _memory
-from greenaio._files import portable as _fallback
+from greenaio._files import portable_file as _fallback
 from tests.support.disks import pattern
 from tests.support.processes import run_program
 

@@ -13,6 +13,7 @@ from greenlet import getcurrent
 import greenaio
 from greenaio._files import sleeper as _sleeper
 from greenaio._files import turn as _turn
+from greenaio._files import waiter as _waiter
 from greenaio._files.turn import LEFT, Turn, taking
 from tests.support.processes import run_python
 
@@ -177,7 +178,7 @@ def test_waiter_below_a_signal_handler_is_passed_over():
     """The handler waits for another turn, whose owner waits behind the interrupted greenlet."""
     one, two, order = Turn(), Turn(), []
 
-    class Interrupted(_turn._Waiter):
+    class Interrupted(_turn.Waiter):
         def wait(self):
             if self.turn is one and self.greenlet is below and self.outer is None and 'handler' not in order:
                 order.append('handler')
@@ -196,7 +197,7 @@ def test_waiter_below_a_signal_handler_is_passed_over():
             with taking(one):
                 order.append('one')
 
-    _turn._Waiter, plain = Interrupted, _turn._Waiter
+    _turn.Waiter, plain = Interrupted, _turn.Waiter
     try:
         with gevent.Timeout(10), taking(one):
             other = gevent.spawn(have_two)
@@ -206,11 +207,14 @@ def test_waiter_below_a_signal_handler_is_passed_over():
         with gevent.Timeout(10):
             gevent.joinall([below, other], raise_error=True)
     finally:
-        _turn._Waiter = plain
+        _turn.Waiter = plain
     assert order == ['handler', 'one', 'two', 'below']
 
 
 # Signal handlers -------------------------------------------------------------------------------------
+
+FILES = (_turn.__file__, _waiter.__file__, _sleeper.__file__)
+
 
 class Hit(Exception):
     pass
@@ -225,7 +229,7 @@ def hit_at(count):
             # A generator goes on. A signal handler raises inside it, but an exception of this function would
             # end the generator of Python 3.10 without its ``finally``.
             return
-        if event in ('call', 'c_return') and frame.f_code.co_filename in (_turn.__file__, _sleeper.__file__):
+        if event in ('call', 'c_return') and frame.f_code.co_filename in FILES:
             count -= 1
             if not count:
                 raise Hit
@@ -270,14 +274,14 @@ def test_exception_of_a_signal_handler_costs_no_greenlet_its_turn(who):
         gevent.joinall(scene.jobs, timeout=10)
         assert all(job.successful() for job in scene.jobs), (place, scene.turn.owner, scene.turn.queue)
         assert scene.turn.owner is None and not scene.turn.queue, place
-        assert not _turn._waiters
+        assert not _waiter._waiters
         if not scene.was_hit:
             break
     assert 20 < place < 499
 
 
 def test_killed_waiter_leaves_the_queue_also_if_a_signal_handler_raises_there(monkeypatch):
-    class Struck(_turn._Waiter):
+    class Struck(_turn.Waiter):
         was_hit = False
 
         def go(self):
@@ -286,14 +290,14 @@ def test_killed_waiter_leaves_the_queue_also_if_a_signal_handler_raises_there(mo
                 raise Hit
             super().go()
 
-    monkeypatch.setattr(_turn, '_Waiter', Struck)
+    monkeypatch.setattr(_turn, 'Waiter', Struck)
     turn = Turn()
     turn.owner = getcurrent()
     waiter = gevent.spawn(turn.wait)
     gevent.sleep(0)
     waiter.kill()
     assert isinstance(waiter.exception, Hit)
-    assert not turn.queue and not _turn._waiters
+    assert not turn.queue and not _waiter._waiters
 
 
 # Several threads -------------------------------------------------------------------------------------
@@ -378,7 +382,7 @@ def test_loop_with_nothing_but_a_waiter_goes_on():
 TWO_THREADS = '''
 import errno, gevent, os, sys, threading
 from gevent.monkey import get_original
-from greenaio._files import sleeper as _sleeper, turn as _turn
+from greenaio._files import sleeper as _sleeper, turn as _turn, waiter as _waiter
 from tests.programs.turn_and_thread import file, native_sleep, start
 is_file, how, waiter = sys.argv[2] == 'file', sys.argv[3], sys.argv[4]
 turn = _turn.Turn(guards_io=is_file)
@@ -386,7 +390,7 @@ owns, waits = threading.Event(), threading.Event()
 
 def owner():
     with _turn.taking(turn):
-        _turn.can_wait()        # as each call of a file asks
+        _waiter.can_wait()        # as each call of a file asks
         owns.set()
         gevent.sleep(60)
 
@@ -442,7 +446,7 @@ def test_forked_child_takes_the_turn_from_a_greenlet_of_another_thread(disk_fold
     """Its waiters, whose originals go on waiting in the parent, take it when they hear of the fork."""
     run_python('''
 import gevent, os, sys, threading
-from greenaio._files import sleeper as _sleeper, turn as _turn
+from greenaio._files import sleeper as _sleeper, turn as _turn, waiter as _waiter
 native_sleep = gevent.monkey.get_original('time', 'sleep')
 turn, owns = _turn.Turn(), threading.Event()
 

@@ -13,7 +13,7 @@ import greenaio
 import greenaio.os
 from greenaio._core.uninterrupted import inside, is_uninterrupted
 from greenaio._files import position as _position
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 from greenaio._files import turn as _turn
 from tests.support import missing
 from tests.support.disks import pattern
@@ -340,7 +340,7 @@ def test_a_turn_of_another_thread_is_waited_for(disk_folder):
             assert _position.blocking(os.write, fd, b'x') == 1
         assert moved == [True]
         thread.join()
-        assert not alignment.held()
+        assert not _ranges.held()
 
 
 def test_a_forked_child_is_inside_until_it_leaves(data_file):

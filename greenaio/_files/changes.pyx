@@ -1,14 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Changes of a file: each holds the range that it changes if greenlets hold ranges of the file.
 
-See `sectors` for the ranges. Here are also the calls that change the length of a file, or its blocks.
+See `ranges`. Here are also the calls that change the length of a file, or its blocks.
 """
 
 import sys
 
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges
+from greenaio._files.shield import Shielded
 
 from greenaio._core.handle cimport Inode
 from greenaio._core.hub cimport current_driver
@@ -51,7 +52,7 @@ cdef bint takes_turn(Known known, Request request) except -1:
 
 cdef object hold_range(int fd, Known known, start, end):
     """Wait for the range, and return it held. The number *fd* stays the same file until then."""
-    return alignment.hold(fd, known.inode(), start, end)
+    return ranges.hold(fd, known.inode(), start, end)
 
 
 cdef object hold_to(int fd, Known known, uint64_t start, uint64_t end):
@@ -62,7 +63,7 @@ cdef object hold_to(int fd, Known known, uint64_t start, uint64_t end):
     cdef bint grows
     while True:
         grows = known.kind & REGULAR and end > <uint64_t>file_size(fd)
-        mine = hold_range(fd, known, start, alignment.EVERYTHING if grows else end)
+        mine = hold_range(fd, known, start, ranges.EVERYTHING if grows else end)
         if grows or not known.kind & REGULAR or end <= <uint64_t>file_size(fd):
             return mine
         mine.let_go()
@@ -72,7 +73,7 @@ cdef object shield_in(mine, int fd, work):
     """Return the `Shielded` of ``work()``, which runs in the range that *mine* holds and gives the range back
     at its end. If the work can't begin because memory is short, give the range back at once and raise."""
     try:
-        return alignment.Shielded(fd, work, mine)
+        return Shielded(fd, work, mine)
     except BaseException:
         mine.let_go()
         raise
@@ -90,7 +91,7 @@ def settle(int fd):
     cdef Known known = know(fd, None)
     cdef Inode inode = known.inode()
     if inode.ranges is not None or inode.writes.count:
-        hold_range(fd, known, 0, alignment.EVERYTHING).let_go()
+        hold_range(fd, known, 0, ranges.EVERYTHING).let_go()
 
 
 cdef object change(int fd, Known known, int64_t start, Request request, Pool pool=None):
@@ -108,7 +109,7 @@ cdef object change(int fd, Known known, int64_t start, Request request, Pool poo
         finally:
             request.end_write_unless_under_way()
 
-    mine = hold_range(fd, known, max(0, start), alignment.EVERYTHING)
+    mine = hold_range(fd, known, max(0, start), ranges.EVERYTHING)
     return work_in(mine, fd, work)
 
 

@@ -4,7 +4,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.memory import aligned_buffer
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges, sectors
 from greenaio._files.arguments import flat
 
 from greenaio._core.context cimport BATCH_MAX, PREAD, PWRITE
@@ -98,8 +98,8 @@ cdef object write_misaligned(Known known, Request asked, buffers):
 
     def work():
         span = aligned_buffer(whole_sectors(known, end - start))
-        size = (lambda: file_size(fd)) if known.kind & REGULAR else (lambda: alignment.EVERYTHING)
-        return alignment.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
+        size = (lambda: file_size(fd)) if known.kind & REGULAR else (lambda: ranges.EVERYTHING)
+        return sectors.write(data, offset, known.align, size, lambda memory, at: aligned(True, memory, at),
                                lambda memory, at: aligned(False, memory, at),
                                lambda size: truncate_file(fd, known, size, mine), span)
 

@@ -17,8 +17,9 @@ except Exception as error:
     # ImportError: there is no such module. The checks of Cython raise ValueError for a structure of another
     # size, TypeError for another signature of a function, KeyError for a class without C methods.
     from greenaio._files import portable as _calls  # type: ignore[no-redef]
-    from greenaio._files import portable as _file  # type: ignore[no-redef]
-    from greenaio._files.portable import File, Filling, aligned_buffer, renew_threads  # type: ignore[assignment]
+    from greenaio._files import portable_file as _file  # type: ignore[no-redef]
+    from greenaio._files.pool import renew_threads
+    from greenaio._files.portable_file import File, Filling, aligned_buffer  # type: ignore[assignment]
 
     native, why_not = False, str(error)
 else:

@@ -15,7 +15,7 @@ from libc.errno cimport EAGAIN, EEXIST, ENXIO
 from libc.stdint cimport int64_t
 from posix.unistd cimport close as close_fd
 
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges
 
 from greenaio._core.driver cimport Driver
 from greenaio._core.fifo cimport meetings, meetings_under_way
@@ -150,7 +150,7 @@ cdef int64_t walk_there(Driver driver, Walk walk, str name, chain call) except? 
             request = new_chain(-1, walk, name, call, walk.way, not walk.way.truncates)
             if known is not None and takes_turn(known, request):
                 walk.arrive()
-                mine = hold_range(-1, known, 0, alignment.EVERYTHING)
+                mine = hold_range(-1, known, 0, ranges.EVERYTHING)
                 request.count_in(mine.writes, mine)
             request.gives_fd = walk.way.opens
             request.fifo = walk.arrive()

@@ -22,10 +22,7 @@ A file that epoll accepts waits for the loop, as in gevent.
 
 from __future__ import annotations
 
-# `socket` may be the module of gevent.
-import _socket
 import contextlib
-import errno
 import fcntl
 import operator
 import os
@@ -37,34 +34,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gevent.monkey import get_original
-
 from greenaio._core.ends import was_thrown
 from greenaio._core.handle import inode_of_facts, using
-from greenaio._files import sectors as alignment
+from greenaio._files import pollable as _pollable
+from greenaio._files import ranges
 from greenaio._files.arguments import flat
 from greenaio._files.extension import File, Filling, _calls, _file
-from greenaio._files.loop import READ, WRITE, has_position, wait_for
-from greenaio._files.sectors import Shielded
+from greenaio._files.loop import READ, WRITE, has_position
+from greenaio._files.pollable import NO_POSITION, nbytes_of
 from greenaio._files.sharing import is_ours, ours
+from greenaio._files.shield import Shielded
 from greenaio._files.turn import turn_of, turns
-
-# gevent removes `epoll` from `select` when it patches that.
-epoll = get_original('select', 'epoll')
-
-# The major device number of /dev/null, /dev/kmsg and /dev/random, and the minor numbers of /dev/null,
-# /dev/zero, /dev/full and /dev/urandom.
-MEMORY = 1
-NEVER_WAIT = (3, 5, 7, 9)
-# With this offset preadv2 and pwritev2 read and write as read(2) and write(2) do.
-NO_POSITION = -1
-# In bytes. A pipe that poll calls writable takes so many bytes without a wait.
-PIPE_BUF = 4096
-# In bytes: the greatest size that an ordinary user may give to a pipe.
-PIPE_MAX = 1 << 20
-# Errors that say nothing of the pipe: RWF_NOWAIT is not known for FIFOs with a name and for pipes before
-# Linux 6.5, and some sandboxes deny the call.
-CANNOT_ASK = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
 def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any) -> Any:
@@ -81,57 +61,15 @@ def blocking(call: Callable[..., Any], *args: Any, place: int = 0, **kwargs: Any
     name = call.__name__
     with turn_of(fd) if name in ('read', 'readv', 'write', 'writev') else contextlib.nullcontext():
         if name not in ('read', 'readv'):
-            start, end = 0, alignment.EVERYTHING
+            start, end = 0, ranges.EVERYTHING
             if name in ('pwrite', 'pwritev'):
                 try:
-                    start, end = args[2], args[2] + _nbytes([args[1]] if name == 'pwrite' else args[1])
+                    start, end = args[2], args[2] + nbytes_of([args[1]] if name == 'pwrite' else args[1])
                 except (TypeError, IndexError):
                     # The call itself tells which argument is wrong.
                     return call(*args, **kwargs)
-            alignment.refuse_if_held(inode_of_facts(facts), start, end)
+            ranges.refuse_if_held(inode_of_facts(facts), start, end)
         return call(*args, **kwargs)
-
-
-def _wait(fd: int, mode: int, event: int) -> bool:
-    """Wait until the loop says that *fd* is ready. Return False if the loop can't tell, so that the call
-    needs a thread.
-
-    The caller is `using` the number. Otherwise it could be closed and used again during the wait, and the
-    bytes would go to another file.
-    """
-    if _answers_at_once(fd, mode, event) or not os.get_blocking(fd):
-        return True
-    # Make an empty call, which raises if the fd can't be read or written. The loop would wait for that for
-    # ever.
-    (posix.readv if event == READ else posix.writev)(fd, [])
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        if not is_pollable(fd):
-            return False
-        # Of devices only terminals are sure to tell when they can be written: /dev/kmsg never says so.
-        if event == WRITE and stat.S_ISCHR(mode) and not os.isatty(fd):
-            return False
-    wait_for(fd, event)
-    return True
-
-
-def _answers_at_once(fd: int, mode: int, event: int) -> bool:
-    """Return whether the call waits for nothing: on a directory, which is an error, or on a device without
-    hardware, such as /dev/null."""
-    if not stat.S_ISCHR(mode):
-        return stat.S_ISDIR(mode)
-    device = posix.fstat(fd).st_rdev
-    return os.major(device) == MEMORY and (event == WRITE or os.minor(device) in NEVER_WAIT)
-
-
-def is_pollable(fd: int) -> bool:
-    """Return whether epoll accepts *fd*. If epoll refuses an fd, libev takes it for ready and libuv
-    raises."""
-    try:
-        with epoll(1) as one:
-            one.register(fd, 0)
-    except OSError:
-        return False
-    return True
 
 
 def seek(file: File, offset: int, whence: int) -> int:
@@ -287,53 +225,12 @@ def read(fd: int, n: int) -> bytes:
         return bytes(data.take(readv(fd, [data])))
     file = File.from_fd(fd)
     if not is_stored(file.kind):
-        return _read_stream(fd, file.kind, n)
+        return _pollable.read_stream(fd, file.kind, n)
     if _is_direct(file):
         with using(fd), turn_of(fd):
             return bytes(_between_seeks(file, lambda at: file.pread(n, at)))
     data = Filling(n)
     return bytes(data.take(_read_stored(file, [data])))
-
-
-def _read_stream(fd: int, mode: int, n: int) -> bytes:
-    """Read up to *n* bytes from a file that is not stored, such as a pipe, when the loop says that it is
-    ready."""
-    with using(fd):
-        while n > 0:
-            if not _wait(fd, mode, READ):
-                return _read_without_position(fd, n)
-            if not _is_blocking_pipe(fd, mode):
-                break
-            buffer = bytearray(min(n, PIPE_MAX))
-            got = _now(posix.preadv, posix.readv, fd, [buffer])
-            if got is not None:
-                return bytes(memoryview(buffer)[:got])
-        return posix.read(fd, n)
-
-
-def _is_blocking_pipe(fd: int, mode: int) -> bool:
-    return stat.S_ISFIFO(mode) and os.get_blocking(fd)
-
-
-def _now(call: Callable[..., int], plain: Callable[..., int], fd: int, buffers: Sequence[Any]) -> int | None:
-    """Read into *buffers* or write them, after the loop said that the pipe *fd* is ready. Return bytes moved,
-    or None if the pipe is not ready any more.
-
-    Another process may have been quicker. For example, workers that log to one pipe are all told of its room,
-    and one of them fills it."""
-    try:
-        return call(fd, buffers, NO_POSITION, os.RWF_NOWAIT)
-    except OSError as error:
-        if error.errno == errno.EAGAIN:
-            return None
-        if error.errno not in CANNOT_ASK:
-            raise
-    return plain(fd, buffers)
-
-
-def _read_without_position(fd: int, n: int) -> bytes:
-    buffer = bytearray(n)
-    return bytes(memoryview(buffer)[:_file.preadv(fd, [buffer], NO_POSITION)])
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
@@ -360,28 +257,13 @@ def read_on(file: File, buffers: Sequence[Any], before: int = 0) -> int:
     try:
         if is_stored(file.kind):
             return _read_stored(file, buffers)
-        return _readv_stream(file.fileno(), file.kind, buffers)
+        return _pollable.readv_stream(file.fileno(), file.kind, buffers)
     except BaseException as error:
         if was_thrown(error):
             go_back(file, before)
         elif before:
             return 0
         raise
-
-
-def _readv_stream(fd: int, mode: int, buffers: Sequence[Any]) -> int:
-    """Read into *buffers* from a file that is not stored, when the loop says that it is ready. Return bytes
-    read."""
-    with using(fd):
-        while _nbytes(buffers) > 0:
-            if not _wait(fd, mode, READ):
-                return _file.preadv(fd, buffers, NO_POSITION)
-            if not _is_blocking_pipe(fd, mode):
-                break
-            got = _now(posix.preadv, posix.readv, fd, buffers)
-            if got is not None:
-                return got
-        return posix.readv(fd, buffers)
 
 
 def write(fd: int, data: Any) -> int:
@@ -395,67 +277,17 @@ def write_to(file: File, data: Any) -> int:
         return _write_stored(file, [data])
     fd = file.fileno()
     with using(fd):
-        return _write_all(fd, file.kind, flat(data))
+        return _pollable.write_all(fd, file.kind, flat(data))
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:
     """Write *buffers* at the position of *fd*, as `os.writev` does. Return bytes written. Raise OSError."""
     file = File.from_fd(fd)
-    mode = file.kind
-    if is_stored(mode):
+    if is_stored(file.kind):
         return _write_stored(file, buffers)
-    with using(fd):
-        if _is_blocking_pipe(fd, mode) or _is_blocking_terminal(fd, mode):
-            return _write_all(fd, mode, memoryview(b''.join(buffers)))
-        if _nbytes(buffers) > 0 and not _wait(fd, mode, WRITE):
-            return _file.pwritev(fd, buffers, NO_POSITION)
-        return posix.writev(fd, buffers)
-
-
-def _nbytes(buffers: Sequence[Any]) -> int:
-    return sum(memoryview(buffer).nbytes for buffer in buffers)
+    return _pollable.writev_stream(fd, file.kind, buffers)
 
 
 def is_stored(mode: int) -> bool:
     """Return whether a file of that st_mode waits for a disk only. *mode* may be the type alone."""
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def keeps_messages(fd: int, mode: int) -> bool:
-    """Return whether each write to *fd* is a message, which may not come in pieces, because *fd* is a socket
-    that is no stream."""
-    if not stat.S_ISSOCK(mode):
-        return False
-    one = _socket.socket(fileno=fd)
-    try:
-        return one.type != _socket.SOCK_STREAM
-    finally:
-        one.detach()
-
-
-def _is_blocking_terminal(fd: int, mode: int) -> bool:
-    return stat.S_ISCHR(mode) and os.isatty(fd) and os.get_blocking(fd)
-
-
-def _write_all(fd: int, mode: int, data: memoryview) -> int:
-    """Write *data* as a blocking write does, in pieces that a ready pipe takes without a wait. Return bytes
-    written; after an error the bytes before it, if any. A terminal is ready as soon as it has room for one
-    byte, so a thread writes to it."""
-    written = 0
-    while True:
-        if len(data) and (not _wait(fd, mode, WRITE) or _is_blocking_terminal(fd, mode)):
-            return _file.pwritev(fd, [data], NO_POSITION)
-        is_last = (len(data) - written <= PIPE_BUF or not os.get_blocking(fd)
-                   or _answers_at_once(fd, mode, WRITE) or keeps_messages(fd, mode))
-        piece = data[written:] if is_last else data[written:written + PIPE_BUF]
-        try:
-            n = (_now(posix.pwritev, posix.writev, fd, [piece]) if _is_blocking_pipe(fd, mode)
-                 else posix.write(fd, piece))
-        except OSError:
-            if written:
-                return written
-            raise
-        if n is not None:
-            written += n
-            if is_last:
-                return written

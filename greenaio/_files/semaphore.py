@@ -48,7 +48,7 @@ from greenlet import getcurrent, greenlet
 from greenaio._core.bell import generation, listen
 from greenaio._core.ends import before_end, forget_end
 from greenaio._core.uninterrupted import thread_of
-from greenaio._files.turn import can_wait
+from greenaio._files.waiter import can_wait
 
 __implements__ = ['SemLock']            # for `greenaio.monkey`
 

@@ -17,7 +17,7 @@ from greenaio._core.bell import generation
 from greenaio._core.ends import was_thrown
 from greenaio._files.arguments import flat
 from greenaio._files.extension import File, aligned_buffer
-from greenaio._files.sectors import Shielded
+from greenaio._files.shield import Shielded
 
 # The greatest number of blocks that are in flight or wait for the reader.
 DEPTH = 8

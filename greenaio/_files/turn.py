@@ -82,30 +82,17 @@ from typing import Any
 
 from gevent._fileobjectcommon import cancel_wait_ex
 from gevent._hub_local import get_hub_if_exists
-from gevent.exceptions import BlockingSwitchOutError
-from gevent.hub import Hub
 from greenlet import getcurrent, greenlet
 
 from greenaio._core.bell import generation, listen
-from greenaio._core.ends import before_end, thrown
-from greenaio._core.uninterrupted import inside, thread_of
+from greenaio._core.ends import thrown
+from greenaio._core.uninterrupted import thread_of
+from greenaio._files import waiter as _waiting
 from greenaio._files.loop import check_kept
-from greenaio._files.sleeper import NativeSleeper, Sleeper
+from greenaio._files.waiter import GONE, LEFT, Mark, Waiter, is_gone, let_others_look, refuse_if_stuck
 
 # So often may the first in the queue be woken in vain, because the leaver has taken the turn again.
 VAIN_MAX = 16
-
-
-class _Mark:
-    """A mark in `Turn.owner` instead of a greenlet that could go on."""
-
-    parent = None
-
-    def __init__(self, dead: bool) -> None:
-        self.dead = dead
-
-
-LEFT, GONE = _Mark(False), _Mark(True)
 
 
 class Turn:
@@ -121,9 +108,9 @@ class Turn:
                  'owner', 'queue', 'thread')
 
     def __init__(self, guards_io: bool = False) -> None:
-        self.owner: greenlet | _Mark | None = None
+        self.owner: greenlet | Mark | None = None
         # Other threads may change the list during a loop over it.
-        self.queue: list[_Waiter] = []
+        self.queue: list[Waiter] = []
         # The greenlet that last left the turn while others waited, and its thread.
         self.leaver: greenlet | None = None
         self.thread: Any = None
@@ -166,7 +153,7 @@ class Turn:
     def _stand_in_line(self, me: greenlet) -> None:
         """Wait in the queue until *me* has the turn. After an error *me* is neither in the queue nor the
         owner."""
-        mine = _Waiter(self, me)
+        mine = Waiter(self, me)
         try:
             mine.come()
             while not self._take(mine):
@@ -185,7 +172,7 @@ class Turn:
             thrown(error)
             raise
 
-    def _take(self, mine: _Waiter) -> bool:
+    def _take(self, mine: Waiter) -> bool:
         """Take the turn if *mine* may have it. Return whether its greenlet has the turn. Raise the error that
         ends the wait."""
         me, owner = mine.greenlet, self.owner
@@ -197,17 +184,17 @@ class Turn:
             self.owner, self.leaver, self.thread = me, None, None
         return self.owner is me
 
-    def _look_after_owner(self, mine: _Waiter) -> None:
+    def _look_after_owner(self, mine: Waiter) -> None:
         """Let *mine* wait only for an owner that will leave."""
         owner = self.owner
         if owner is None or owner is LEFT:
             return
-        if _is_gone(owner):
+        if is_gone(owner):
             self._pass_over(owner)
         elif mine.is_native and thread_of(owner) is mine.thread:
             # The owner cannot go on while this greenlet keeps the thread, as in a forked child before its hub
             # runs. So take the turn from it.
-            _refuse_if_stuck(mine.greenlet)
+            refuse_if_stuck(mine.greenlet)
             self.owner = mine.greenlet
         elif sys.is_finalizing():
             # While the interpreter ends, other threads do not go on.
@@ -216,7 +203,7 @@ class Turn:
             raise RuntimeError('reentrant call: the owner of the turn with this file waits for another file, '
                                'whose turn this greenlet has')
 
-    def _pass_over(self, owner: greenlet | _Mark) -> None:
+    def _pass_over(self, owner: greenlet | Mark) -> None:
         """Let the turn go on without *owner*, which never leaves it."""
         if self.guards_io:
             other = self._first(None)
@@ -228,7 +215,7 @@ class Turn:
             self.owner = LEFT
             self.wake_next()
 
-    def _is_next(self, mine: _Waiter) -> bool:
+    def _is_next(self, mine: Waiter) -> bool:
         """Return whether *mine* may take the turn, which its owner has left."""
         first = self._first(mine)
         if first is mine or first is None or sys.is_finalizing():
@@ -237,7 +224,7 @@ class Turn:
             return mine.is_native
         return first.thread is self.thread
 
-    def _first(self, mine: _Waiter | None) -> _Waiter | None:
+    def _first(self, mine: Waiter | None) -> Waiter | None:
         """Return the first in the queue that could take the turn at once: *mine*, or a waiter that is parked.
         None if there is none."""
         for one in self.queue:
@@ -249,7 +236,7 @@ class Turn:
         """Raise BlockingSwitchOutError if `wait` would, but wait for nothing."""
         me, owner = getcurrent(), self.owner
         if isinstance(owner, greenlet) and owner is not me and thread_of(owner) is thread_of(me):
-            _refuse_if_stuck(me)
+            refuse_if_stuck(me)
 
     def stay_in_child(self, here: Any) -> None:
         """Forget, in a forked child, the owner and the waiters of all threads except *here*, because those
@@ -307,188 +294,17 @@ class Turn:
                     woken.add(one.thread)
 
 
-class _Waiter:
-    """A greenlet in the queue of a turn."""
-
-    __slots__ = ('greenlet', 'is_native', 'outer', 'sleeper', 'thread', 'turn', 'vain')
-
-    def __init__(self, turn: Turn, one: greenlet) -> None:
-        self.turn, self.greenlet, self.thread = turn, one, thread_of(one)
-        self.is_native = not can_wait()
-        self.sleeper: Sleeper | NativeSleeper = NativeSleeper() if self.is_native else Sleeper()
-        # The number of wakes after which this waiter did not get the turn.
-        self.vain = 0
-        # The waiter of the same greenlet below a signal handler.
-        self.outer: _Waiter | None = None
-
-    def come(self) -> None:
-        """Enter the queue."""
-        turn, owner = self.turn, self.turn.owner
-        self.outer = _waiters.get(self.greenlet)
-        _waiters[self.greenlet] = self
-        if self.is_native:
-            _blocked[self.thread] = self
-        turn.queue.append(self)
-        thread = turn.thread if owner is LEFT or owner is None else thread_of(owner)
-        if thread is not self.thread or turn.queue[0].thread is not self.thread:
-            turn.is_mixed = True
-
-    def wait(self) -> None:
-        self.sleeper.wait()
-        self.vain += 1
-
-    def go(self) -> None:
-        """Leave the queue, and wake the next waiter. May be called twice, because an exception may interrupt
-        it."""
-        if _waiters.get(self.greenlet) is self:
-            if self.outer is None:
-                _waiters.pop(self.greenlet, None)
-            else:
-                _waiters[self.greenlet] = self.outer
-        if self.is_native:
-            _blocked.pop(self.thread, None)
-        with contextlib.suppress(ValueError):
-            self.turn.queue.remove(self)
-        self.turn.wake_next()
-
-    def waits_for_ever(self) -> bool:
-        """Return whether the owner waits for a turn that this greenlet has, or that a greenlet has whose
-        thread this one blocks, directly or through other waiters."""
-        owner = self.turn.owner
-        for _ in range(len(_waiters)):
-            if not isinstance(owner, greenlet):
-                return False
-            other = _waiters.get(owner) or _blocked.get(thread_of(owner))
-            if other is None or not other.sleeper.is_parked:
-                return False
-            owner = other.turn.owner
-            if owner is self.greenlet or self.is_native and self._blocks(owner):
-                return True
-        return False
-
-    def _blocks(self, owner: greenlet | _Mark | None) -> bool:
-        return owner is not None and thread_of(owner) is self.thread
-
-
-def _is_gone(one: greenlet | _Mark) -> bool:
-    """Return whether *one* never goes on, because its thread has ended or its hub was destroyed."""
-    if one.dead:
-        return True
-    hub: Any = one.parent
-    if not isinstance(hub, Hub):
-        return False
-    end = hub.__dict__.get('_greenaio_turns')
-    return hub.loop is None or end is not None and end.is_over
-
-
-def _refuse_if_stuck(me: greenlet) -> None:
-    """Raise BlockingSwitchOutError if *me* keeps the greenlet that has the turn from going on."""
-    if get_hub_if_exists() is me:
-        raise BlockingSwitchOutError('the hub can\'t wait for its turn with a file')
-    if me in inside and not _is_fresh_child:
-        raise BlockingSwitchOutError(
-            'a parked greenlet is using the file, and can\'t go on inside greenaio.uninterrupted()')
-
-
 _all_turns: set[weakref.ref[Turn]] = set()
-# The waiters of all threads. For a greenlet with waiters below signal handlers this is the newest.
-_waiters: dict[greenlet, _Waiter] = {}
-# By thread: the waiter that keeps the whole thread.
-_blocked: dict[Any, _Waiter] = {}
-# The hub for which `_attend` was called last.
-_attended: Any = None
-_is_fresh_child = False
-
-
-class _End:
-    """The end of a hub that is destroyed, or whose thread ends. It takes the hub's waiters out of their
-    queues, because its greenlets never go on."""
-
-    def __init__(self, hub: Any) -> None:
-        self._hub = weakref.ref(hub)
-        self.is_over = False
-
-    def __call__(self) -> None:
-        global _attended
-        # From here on, new waiters see it themselves.
-        self.is_over = True
-        hub = self._hub()
-        if hub is _attended:
-            _attended = None
-        for waiter in _all_waiters():
-            if isinstance(waiter.sleeper, Sleeper) and waiter.sleeper.hub is hub:
-                waiter.go()
-        _let_others_look()
-
-
-def _let_others_look() -> None:
-    """Wake the waiters of turns whose owners are gone."""
-    for waiter in _all_waiters():
-        owner = waiter.turn.owner
-        if owner is None or owner is LEFT or _is_gone(owner):
-            waiter.sleeper.wake()
-
-
-def _all_waiters() -> list[_Waiter]:
-    found: list[_Waiter] = []
-    # Copy the values in one step, because other threads add and remove waiters.
-    for waiter in list(_waiters.values()):
-        inner: _Waiter | None = waiter
-        while inner is not None:
-            found.append(inner)
-            inner = inner.outer
-    return found
-
-
-def _attend(hub: Any) -> None:
-    """Ask to be told of the end of *hub*, the hub of this thread, before a greenlet of the hub parks in its
-    turn."""
-    global _attended
-    if hub is not None and '_greenaio_turns' not in hub.__dict__:
-        hub._greenaio_turns = end = _End(hub)
-        before_end(hub, end)
-    _attended = hub
-
-
-def can_wait() -> bool:
-    """Return whether the caller is a greenlet whose hub can serve others while it waits.
-
-    The answer is no inside `uninterrupted`. It is also no in a forked child until its hub has run for another
-    reason: between fork and exec, as in `gevent.subprocess`, the hub would run the parent's greenlets there.
-    """
-    if _is_fresh_child or sys.is_finalizing():
-        return False
-    hub: Any = get_hub_if_exists()
-    if hub is None:
-        return False
-    if hub is not _attended:
-        _attend(hub)
-    me = getcurrent()
-    return me is not hub and not (inside and me in inside)
 
 
 def _after_fork_in_child() -> None:
-    """Forget the waiters and owners of the threads that stayed with the parent."""
-    global _is_fresh_child
+    """Forget the owners and waiters that stayed with the parent, in each turn."""
     here = thread_of(getcurrent())
-    for waiter in _all_waiters():
-        if waiter.thread is not here:
-            _waiters.pop(waiter.greenlet, None)
-    _blocked.clear()
     for ref in list(_all_turns):
         turn = ref()
         if turn is not None:
             turn.stay_in_child(here)
-    hub = get_hub_if_exists()
-    if hub is not None and hub.loop is not None:
-        _is_fresh_child = True
-        hub.loop.run_callback(_hub_runs)
-    _let_others_look()
-
-
-def _hub_runs() -> None:
-    global _is_fresh_child
-    _is_fresh_child = False
+    let_others_look()
 
 
 listen(_after_fork_in_child)
@@ -502,8 +318,8 @@ def taking(turn: Turn, fd: int = -1) -> Iterator[None]:
     """Hold *turn* inside the ``with`` block. Its owner may enter again. Raise OSError (EBADF) if this is a
     forked child that has closed *fd* while the copy of the greenlet waited."""
     hub = get_hub_if_exists()
-    if hub is not _attended:
-        _attend(hub)
+    if hub is not _waiting.attended:
+        _waiting.attend(hub)
     me, owner = getcurrent(), turn.owner
     if owner is None:
         turn.owner = me

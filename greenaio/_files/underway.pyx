@@ -4,7 +4,7 @@
 cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges
 
 from greenaio._core.driver cimport Driver
 from greenaio._core.hub cimport current_driver
@@ -38,7 +38,7 @@ cdef object shield_in_turn(Known known, Request request):
             request.end_write_unless_under_way()
 
     if known.kind & APPEND or request.flags & RWF_APPEND or request.offset < 0:
-        start, end = 0, alignment.EVERYTHING
+        start, end = 0, ranges.EVERYTHING
     elif not is_direct:
         start, end = in_pages(start, end)
     mine = hold_to(request.fd, known, start, end)

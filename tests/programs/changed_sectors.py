@@ -11,7 +11,7 @@ from gevent.event import Event
 
 import greenaio
 from greenaio._core import handle as _handle
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 
 with open('data', 'wb') as file:
     file.write(bytes(8192))
@@ -23,7 +23,7 @@ st = os.fstat(fd)
 
 
 def change():
-    held = alignment._Range(_handle.inode_of(st.st_dev, st.st_ino), 0, 4096)
+    held = _ranges.Range(_handle.inode_of(st.st_dev, st.st_ino), 0, 4096)
     leave.wait()
     held.let_go()
 

@@ -7,7 +7,7 @@ import time
 import warnings
 
 from greenaio._core import handle as _handle
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 has_range, has_lock, is_over = threading.Event(), threading.Event(), threading.Event()
@@ -15,13 +15,13 @@ inode = _handle.inode_of(1, 2)
 
 
 def with_range():
-    alignment._Range(inode, 0, 512)
+    _ranges.Range(inode, 0, 512)
     has_range.set()
     is_over.wait(50)
 
 
 def with_lock():
-    with alignment._lock:
+    with _ranges._lock:
         has_lock.set()
         is_over.wait(50)
 
@@ -31,7 +31,7 @@ for work in with_range, with_lock:
     (has_range if work is with_range else has_lock).wait(10)
 child = os.fork()
 if child == 0:
-    os._exit(1 if alignment.held() or alignment._threads else 0)
+    os._exit(1 if _ranges.held() or _ranges._threads else 0)
 for _ in range(1000):
     pid, status = os.waitpid(child, os.WNOHANG)
     if pid:

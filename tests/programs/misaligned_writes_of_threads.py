@@ -7,7 +7,7 @@ import threading
 import gevent
 
 from greenaio import File, aligned_buffer
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 
 file = File(sys.argv[1], os.O_RDWR | os.O_DIRECT)
 count = 60
@@ -31,7 +31,7 @@ work(0, True)
 for thread in threads:
     thread.join(30)
 assert len(done) == 4 * count, len(done)
-assert not alignment.held()
+assert not _ranges.held()
 assert file.pwrite(b'after', 5) == 5
 with open(sys.argv[1], 'rb') as written:
     data = written.read(160)

@@ -13,7 +13,7 @@ import types
 HARMLESS = (
     'gevent.',                          # its own
     'greenaio.monkey._replaced_locks',  # kept for unpatch_all
-    'greenaio._files.sectors._lock',         # no greenlet switches while it is held
+    'greenaio._files.ranges._lock',         # no greenlet switches while it is held
     'threading._',                      # held by threads that start and end
     'logging._lock', 'logging._defaultLastResort.lock',     # gevent's own repair
     '.lock',    # recursive: of a cached_property until Python 3.11. It stops no greenlet of its thread

@@ -6,7 +6,7 @@ import sys
 import gevent
 
 import greenaio.os
-from greenaio._files import position as _position
+from greenaio._files import pollable as _pollable
 
 reader, writer = os.pipe()
 
@@ -18,11 +18,11 @@ def wait(fd, event):
         os.read(reader, 100)
     else:
         os.write(writer, bytes(4096))
-    _position.wait_for = plain      # type: ignore[attr-defined]
+    _pollable.wait_for = plain      # type: ignore[attr-defined]
 
 
-plain = _position.wait_for          # type: ignore[attr-defined]
-_position.wait_for = wait           # type: ignore[attr-defined]
+plain = _pollable.wait_for          # type: ignore[attr-defined]
+_pollable.wait_for = wait           # type: ignore[attr-defined]
 calls = {'read': lambda: greenaio.os.read(reader, 100),
          'readv': lambda: greenaio.os.readv(reader, [bytearray(9)]),
          'write': lambda: greenaio.os.write(writer, b'here'),

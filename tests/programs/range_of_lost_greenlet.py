@@ -8,7 +8,7 @@ import warnings
 import gevent
 
 from greenaio import File, aligned_buffer
-from greenaio._files import sectors as alignment
+from greenaio._files import ranges as _ranges
 
 warnings.simplefilter('ignore', DeprecationWarning)     # Python 3.12 of fork in a threaded process
 path, how = sys.argv[1:]
@@ -18,7 +18,7 @@ begun, go_on = threading.Event(), threading.Event()
 
 def other():
     writers = [gevent.spawn(file.pwrite, b'odd', 7 + i * 4096) for i in range(300)]
-    while not alignment.held():
+    while not _ranges.held():
         gevent.sleep(0)
     begun.set()
     if how == 'destroy':
@@ -43,5 +43,5 @@ if child:
 else:
     for data, offset in ((b'odd', 7), (aligned_buffer(4096), 8192)):
         assert gevent.spawn(file.pwrite, data, offset).get(timeout=10) == len(data)
-    assert not alignment.held()
+    assert not _ranges.held()
     os._exit(0)
