@@ -20,8 +20,8 @@ NAMES = ['_core.fork', '_core.handle', '_core.context', '_core.memory', '_core.t
          '_files.facts', '_files.mounts', '_files.device', '_files.route', '_files.paths',
          '_files.steps', '_files.walk', '_files.changes', '_files.transfers', '_files.opening',
          '_files.names', '_files.seeks', '_files.closing', '_files.calls', '_files.buffers',
-         '_files.inline', '_files.direct', '_files.buffered', '_files.underway', '_files.operation',
-         '_files.file']
+         '_files.inline', '_files.direct', '_files.buffered', '_files.underway', '_files.pread',
+         '_files.operation', '_files.file']
 
 
 class BuildAndCopy(build_ext):

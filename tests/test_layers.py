@@ -17,7 +17,7 @@ ORDER = {
              'driver shutdown loop hub',
     '_files': 'arguments unclosed sharing loop pool place portable portable_file sleeper waiter turn facts '
               'mounts device route paths steps walk ranges shield sectors changes transfers opening names '
-              'seeks closing calls buffers inline direct buffered underway operation file extension '
+              'seeks closing calls buffers inline direct buffered underway pread operation file extension '
               'pollable position streams copies zones semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',

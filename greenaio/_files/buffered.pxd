@@ -14,7 +14,7 @@ cdef extern from *:
     """
     bint fd_is_direct(int fd)
 
-cdef object pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name)
+cdef int64_t read_answer(Driver driver, Request request, Known known, memory) except? -4096
 cdef int64_t read_buffered(Driver driver, Request request, Known known, memory) except? -4096
 cdef int64_t write_buffered(Driver driver, Request request, Known known) except? -4096
 cdef int64_t read_at_position(int fd, Known known, buffer) except? -4096

@@ -6,26 +6,20 @@ import os
 import posix
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcpy
 
 from greenaio._core.handle import using
 from greenaio._files import loop as _loop, sharing as _sharing
 
-from greenaio._core.context cimport PREAD
 from greenaio._core.driver cimport Driver
 from greenaio._core.hub cimport current_driver
-from greenaio._core.job cimport new_call
-from greenaio._core.memory cimport AlignedBuffer, Filling, scratch
 from greenaio._core.request cimport RWF_NOWAIT, Request, iovec, new_request
 from greenaio._core.threads cimport any_busy
-from greenaio._files.arguments cimport failed
 from greenaio._files.buffers cimport pin
 from greenaio._files.facts cimport ANSWER, AT_ONCE, DIRECT, EVENTS, LOCKED, STORED
 from greenaio._files.inline cimport (
-    end_in_line, has_place, lacks_threads, means_its_writer, now, pread_now, read_in_line,
+    end_in_line, has_place, lacks_threads, means_its_writer, now, read_in_line,
 )
 from greenaio._files.route cimport (
     IN_LINE_MAX, Known, by_thread, in_line, is_swapped_out, know, knows_block_devices, swap_is_in_use,
@@ -35,7 +29,6 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <poll.h>
-    #include <sys/syscall.h>
 
     /* Return whether a read of *fd* waits for nothing, as far as poll tells. If poll fails the answer is yes,
        and the read will say why. */
@@ -46,91 +39,9 @@ cdef extern from *:
     }
     """
     const int ECANCELED
-    const long SYS_pread64
     bint is_ready(int fd)
 
 cdef dict _ours = _sharing.ours
-
-
-cdef object pread_buffered(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    """Return up to *n* bytes at *offset* of a file that is not O_DIRECT: inline if the page cache has them,
-    otherwise by a thread."""
-    cdef bytes data
-    cdef char *memory
-    cdef iovec room
-    cdef int64_t got = 0, more
-    cdef bint asks = True
-    driver.check_caller()
-    if known is None and (any_busy() or knows_block_devices()):
-        known = know(fd, name)
-    if n > IN_LINE_MAX:
-        return _pread_large(driver, fd, known, n, offset, name)
-    # No other code has this object so far, so it may be written to.
-    data = PyBytes_FromStringAndSize(NULL, n)
-    memory = PyBytes_AS_STRING(data)
-    if known is not None:
-        if in_line(known, n, fd, offset):
-            got = pread_now(driver, fd, memory, n, offset)
-            if got < 0:
-                raise failed(got, name)
-            return data if got == n else data[:got]
-        asks = not known.kind & (ANSWER | LOCKED) and not lacks_threads(known)
-    if asks:
-        room.iov_base, room.iov_len = memory, n
-        got = read_in_line(fd, &room, 1, n, offset, RWF_NOWAIT, False, &more)
-        if more >= 0 or got and more != -EAGAIN and more != -EOPNOTSUPP:
-            driver.end_in_line()
-            # Return the bytes also if an error came after them, as preadv(2) does. The next read will raise
-            # it.
-            return data if got == n else data[:got]
-        if more != -EAGAIN and more != -EOPNOTSUPP:
-            raise failed(more, name)
-    got = _pread_rest(driver, fd, known, data, memory, n, offset, got, name)
-    return data if got == n else data[:got]
-
-
-cdef object _pread_large(Driver driver, int fd, Known known, Py_ssize_t n, int64_t offset, name):
-    """Return up to *n* bytes, more than `IN_LINE_MAX`. A short result is cut without a copy."""
-    cdef Filling data = Filling.__new__(Filling, n)
-    return data.take(_pread_rest(driver, fd, known, data, PyBytes_AS_STRING(<object>data._data), n, offset, 0, name))
-
-
-cdef int64_t _pread_rest(Driver driver, int fd, Known known, keep, char *memory, Py_ssize_t n, int64_t offset,
-                         int64_t got, name) except -1:
-    """Read the rest of *n* bytes, of which *got* are there, to *memory*, a part of *keep*. Return the number
-    of bytes that are there now."""
-    cdef int64_t more
-    cdef Request request
-    if known is None:
-        known = know(fd, name)
-    memory += got
-    n -= got
-    offset += got
-    if known.kind & EVENTS:
-        more = _pread_event(driver, fd, known, memory, n, offset)
-    elif in_line(known, n, fd, offset):
-        more = pread_now(driver, fd, memory, n, offset)
-    else:
-        request = new_call(fd, keep, SYS_pread64, fd, <long>memory, n, offset)
-        # `dump` shows these two.
-        request.offset, request.nbytes = offset, n
-        more = driver.perform_by_thread(request, known.device.pool())
-    if more < 0 and (got == 0 or more == -ECANCELED):
-        raise failed(more, name)
-    return got + max(more, 0)
-
-
-cdef int64_t _pread_event(Driver driver, int fd, Known known, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
-    """Read a file that may wait for an event. Return bytes read, or minus the errno. A buffer of its own
-    keeps the memory if the greenlet is killed."""
-    cdef AlignedBuffer buffer = scratch(n)
-    cdef Request request = new_request(PREAD, fd, offset, 0, 1)
-    cdef int64_t got
-    request.pin(buffer)
-    got = _read_answer(driver, request, known, buffer)
-    if got > 0:
-        memcpy(memory, buffer.address, got)
-    return got
 
 
 cdef int64_t read_buffered(Driver driver, Request request, Known known, memory) except? -4096:
@@ -148,7 +59,7 @@ cdef int64_t read_buffered(Driver driver, Request request, Known known, memory) 
             return end_in_line(driver, got if got else more)
         request.skip(got)
     if known.kind & ANSWER:
-        return _read_answer(driver, request, known, memory)
+        return read_answer(driver, request, known, memory)
     more = by_thread(driver, request, known)
     # In a forked child the answer is ECANCELED. Raise that, because a short read would look like the end of
     # the file.
@@ -157,7 +68,7 @@ cdef int64_t read_buffered(Driver driver, Request request, Known known, memory) 
     return got + more
 
 
-cdef int64_t _read_answer(Driver driver, Request request, Known known, memory) except? -4096:
+cdef int64_t read_answer(Driver driver, Request request, Known known, memory) except? -4096:
     """Read a file of a file system that `answers`, with one call. Return bytes read, or minus the errno.
 
     A read that waits for an event, such as one of /proc/kmsg, would keep a thread. If its greenlet is killed,

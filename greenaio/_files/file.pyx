@@ -25,7 +25,8 @@ from greenaio._files.closing cimport close_file
 from greenaio._files.direct cimport is_misaligned
 from greenaio._files.facts cimport ANSWER, DIRECT, STORED, file_size
 from greenaio._files.opening cimport open_file
-from greenaio._files.operation cimport read_bytes, sync, vectored
+from greenaio._files.operation cimport sync, vectored
+from greenaio._files.pread cimport read_bytes
 from greenaio._files.route cimport Known, know, seek_may_wait
 from greenaio._files.underway cimport begin_at_position
 

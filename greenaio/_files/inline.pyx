@@ -81,13 +81,6 @@ cdef int64_t read_in_line(int fd, iovec *buffers, int count, uint64_t wanted, in
             offset += more
 
 
-cdef int64_t pread_now(Driver driver, int fd, char *memory, Py_ssize_t n, int64_t offset) except? -4096:
-    """Read inline by a plain call. Return bytes read, or minus the errno."""
-    cdef iovec room
-    room.iov_base, room.iov_len = memory, n
-    return end_in_line(driver, vector_now(True, fd, &room, 1, offset, 0))
-
-
 cdef int64_t now(Request request, unsigned int flags) noexcept:
     """Make the system call in this thread. Return bytes moved, or minus the errno."""
     cdef bint reading = request.opcode == PREAD or request.opcode == PREADV

@@ -2,6 +2,5 @@ from libc.stdint cimport int64_t
 
 from greenaio._files.route cimport Known
 
-cdef object read_bytes(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch)
 cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name, int max_batch)
 cdef object sync(int fd, Known known, int opcode, name)

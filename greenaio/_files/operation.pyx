@@ -12,28 +12,25 @@ The functions for a raw fd remember nothing of its file, because numbers are use
 # `posix` has the plain calls, also while the functions of `os` are patched.
 import posix
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EINVAL
+from greenaio._files.pread import pread
+
 from libc.stdint cimport int64_t, uint64_t
 from posix.stat cimport S_ISDIR
 
-from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC, PREAD
+from greenaio._core.context cimport BATCH_MAX, FDSYNC, FSYNC
 from greenaio._core.driver cimport Driver
 from greenaio._core.engine cimport Engine
 from greenaio._core.handle cimport check_open, closing
 from greenaio._core.hub cimport current_driver
-from greenaio._core.memory cimport AlignedBuffer, scratch
 from greenaio._core.request cimport RWF_APPEND, RWF_NOWAIT, Request, new_request
 from greenaio._files.arguments cimport c_int, failed
-from greenaio._files.buffered cimport fd_is_direct, pread_buffered, read_at_position, read_buffered, write_buffered
+from greenaio._files.buffered cimport read_at_position, read_buffered, write_buffered
 from greenaio._files.buffers cimport (
     bounced, check_place, copy_back, is_ownerless, one_or_many, only, opcode_of, owned, pin,
 )
 from greenaio._files.changes cimport takes_turn
 from greenaio._files.device cimport Device
-from greenaio._files.direct cimport (
-    by_aio, direct, is_misaligned, misfit, read_misaligned, whole_sectors, write_misaligned,
-)
+from greenaio._files.direct cimport by_aio, direct, is_misaligned, read_misaligned, write_misaligned
 from greenaio._files.facts cimport DIRECT, STORED
 from greenaio._files.route cimport Known, by_thread, in_line, know
 from greenaio._files.underway cimport RWF_HIPRI, shield_in_turn
@@ -45,36 +42,7 @@ cdef enum:
     SYNCS_MAX = 4
 
 
-cdef object read_bytes(int fd, Known known, Py_ssize_t n, int64_t offset, name, int max_batch):
-    """Return up to *n* bytes at *offset*. *known* is None for a raw fd. Raise OSError."""
-    cdef AlignedBuffer memory
-    cdef Driver driver = current_driver()
-    cdef Request request
-    cdef int64_t got, before
-    if closing:
-        check_open(fd)
-    if n < 0 or offset < 0:
-        raise failed(-EINVAL, name)
-    if not (fd_is_direct(fd) if known is None else known.kind & DIRECT):
-        return pread_buffered(driver, fd, known, n, offset, name)
-    if known is None:
-        known = know(fd, name)
-    before = misfit(known, offset)
-    if before or misfit(known, n):
-        memory = scratch(whole_sectors(known, <uint64_t>before + n))
-    else:
-        # Read into memory of our own, so that no code sees the bytes of an abandoned read arrive.
-        memory = scratch(n)
-    request = new_request(PREAD, fd, offset - before, 0, max_batch)
-    request.pin(memory)
-    got = direct(driver, request, known)
-    if got < 0:
-        raise failed(got, name)
-    return PyBytes_FromStringAndSize(memory.address + before, max(0, min(n, got - before)))
-
-
-cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name,
-                      int max_batch):
+cdef object vectored(bint reading, int fd, Known known, asked, int64_t offset, int flags, name, int max_batch):
     """Read into or write *asked*, the buffers as `one_or_many` or `only` return them, at *offset*. Return bytes
     moved. Raise OSError."""
     cdef Driver driver = current_driver()
@@ -150,15 +118,6 @@ cdef bint _is_crowded(Driver driver, Device device) except -1:
     """Return whether a sync should run in a thread. The kernel makes the syncs of native AIO one after the
     other, on the processor that submits them, which is the hub's."""
     return driver.engine.share(device.number, device.limit).admitted + device.pool().busy() >= SYNCS_MAX
-
-
-def pread(fd, Py_ssize_t n, Py_ssize_t offset, /):
-    """Read up to *n* bytes at *offset* of the file *fd*, and return them as bytes. The result is shorter only
-    at the end of the file, or when the result of os.pread would be.
-
-    Raises OSError.
-    """
-    return read_bytes(c_int(fd), None, n, offset, None, BATCH_MAX)
 
 
 def preadv(fd, buffers, Py_ssize_t offset, flags=0, /):
