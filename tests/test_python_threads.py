@@ -65,7 +65,7 @@ def test_only_the_portable_build_has_calls_made_by_python_threads():
     found = {path.stem for path in pathlib.Path(greenaio.__file__).parent.rglob('*.py*')
              if path.suffix in ('.py', '.pyx')
              and re.search(r'pool import .*\bcall\b|pool\.call\(|ThreadPool\(', path.read_text())}
-    assert found == {'pool', 'portable'}
+    assert found == {'pool', 'portable', 'portable_file'}
 
 
 @pytest.mark.parametrize('mode', ['rb', 'ab'])
