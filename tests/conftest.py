@@ -21,7 +21,7 @@ from tests.support.disks import MIB, FreezableDisk, HeldDisk, pattern, real_disk
 from tests.support.kernel import ScriptedContext
 from tests.support.leftovers import close_files, open_files, unfinished_work
 from tests.support.processes import EXAMPLES
-from tests.support.watchdog import start_watchdog, tell_watchdog
+from tests.support.watchdog import leave_watchdog, start_watchdog, tell_watchdog
 
 
 def pytest_sessionstart():
@@ -44,7 +44,7 @@ def pytest_runtest_logstart(nodeid):
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure():
     # The process may hang while it ends, too, and then says where. By now pytest says it no more.
-    tell_watchdog('test', 'the end of the process')
+    leave_watchdog()
     faulthandler.enable()
 
 

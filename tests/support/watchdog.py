@@ -39,13 +39,27 @@ def tell_watchdog(kind: str, value: object) -> None:
         print(kind, value, file=_process.stdin, flush=True)
 
 
+def leave_watchdog() -> None:
+    """Tell the watchdog that this process is about to end. It stays until that is done."""
+    global _process
+    if _process is not None and _process.stdin is not None:
+        tell_watchdog('test', 'the end of the process')
+        _process.stdin.close()
+        _process.returncode = 0         # or Python would warn of it
+        _process = None
+
+
 def watch(pid: int, patience: float) -> None:
     """Read lines until process *pid* has ended. End it if there is no line for *patience* seconds."""
     test, disks = '', []
     # A forked child may have the pipe, too, so its end does not tell that the process has ended.
     process = os.pidfd_open(pid)
-    while (ready := select.select([0, process], [], [], patience)[0]) and process not in ready:
-        for line in os.read(0, 65536).decode().splitlines():
+    sources = [0, process]
+    while (ready := select.select(sources, [], [], patience)[0]) and process not in ready:
+        told = os.read(0, 65536).decode()
+        if not told:
+            sources.remove(0)
+        for line in told.splitlines():
             kind, value = line.split(None, 1)
             if kind == 'disk':
                 disks.append(int(value))
