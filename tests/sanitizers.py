@@ -109,12 +109,17 @@ from libc.stdlib cimport free
 
 from greenaio._core.request cimport iovec
 ''' + LOOK + '\ncdef enum:\n    STALL_NS'),
-    ('greenaio/_core/engine.pyx', '            self.context.stage(<uint64_t>', '''\
-            free(request._looked_at)
-            request._looked_at_count = request.buffer_count
-            request._looked_at = <iovec *>remembered(request.buffers, request._looked_at_count)
-            self.context.stage(<uint64_t>'''),
-    ('greenaio/_core/engine.pyx', '            self.in_flight.remove(request)\n', '''\
+    ('greenaio/_core/engine.pyx', '        return self.context.stage(<uint64_t>', '''\
+        free(request._looked_at)
+        request._looked_at_count = request.buffer_count
+        request._looked_at = <iovec *>remembered(request.buffers, request._looked_at_count)
+        return self.context.stage(<uint64_t>'''),
+    ('greenaio/_core/queues.pyx', '\n\ncdef class Queues(', '''
+from libc.stdlib cimport free
+
+from greenaio._core.request cimport iovec
+''' + LOOK + '\n\ncdef class Queues('),
+    ('greenaio/_core/queues.pyx', '            self.in_flight.remove(request)\n', '''\
             self.in_flight.remove(request)
             look_at(request._looked_at, request._looked_at_count)
 '''),
@@ -157,7 +162,7 @@ BREAKS = [
      ['tests/test_engine.py'], 'heap-use-after-free', 'Invalid read'),
     ('a byte behind the buffer', 'greenaio/_core/memory.pyx', 'memset(buffer.address, 0, n)',
      'memset(buffer.address, 0, n + 1)', ['tests/test_memory.py'], 'use-after-poison', 'Invalid write'),
-    ('the iovec freed as it is submitted', 'greenaio/_core/engine.pyx', '        self.submitted += 1\n',
+    ('the iovec freed as it is submitted', 'greenaio/_core/queues.pyx', '        self.submitted += 1\n',
      '        self.submitted += 1\n        free(request.buffers)\n',
      ['tests/test_file.py', '-k', 'test_preadv_fills'], 'attempting double-free', 'Invalid free'),
     ('buffers let go by a kill', 'greenaio/_core/parking.pyx',

@@ -371,7 +371,7 @@ class Worker(greenlet):
         history.requests[number] = request
         self.parks = 0
         if rng.random() < 0.5:
-            request.of(history.driver.engine.share_of(rng.randrange(3), rng.choice([1, 3, 100])))
+            request.of(history.driver.engine.share(rng.randrange(3), rng.choice([1, 3, 100])))
         history.parked[self] = number
         try:
             result = history.driver.perform_request(request)

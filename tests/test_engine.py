@@ -191,7 +191,7 @@ def test_request_asked_not_to_wait_is_declined_where_it_would_or_fell_short(engi
 
 
 def test_declined_request_keeps_its_place_in_the_share_of_its_device(engine):
-    share = engine.share_of('disk', 1)
+    share = engine.share('disk', 1)
     one, other = movable(asked=True).of(share), movable().of(share)
     engine.enqueue(one)
     engine.enqueue(other)
@@ -424,7 +424,7 @@ def test_list_knows_its_members():
 
 
 def test_device_gets_its_share_and_the_rest_waits_in_order(engine):
-    frozen, other = engine.share_of('frozen', 10), engine.share_of('other', 1000)
+    frozen, other = engine.share('frozen', 10), engine.share('other', 1000)
     assert (frozen.limit, other.limit) == (10, 32)          # at most half of what there is room for
     for i in range(100):
         engine.enqueue(read(i).of(frozen))
@@ -447,7 +447,7 @@ def test_device_gets_its_share_and_the_rest_waits_in_order(engine):
 
 
 def test_abandoned_request_counts_in_its_share_until_its_event(engine):
-    share = engine.share_of('device', 2)
+    share = engine.share('device', 2)
     requests = [read(i).of(share) for i in range(4)]
     for request in requests:
         engine.enqueue(request)
@@ -466,7 +466,7 @@ def test_abandoned_request_counts_in_its_share_until_its_event(engine):
 
 
 def test_withdrawing_a_pending_one_lets_the_next_of_its_share_in(engine):
-    share = engine.share_of('device', 1)
+    share = engine.share('device', 1)
     requests = [read(i).of(share) for i in range(3)]
     for request in requests:
         engine.enqueue(request)

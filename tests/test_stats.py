@@ -341,7 +341,7 @@ def test_time_held_by_the_share_counts():
     """A device that has its share already: the second waits here, and that is part of what it took."""
     context = Clock()
     engine = Engine(context, 8)
-    share = engine.share_of('disk', 1)
+    share = engine.share('disk', 1)
     for _ in range(2):
         engine.enqueue(Request(Opcode.PREAD, 3, bytearray(8)).of(share))
     engine.flush()

@@ -11,19 +11,19 @@ A request is in one place at a time, and these are all its ways:
     PENDING     IN_FLIGHT       ``io_submit`` took it                  in_flight
     PENDING     DONE            ``io_submit`` refused it, or the       ready
                                 process gave up (`refuse`, `cancel`)
-    PENDING     NEW             `Engine.withdraw`                      none
-    NEW         IN_FLIGHT       `Engine.lend`: a native thread's       lent
-    IN_FLIGHT   NEW             `Engine.take_back`: none had begun it  none
+    PENDING     NEW             `Queues.withdraw`                      none
+    NEW         IN_FLIGHT       `Queues.lend`: a native thread's       lent
+    IN_FLIGHT   NEW             `Queues.take_back`: none had begun it  none
     IN_FLIGHT   DONE            its event came, or its thread's        ready
                                 result; or a fork (`cancel`) or the
                                 end of the hub took both away
     IN_FLIGHT,  DECLINED        the kernel did not do it, or not all,  declined; moving,
     PENDING                     and it may move to another way         while that is chosen
     DECLINED    PENDING         `Engine.enqueue_again`                 pending
-    DECLINED    IN_FLIGHT       `Engine.lend`                          lent
-    DECLINED    NEW             `Engine.withdraw`                      none
+    DECLINED    IN_FLIGHT       `Queues.lend`                          lent
+    DECLINED    NEW             `Queues.withdraw`                      none
     DECLINED    DONE            no way was left, or a fork (`cancel`)  ready
-    NEW         DONE            `Engine.settle`: done in line          ready
+    NEW         DONE            `Queues.settle`: done in line          ready
     DONE        --              handed over: `Engine.ready` loses it   none
     ==========  ==============  =====================================  =================
 
@@ -207,7 +207,7 @@ cdef class Request:
         """Note that a way has moved *nbytes* only.
 
         The next way begins behind them, and the result includes them."""
-        # `Engine._end` adds these bytes to the result of the last way.
+        # `Queues._end` adds these bytes to the result of the last way.
         self.done += nbytes
         advance(self.buffers, self.buffer_count, nbytes)
         self.skip(nbytes)
