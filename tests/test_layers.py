@@ -12,7 +12,7 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 # modules of the rows above. `face` is the package itself: what users import.
 ORDER = {
     'settings': '_config',
-    '_core': 'abi fork bell handle context memory ends describe uninterrupted counters tally policy '
+    '_core': 'abi fork bell handle eventfd context memory ends describe uninterrupted counters tally policy '
              'thread fifo request queues engine caller job mailbox processor worker threads pools dispatch parking '
              'driver shutdown loop hub',
     '_files': 'arguments unclosed sharing loop pool place portable portable_file sleeper waiter turn facts '

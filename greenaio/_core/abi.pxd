@@ -7,14 +7,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <errno.h>
-    #include <fcntl.h>
     #include <stdint.h>
-    #include <stdio.h>
-    #include <stdlib.h>
-    #include <string.h>
-    #include <sys/stat.h>
     #include <linux/aio_abi.h>
-    #include <sys/eventfd.h>
     #include <sys/syscall.h>
     #include <time.h>
     #include <unistd.h>
@@ -59,88 +53,6 @@ cdef extern from *:
     {
         struct timespec ts = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
         return abi_result(syscall(SYS_io_getevents, ctx, min_nr, nr, events, &ts));
-    }
-
-    /* Neither a clear nor a signal may block the hub, so the eventfd is non-blocking. A program that is
-       started must not inherit it. */
-    static inline long abi_eventfd(void)
-    { return abi_result(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }
-
-    /* Make a pipe with both ends under one number, because a sandbox that has no eventfd has pipes. Like
-       an eventfd the pipe can be signalled, cleared and watched, but the kernel does not signal it. */
-    static inline long abi_pipe(void)
-    {
-        char path[32];
-        int ends[2];
-        long fd;
-        if (pipe2(ends, O_NONBLOCK | O_CLOEXEC) < 0)
-            return -(long)errno;
-        /* Opening the FIFO by its number with O_RDWR gives one description for both directions. */
-        snprintf(path, sizeof path, "/proc/self/fd/%d", ends[0]);
-        fd = abi_result(open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC));
-        /* The new description keeps the pipe alive, so both first numbers can go. */
-        close(ends[0]);
-        close(ends[1]);
-        return fd;
-    }
-
-    /* Return the kernel's name of an eventfd or a pipe. Two numbers of one file have the same name, so
-       this tells whether a number still is ours. Return 0 for an eventfd before Linux 5.2, -1 for any
-       other file or none, and -2 where the name can't be asked for: without /proc, or without a free
-       number. */
-    static inline long abi_name(int fd)
-    {
-        char text[512], *found;
-        struct stat facts;
-        ssize_t n;
-        if (fstat(fd, &facts) < 0)
-            return -1;
-        if (S_ISFIFO(facts.st_mode))
-            /* The high bit keeps the inode numbers of pipes apart from the ids of eventfds. */
-            return 1L << 40 | (long)facts.st_ino;
-        snprintf(text, sizeof text, "/proc/self/fdinfo/%d", fd);
-        /* Reading fdinfo asks no disk. It needs a free number for the moment. */
-        int info = open(text, O_RDONLY | O_CLOEXEC);
-        if (info < 0)
-            return -2;
-        n = read(info, text, sizeof text - 1);
-        close(info);
-        text[n > 0 ? n : 0] = 0;
-        /* Linux 5.2 and later write the id. Before that only the count shows that the file is an eventfd. */
-        found = strstr(text, "eventfd-id:");
-        return found ? strtol(found + 11, NULL, 10) : strstr(text, "eventfd-count:") ? 0 : -1;
-    }
-
-    /* Return whether *fd* is an eventfd, where no number is free to open fdinfo. This does not tell which
-       eventfd. */
-    static inline int abi_is_eventfd(int fd)
-    {
-        char path[32], name[32];
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        return readlink(path, name, sizeof name) == 20 && memcmp(name, "anon_inode:[eventfd]", 20) == 0;
-    }
-
-    /* Signal an eventfd that has two numbers. The first is used, unless the program closed it. The program
-       may have closed the second as well, and have a file of its own there. So the name is asked for
-       before the second is written to.
-
-       EAGAIN means that the count is at its limit or the pipe is full. Then the eventfd is readable, which
-       is all that a signal is for, so the error is ignored. */
-    static inline void abi_signal(int fd, int same, long name)
-    {
-        uint64_t one = 1;
-        if (write(fd, &one, sizeof one) < 0 && errno == EBADF && abi_name(same) == name)
-            (void)!write(same, &one, sizeof one);
-    }
-
-    /* Make the eventfd unreadable. EAGAIN means that it is so already. */
-    static inline void abi_clear(int fd, int same, long name)
-    {
-        /* An eventfd has one count. A pipe that stands for it has one for each signal. If more than 64 are
-           left, the pipe stays readable, and one more pass follows. */
-        uint64_t counts[64];
-        if (read(fd, counts, sizeof counts) < 0 && errno == EBADF && abi_name(same) == name)
-            (void)!read(same, counts, sizeof counts);
     }
 
     /* The other party of both functions is aio_complete() in the kernel, on any processor. It writes an
@@ -207,12 +119,6 @@ cdef extern from *:
     long abi_io_submit(aio_context_t ctx, long n, iocb **iocbs) nogil
     long abi_io_getevents(aio_context_t ctx, long min_nr, long nr, io_event *events,
                           long timeout_ns) nogil
-    long abi_eventfd() nogil
-    long abi_pipe() nogil
-    long abi_name(int fd) nogil
-    bint abi_is_eventfd(int fd) nogil
-    void abi_signal(int fd, int same, long name) nogil
-    void abi_clear(int fd, int same, long name) nogil
     unsigned int abi_load_tail(aio_ring *ring) nogil
     void abi_store_head(aio_ring *ring, unsigned int head) nogil
     void abi_relax() nogil

@@ -1,15 +1,13 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.abi cimport aio_context_t, aio_ring, io_event, iocb
+from greenaio._core.eventfd cimport Eventfd
 
 cdef enum:
     # Requests in one `io_submit`. QEMU has the same bound, and a larger batch gains nothing.
     BATCH_MAX = 32
     # Events that are copied out at once: one drain pass.
     PEEK_MAX = 64
-    # Our own numbers begin here. A program that closes a number twice closes a low one, which is in use
-    # again.
-    OWN_MIN = 500
 
 # The numbers are the kernel's, see <linux/aio_abi.h>.
 cpdef enum Opcode:
@@ -21,10 +19,9 @@ cpdef enum Opcode:
     PWRITEV = 8
 
 cdef uint64_t monotonic_ns() noexcept nogil
-cdef void signal_eventfd(int fd, int same, long name) noexcept nogil
 cdef long times_waited() noexcept nogil
 
-cdef class Context:
+cdef class Context(Eventfd):
     # 0 if no context is set up, or if it belongs to the parent after a fork.
     cdef aio_context_t _ctx
     # NULL if the ring can't be read from user space. Then `io_getevents` reads it.
@@ -34,12 +31,6 @@ cdef class Context:
     cdef iocb **_pointers
     # An array of PEEK_MAX: the copies that `peek` makes.
     cdef io_event *_events
-    # Minus the errno that `eventfd` gave, if a pipe stands for it. Otherwise 0.
-    cdef readonly long denied
-    # The number for the loop, which watches it.
-    cdef readonly int eventfd
-    # Another number of the same eventfd, which the kernel and our own calls use.
-    cdef readonly int own_eventfd
     cdef readonly int depth
     cdef readonly int staged
 
@@ -53,15 +44,7 @@ cdef class Context:
     cpdef int commit(self, int count) except -1
     cpdef int spin(self, uint64_t limit_ns) except -1
     cpdef uint64_t now(self) except? 0
-    cpdef int signal(self) except -1
-    cpdef int clear(self) except -1
     cpdef after_fork_in_child(self)
     cpdef destroy(self)
-    cdef long _make_eventfd(self) noexcept
-    # The name by which the kernel knows the eventfd, see `abi_name`.
-    cdef long name
-    cdef bint _may_take(self, int number) noexcept
-    cdef int _renewed(self, int number, int fresh) noexcept
-    cdef void _close_eventfd(self) noexcept
     cdef bint _probe(self)
     cdef int _unmap_from_children(self) except -1

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""One native AIO context: its completion ring, its eventfd, no policy.
+"""One native AIO context and its completion ring. No policy.
 
 This is the only code above `greenaio._core.abi` that knows an AIO structure of the kernel. A request goes in
 as plain words (`Context.stage`, `Context.submit`) and comes out as a token and a result (`Context.peek`,
@@ -36,26 +36,21 @@ import os
 # Functions of `os` may be patched, and the patched `os.close` would come back here.
 import posix
 
-from libc.errno cimport EBADF, EMFILE, ENFILE, ENOMEM, errno as c_errno
+from libc.errno cimport EBADF, errno as c_errno
 from libc.stdlib cimport calloc, free
 from libc.time cimport time_t
 from posix.mman cimport MADV_DONTFORK, madvise
-from posix.unistd cimport close
 
 from greenaio._core.abi cimport (
-    AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_clear, abi_eventfd, abi_io_destroy, abi_io_getevents, abi_io_setup,
-    abi_io_submit, abi_is_eventfd, abi_load_tail, abi_name, abi_pipe, abi_relax, abi_signal, abi_store_head,
+    AIO_RING_MAGIC, IOCB_FLAG_RESFD, abi_io_destroy, abi_io_getevents, abi_io_setup, abi_io_submit, abi_load_tail,
+    abi_relax, abi_store_head,
 )
+from greenaio._core.eventfd cimport Eventfd, os_error
 from greenaio._core.fork cimport forked
-
-cdef extern from "<unistd.h>" nogil:
-    int dup3(int old, int new, int flags)
 
 cdef extern from "<fcntl.h>" nogil:
     int fcntl(int fd, int command, ...)
-    const int F_DUPFD_CLOEXEC
     const int F_GETFD
-    const int O_CLOEXEC
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -97,24 +92,13 @@ cdef long times_waited() noexcept nogil:
 cdef object _fdsync = None
 
 
-def _os_error(long code, what):
-    """Return the OSError of *code*, which is minus an errno."""
-    return OSError(-code, f'{what}: {os.strerror(-code)}')
-
-
-cdef void signal_eventfd(int fd, int same, long name) noexcept nogil:
-    """Make the eventfd *name*, which has the numbers *fd* and *same*, readable. Call it from any thread."""
-    abi_signal(fd, same, name)
-
-
-cdef class Context:
+cdef class Context(Eventfd):
     """An eventfd and, once `open` was called, an ``io_context_t`` that signals it.
 
     Only one thread at a time may use it. A test may subclass it in Python and override any method.
     """
 
     def __cinit__(self):
-        self.eventfd = self.own_eventfd = -1
         # On the heap and zeroed once. A greenlet's stack moves, so nothing that the kernel reads may lie on
         # it.
         self._iocbs = <iocb *>calloc(BATCH_MAX, sizeof(iocb))
@@ -128,45 +112,11 @@ cdef class Context:
             # The kernel wants pointers. They never change, because each batch begins at the first iocb.
             self._pointers[i] = &self._iocbs[i]
 
-    def __init__(self):
-        fd = self._make_eventfd()
-        if fd < 0:
-            raise _os_error(fd, 'eventfd')
-        self.eventfd = fd
-        # The program may close a number by mistake, such as one that it closes twice. Then the other number
-        # is left, because epoll reports an eventfd as long as any number refers to it.
-        self.own_eventfd = fcntl(fd, F_DUPFD_CLOEXEC, OWN_MIN)
-        # The limit of open files may lie below OWN_MIN. One number must do then.
-        if self.own_eventfd < 0:
-            self.own_eventfd = fd
-        # All numbers of the eventfd have this name. It tells later whether a number still belongs to the
-        # eventfd.
-        self.name = abi_name(fd)
-
-    cdef long _make_eventfd(self) noexcept:
-        """Return a new eventfd, or minus the errno.
-
-        Where a sandbox denies the eventfd, a pipe stands for it. Threads can signal the pipe, but the kernel
-        can't, so there is no native AIO then, and `denied` says why.
-        """
-        cdef long fd = abi_eventfd(), pipe
-        self.denied = 0
-        # A lack of numbers or of memory is no denial. It is reported as it is, and may end.
-        if fd >= 0 or fd == -EMFILE or fd == -ENFILE or fd == -ENOMEM:
-            return fd
-        pipe = abi_pipe()
-        # The first error tells the reader more than the error of the substitute.
-        if pipe < 0:
-            return fd
-        self.denied = fd
-        return pipe
-
     def __dealloc__(self):
         # Only a context that never had a request is still set up here, because `destroy` may wait for a disk.
         # In a forked child the address may belong to a context of its own.
         if self._ctx and not forked():
             abi_io_destroy(self._ctx)
-        self._close_eventfd()
         free(self._iocbs)
         free(self._pointers)
         free(self._events)
@@ -181,13 +131,13 @@ cdef class Context:
             raise ValueError(f'depth must be at least 1, not {depth}')
         # The kernel signals only an eventfd, so without one no completion would wake the hub.
         if self.denied:
-            raise _os_error(self.denied, 'eventfd')
+            raise os_error(self.denied, 'eventfd')
         # EAGAIN means that the system has no room for so many requests (aio-max-nr). The caller then tries a
         # smaller depth.
         code = abi_io_setup(depth, &self._ctx)
         if code < 0:
             self._ctx = 0
-            raise _os_error(code, f'io_setup({depth})')
+            raise os_error(code, f'io_setup({depth})')
         self.depth = depth
         # The kernel's handle of a context is the address of its ring in our memory.
         self._ring = <aio_ring *>self._ctx
@@ -390,73 +340,16 @@ cdef class Context:
         the kernel simulates time as well."""
         return monotonic_ns()
 
-    cpdef int signal(self) except -1:
-        """Make the eventfd readable."""
-        abi_signal(self.own_eventfd, self.eventfd, self.name)
-        return 0
-
-    cpdef int clear(self) except -1:
-        """Make the eventfd unreadable.
-
-        Call this *before* `peek`. The kernel publishes the tail first and signals then, so a completion that
-        is signalled after the clear is found by the next pass.
-        """
-        abi_clear(self.own_eventfd, self.eventfd, self.name)
-        return 0
-
     cpdef after_fork_in_child(self):
         """Forget the parent's context, and put a fresh eventfd under the same numbers.
 
-        Nothing is destroyed, closed or stopped here, for three reasons. The context's address may be a
-        context of this child's soon. The eventfd is shared with the parent. A watcher of the inherited loop
-        sits on its number.
-
-        A daemon may have closed a number and given it to a file of its own. Such a number is left alone, and
-        `eventfd` is another number then.
+        The context is not destroyed, because its address may be a context of this child's soon.
         """
-        cdef int fresh
-        cdef bint keeps, keeps_own
         self._ctx = 0
         self._ring = NULL
         # A batch that was staged at the fork belongs to the parent, which submits it.
         self.staged = 0
-        # It was closed before the fork, so no code here waits for it.
-        if self.eventfd < 0:
-            return
-        # Look before the fresh eventfd is made, because it may get one of these numbers.
-        keeps, keeps_own = self._may_take(self.eventfd), self._may_take(self.own_eventfd)
-        fresh = <int>self._make_eventfd()
-        # No number is free, not even to ask for a name. So the inherited number has to go, and asking becomes
-        # possible. A child that kept it would take wake-ups from its parent.
-        if fresh == -EMFILE and abi_is_eventfd(self.own_eventfd):
-            close(self.own_eventfd)
-            keeps, keeps_own = self._may_take(self.eventfd), False
-            fresh = <int>self._make_eventfd()
-        # There is none to be had, so the numbers stay as they are.
-        if fresh < 0:
-            return
-        self.name = abi_name(fresh)
-        # A number has to be free to ask for the name. The watched number is about to be replaced anyway, so
-        # it can be freed for that moment.
-        if self.name == -2 and keeps and fresh != self.eventfd:
-            close(self.eventfd)
-            self.name = abi_name(fresh)
-        self.eventfd = self._renewed(self.eventfd, fresh) if keeps else fresh
-        self.own_eventfd = self._renewed(self.own_eventfd, fresh) if keeps_own else fresh
-        # Two numbers of the fresh eventfd are enough. The third would leak with every fork.
-        if fresh != self.eventfd and fresh != self.own_eventfd:
-            close(fresh)
-
-    cdef bint _may_take(self, int number) noexcept:
-        """Return whether *number* belongs to our eventfd or to no file."""
-        return fcntl(number, F_GETFD) < 0 or abi_name(number) == self.name
-
-    cdef int _renewed(self, int number, int fresh) noexcept:
-        """Put the eventfd *fresh* under *number* as well. Return that number."""
-        # dup3 replaces the file of the number in one step, so a watcher on the number never sees it closed.
-        # If both numbers are the same, dup3 does nothing.
-        dup3(fresh, number, O_CLOEXEC)
-        return number
+        self.renew()
 
     cpdef destroy(self):
         """Free the context. Wait, without the GIL, until the kernel has done all that is in flight.
@@ -471,21 +364,6 @@ cdef class Context:
         if ctx and not forked():
             with nogil:
                 abi_io_destroy(ctx)
-
-    def close_eventfd(self):
-        """Close the eventfd. Stop its watcher first. The kernel holds the eventfd as long as a request in
-        flight signals it."""
-        self._close_eventfd()
-
-    cdef void _close_eventfd(self) noexcept:
-        cdef int own = self.own_eventfd if self.own_eventfd != self.eventfd else -1
-        # The program may have closed a number and opened a file under it. A number that has another name is
-        # not ours to close.
-        if own >= 0 and abi_name(own) == self.name:
-            close(own)
-        if self.eventfd >= 0 and abi_name(self.eventfd) == self.name:
-            close(self.eventfd)
-        self.eventfd = self.own_eventfd = -1
 
     def close(self):
         """Call `close_eventfd` and `destroy`. A second call does nothing."""

@@ -32,7 +32,8 @@ hub can't wait for them, because a disk may be frozen. A forked child leaves the
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from greenaio._core.context cimport Context, signal_eventfd
+from greenaio._core.context cimport Context
+from greenaio._core.eventfd cimport signal_eventfd
 from greenaio._core.engine cimport Engine
 from greenaio._core.request cimport Request
 from greenaio._core.job cimport LONG, job, job_of

@@ -35,15 +35,6 @@ Three things make this right:
    point any code may run, because the list is looked at again after it.
 3. No reference to another greenlet is held across the switch. A parked greenlet has itself in a variable of
    `perform`; a reference from A would keep B alive, dead, for as long as A waits.
-
-The order of the eventfd
-------------------------
-
-The kernel and the threads first publish a completion and then signal the eventfd. The watcher's callback does
-the opposite: it clears the eventfd first and looks at the completions after that. A completion that comes
-between the two is found at once, and its signal at most causes an empty pass. In the other order a completion
-between the look and the clear would be in the ring without a signal, and its greenlet would sleep until some
-other request ends.
 """
 
 import os
@@ -282,7 +273,7 @@ cdef class Parking(Dispatcher):
         # This is the pass, so code that runs during the reap must not ask for another one. From the end of
         # the reap on, a signal is needed again.
         self.asked_for_pass = True
-        # Clear before the look: see "The order of the eventfd".
+        # Clear before the look: see "The order of the eventfd" in eventfd.pyx.
         self.engine.context.clear()
         try:
             try:

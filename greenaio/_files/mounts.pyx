@@ -16,7 +16,7 @@ from posix.unistd cimport close as close_fd
 import greenaio._core.hub
 from greenaio._core.bell import listen
 
-from greenaio._core.context cimport OWN_MIN
+from greenaio._core.eventfd cimport OWN_MIN
 from greenaio._core.thread cimport start_thread
 
 cdef extern from *:
