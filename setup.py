@@ -13,15 +13,15 @@ if sys.platform != 'linux':
 
 # The list has .pyx files, because cythonize() drops optional=True, and without a compiler greenaio must
 # install all the same. It then uses Python threads.
-NAMES = ['_core.fork', '_core.handle', '_core.eventfd', '_core.context', '_core.memory', '_core.tally', '_core.thread',
-         '_core.fifo', '_core.request', '_core.queues', '_core.engine', '_core.caller', '_core.job', '_core.mailbox',
-         '_core.processor', '_core.worker', '_core.threads', '_core.pools', '_core.dispatch',
-         '_core.parking', '_core.driver', '_core.shutdown', '_core.loop', '_core.hub',
-         '_files.facts', '_files.mounts', '_files.device', '_files.route', '_files.paths',
-         '_files.steps', '_files.walk', '_files.changes', '_files.transfers', '_files.opening',
-         '_files.names', '_files.seeks', '_files.closing', '_files.calls', '_files.buffers',
-         '_files.inline', '_files.direct', '_files.buffered', '_files.underway', '_files.pread',
-         '_files.operation', '_files.file', '_files.lines']
+NAMES = ['_core.fork', '_core.handle', '_core.eventfd', '_core.context', '_core.memory', '_core.tally',
+         '_core.thread', '_core.fifo', '_core.request', '_core.queues', '_core.engine', '_core.caller',
+         '_core.job', '_core.mailbox', '_core.processor', '_core.worker', '_core.threads', '_core.pools',
+         '_core.dispatch', '_core.parking', '_core.driver', '_core.shutdown', '_core.loop', '_core.hub',
+         '_files.facts', '_files.mounts', '_files.device', '_files.route', '_files.paths', '_files.steps',
+         '_files.walk', '_files.changes', '_files.transfers', '_files.opening', '_files.names',
+         '_files.seeks', '_files.closing', '_files.calls', '_files.buffers', '_files.inline',
+         '_files.direct', '_files.buffered', '_files.underway', '_files.pread', '_files.operation',
+         '_files.file', '_files.lines']
 
 
 class BuildAndCopy(build_ext):

@@ -57,6 +57,8 @@ cdef class Dispatcher:
     @cython.final
     cdef int _tell_of_stall(self) except -1
     @cython.final
+    cdef bint _call_here(self, Request request) except -1
+    @cython.final
     cdef int _move_declined(self) except -1
     @cython.final
     cdef int _move(self, Request request) except -1

@@ -174,7 +174,6 @@ cdef class Dispatcher:
 
         Return False if it must not be made here, because it may wait for ever. Then the request is as
         before."""
-        cdef int64_t result
         # The thread gets a number, which must not mean another file by the time the thread uses it.
         request.hold()
         cdef State before = request.state
@@ -196,8 +195,13 @@ cdef class Dispatcher:
             # `submit` logs the lack of a thread, and a handler
             # may run any code. In that time the request ended.
             return True
-        # The call is made in this thread and holds up the hub. The request counts as lent for that time,
-        # because a signal handler may run in it, and look at the request, or fork.
+        return self._call_here(request)
+
+    cdef bint _call_here(self, Request request) except -1:
+        """Make the call of *request* in this thread, which holds up the hub. Return True."""
+        cdef int64_t result
+        # The request counts as lent for that time, because a signal handler may run in it, and look at the
+        # request, or fork.
         self.engine.lend(request)
         try:
             result = make_here(request)

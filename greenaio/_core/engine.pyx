@@ -88,8 +88,7 @@ cdef class Engine(Queues):
             waited = times_waited()
         # One look at the clock serves as the begin of the submission and of all its requests.
         took = self.context.now()
-        # No reference is taken in the loop, because `pending` owns
-        # its requests and nothing in the loop changes that list.
+        # No reference is taken, because `pending` owns its requests and nothing here changes that list.
         while at != NULL and n < room:
             request = <Request>at
             self._stage(request)

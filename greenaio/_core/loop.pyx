@@ -92,14 +92,12 @@ cdef class HubDriver(Driver):
         io = loop._watchers.io if hasattr(loop, '_watchers') else type(loop).io
         return io(loop, self.engine.context.eventfd, READ, ref=False)
 
+    # The kernel allows all processes together `aio-max-nr` requests. io_setup fails with EAGAIN if they are
+    # used up. Then the driver asks for half as many, down to `DEPTH_MIN`. Without a context it works with
+    # threads, and asks again at most once in `ATTACH_AGAIN_NS`. Other errors, such as ENOSYS or EPERM in a
+    # sandbox, will not go away.
     cdef int attach(self) except -1:
-        """Get a context from the kernel, with fewer requests if needed. `native` says whether there is one.
-
-        The kernel allows all processes together `aio-max-nr` requests. io_setup fails with EAGAIN if they are
-        used up. Then ask for half as many, down to `DEPTH_MIN`. Without a context the driver works with
-        threads, and asks again at most once in `ATTACH_AGAIN_NS`. Other errors, such as ENOSYS or EPERM in a
-        sandbox, will not go away."""
-        global _warned
+        """Get a context from the kernel, with fewer requests if needed. `native` says whether there is one."""
         cdef Context context = self.engine.context
         cdef int depth = self.engine.depth
         cdef bint again = self._attach_again != 0
@@ -132,14 +130,7 @@ cdef class HubDriver(Driver):
                 return 0
             problem = f'only {depth} were to be had'
         self._tell('Fallback', str(problem), depth if self.native else 0, self.native)
-        # Set it before the log call, because a handler may use files, and come here again in another hub.
-        if not _warned:
-            _warned = True
-            log.warning(
-                'native AIO, asked for %d requests in flight: %s%s. aio-nr is %s, aio-max-nr %s; '
-                'if that is the cause: sysctl -w fs.aio-max-nr=1048576', asked, problem,
-                '' if self.native else '; using threads, which are slower',
-                _proc('aio-nr'), _proc('aio-max-nr'))
+        _warn(asked, problem, self.native)
         return 0
 
     cdef int _attached_again(self, int depth) except -1:
@@ -184,7 +175,6 @@ cdef class HubDriver(Driver):
         if self._holds_loop and not self.closed:
             self._holds_loop = False
             if self._watcher is not None:
-                # In a forked child there may be no watcher until the next turn of the loop.
                 self._watcher.ref = False
         return 0
 
@@ -206,12 +196,11 @@ cdef class HubDriver(Driver):
         # The timer has run once. A new one is made below, if there is anything to look for.
         self._stuck.close()
         self._stuck = None
-        # The setting may have been changed to 0 since, which switches this off.
         if self.closed or not config.stuck_after:
             return
         for request, where, ns in engine.stuck(<uint64_t><int>config.stuck_after * 1000000000):
             self._tell('RequestStuck', request, where, ns / 1e9)
-        # Abandoned requests are among them, so an operator hears of a frozen disk even if no greenlet waits.
+        # Abandoned requests count: an operator hears of a frozen disk even if no greenlet waits.
         if engine.requests():
             self._look_for_stuck()
 
@@ -224,7 +213,6 @@ cdef class HubDriver(Driver):
         if self._retry is not None:
             return 0
         if self._retry_after > RETRY_MAX:
-            # Begin again with the shortest time at the next lack.
             self._retry_after = RETRY_MIN
             self.engine.refuse(EAGAIN)
             self.ask_for_pass()
@@ -240,7 +228,7 @@ cdef class HubDriver(Driver):
         self._retry = None
         if self.closed:
             return
-        # Set the next time first, because the flush uses it.
+        # First, because the flush uses it.
         self._retry_after *= 2
         try:
             self.flush()
@@ -271,22 +259,22 @@ cdef class HubDriver(Driver):
 
     # Ends -----------------------------------------------------------------------------------
 
+    # A fork copies what this process has, but not what the kernel and the threads have:
+    #
+    #     ==================  ======================================  ==================================
+    #     part                in the parent                           in the child
+    #     ==================  ======================================  ==================================
+    #     the context         goes on                                 forgotten, never destroyed
+    #     the eventfd         goes on                                 a fresh one under the same numbers
+    #     native threads      go on, and fill the parent's inbox      there are none
+    #     requests            go on                                   done with ECANCELED
+    #     parked greenlets    get their results                       copies get OSError (ECANCELED)
+    #     ==================  ======================================  ==================================
+    #
+    # The watcher stays as it is, over a fresh eventfd. To close or stop it here would abort the loop, or take
+    # wake-ups from the parent. It has to go only if its number is a file of the program by now.
     def after_fork_in_child(self):
-        """Cancel all inherited requests. The context of the kernel is made again at the next request.
-
-            ==================  ======================================  ==================================
-            part                in the parent                           in the child
-            ==================  ======================================  ==================================
-            the context         goes on                                 forgotten, never destroyed
-            the eventfd         goes on                                 a fresh one under the same numbers
-            native threads      go on, and fill the parent's inbox      there are none
-            requests            go on                                   done with ECANCELED
-            parked greenlets    get their results                       copies get OSError (ECANCELED)
-            ==================  ======================================  ==================================
-
-        The watcher stays as it is, over a fresh eventfd. To close or stop it here would abort the loop, or
-        take wake-ups from the parent. It has to go only if its number is a file of the program by now.
-        """
+        """Cancel all inherited requests. The context of the kernel is made again at the next request."""
         watched = self.engine.context.eventfd
         self.forks += 1
         # The context comes first, because the new inbox signals its fresh eventfd.
@@ -373,6 +361,18 @@ cdef class HubDriver(Driver):
         except ValueError:
             # The loop is destroyed already, and its watchers with it.
             pass
+
+
+cdef _warn(int asked, problem, bint native):
+    """Log, once for the life of the process, that there is less native AIO than the *asked* requests."""
+    global _warned
+    # Set it before the log call, because a handler may use files, and come here again in another hub.
+    if not _warned:
+        _warned = True
+        log.warning(
+            'native AIO, asked for %d requests in flight: %s%s. aio-nr is %s, aio-max-nr %s; '
+            'if that is the cause: sysctl -w fs.aio-max-nr=1048576', asked, problem,
+            '' if native else '; using threads, which are slower', _proc('aio-nr'), _proc('aio-max-nr'))
 
 
 def _log_in_greenlet(depth):

@@ -80,6 +80,13 @@ cdef extern from "<errno.h>":
 cdef dict _inside = inside
 
 
+cdef inline _switch_out(current):
+    """Call the method of *current* that gevent's own switch to the hub calls first, if there is one."""
+    switch_out = getattr(current, 'switch_out', None)
+    if switch_out is not None:
+        switch_out()
+
+
 cdef class Parking(Dispatcher):
     """Park the greenlets of one hub until their requests are done, and wake them. Only for the thread of the
     hub."""
@@ -106,11 +113,7 @@ cdef class Parking(Dispatcher):
         self.waiting += 1
         try:
             self.hold_loop()
-            # A greenlet may have a method that gevent's own switch
-            # to the hub calls first. This switch does the same.
-            switch_out = getattr(current, 'switch_out', None)
-            if switch_out is not None:
-                switch_out()
+            _switch_out(current)
             # No Python code runs from here to the switch: see "Park and next". A request
             # that is still in a list will be found there, with its waiter. Otherwise the
             # code above has run a pass, which handed the request over and found no waiter.
@@ -161,19 +164,19 @@ cdef class Parking(Dispatcher):
         request.waiter = None
         return waiter
 
+    # The end of a request whose greenlet goes without the result:
+    #
+    #     ==========================  ==========================================================
+    #     the request is              it is
+    #     ==========================  ==========================================================
+    #     begun by `begin`            left alone
+    #     PENDING or DECLINED         withdrawn: it never happens
+    #     DONE                        released here instead of in a pass
+    #     with no thread yet          taken out of the queue: it never happens
+    #     with the kernel or thread   abandoned: it may happen, and a pass releases it
+    #     ==========================  ==========================================================
     cdef int _leave(self, Request request) except -1:
-        """Withdraw *request*, or abandon it, because its greenlet goes without the result.
-
-            ==========================  ==========================================================
-            the request is              it is
-            ==========================  ==========================================================
-            begun by `begin`            left alone
-            PENDING or DECLINED         withdrawn: it never happens
-            DONE                        released here instead of in a pass
-            with no thread yet          taken out of the queue: it never happens
-            with the kernel or thread   abandoned: it may happen, and a pass releases it
-            ==========================  ==========================================================
-        """
+        """Withdraw *request*, or abandon it, because its greenlet goes without the result."""
         cdef Engine engine = self.engine
         # In a forked child the lock of a pool may be held for ever, by a thread of the parent. Hear of the
         # fork first: then the request is cancelled, and no lock is needed.
@@ -319,8 +322,7 @@ cdef class Parking(Dispatcher):
                 else:
                     self._wake(request)
         finally:
-            # All of this is also done if a wake fails: requests
-            # that were enqueued in the pass count on its end.
+            # Also if a wake fails: requests that were enqueued in the pass count on its end.
             self.sections -= 1
             engine.burst = BURST
             self._budget.run = 0

@@ -144,12 +144,10 @@ cdef class Request:
             self.pin(buffers)
 
     def __dealloc__(self):
-        # Usually `release` was called before, and only `job` is left. A request that never began comes here
-        # with all its fields.
+        # Usually `release` was called before, and only `job` is left, unless the request never began.
         if self.buffer_count or self._views != NULL:
             self.unpin()
-        # A worker may use the job until the hub has taken it out of its mailbox. Until then a list keeps the
-        # request, so no worker has the job now.
+        # A list keeps the request until the hub has taken the job out of its mailbox, so no worker has it now.
         free(self.job)
         if self.handle is not None or self.other is not None or self.writes is not None:
             self._drop()
@@ -230,7 +228,6 @@ cdef class Request:
         self.buffer_count = 0
         self._views = NULL
         self.buffers = NULL
-        # The pin of a single buffer lies in the request itself.
         if views == NULL:
             if count:
                 PyBuffer_Release(&self._view)
@@ -319,8 +316,7 @@ cdef class Request:
             # Until `release` closes it, this fd is the other end that the open of the thread finds.
             self.peer = join(self.fifo)
             if self.peer >= 0:
-                # One fd takes the place of the other, because fds may be few: 1,000 killed opens need no more
-                # of them than before.
+                # One fd takes the place of the other: 1,000 killed opens need no more fds than before.
                 close(self.fifo)
                 self.fifo = -1
 
@@ -348,18 +344,13 @@ cdef class Request:
 
     def __repr__(self):
         return (f'<Request {Opcode_name(self.opcode)} fd={self.fd} offset={self.offset} '
-                f'nbytes={self.nbytes} {State_name(self.state)} result={self.result}>')
+                f'nbytes={self.nbytes} {State(self.state).name} result={self.result}>')
 
 
 def Opcode_name(int opcode):
     """Return the name of *opcode*, or its number as text."""
     return {PREAD: 'PREAD', PWRITE: 'PWRITE', FSYNC: 'FSYNC', FDSYNC: 'FDSYNC',
             PREADV: 'PREADV', PWRITEV: 'PWRITEV', CALL: 'CALL'}.get(opcode, str(opcode))
-
-
-def State_name(int state):
-    """Return the name of *state*."""
-    return ('NEW', 'PENDING', 'IN_FLIGHT', 'DECLINED', 'DONE')[state]
 
 
 @cython.final

@@ -49,7 +49,8 @@ from greenaio._core.caller cimport note_caller
 from greenaio._core.request cimport Request
 from greenaio._core.job cimport LONG, job
 from greenaio._core.mailbox cimport (
-    WARY, Inbox, give_out, inboxes, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, take_back,
+    WARY, Inbox, give_out, inboxes, mailbox, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    take_back,
 )
 from greenaio._core.processor cimport bind_worker, filters_allow, is_ordinary, release_worker
 from greenaio._core.thread cimport start_thread
@@ -175,42 +176,19 @@ cdef class Pool:
         case."""
         cdef pool *home = self._pool
         cdef job *one = <job *>request.job
-        cdef bint more, failed = False
+        cdef bint more
         cdef worker *called
-        cdef int cpu = WHEREVER
+        cdef int cpu, error = 0
         # Such a call waits for a peer, so it must not take the processor of the hub.
         if self.device is None:
             one.kind = LONG
         # Read at each call, so that a change of the configuration counts at once.
         home.limit = config.threads if self.device is not None else INT_MAX
-        # In this thread, because it is the caller.
-        note_caller(&one.by)
-        one.home, one.wary, one.previous, one.next = home, &home.wary, NULL, NULL
-        # Before the job is in the queue, because a worker may bring it back at once.
-        give_out(one, inbox._box)
-        if one.kind == LONG:
-            cpu = EVERYWHERE
-        elif inbox._box.short_out == 1:
-            # This is the only short call of this hub that is out, so its worker may run on the hub's
-            # processor. A second one would only wait for the first there.
-            cpu = sched_getcpu()
-            if home.bound and not one.by.is_filtered and not is_ordinary():
-                # This thread has changed its policy since it bound a worker, and might leave that no time.
-                cpu = EVERYWHERE
+        cpu = _prepare(home, one, inbox._box)
         pthread_mutex_lock(&home.lock)
         # From here on the job may be taken by any worker that comes from its call.
-        one.previous = home.last
-        if home.last != NULL:
-            home.last.next = one
-        else:
-            home.first = one
-        home.last = one
-        one.waiting = True
-        home.queued += 1
-        if cpu >= 0 and home.doubted[one.kind]:
-            # The last attempt to bind a worker failed, or calls of this kind took long. The call may run
-            # anywhere, and counts towards the next attempt.
-            home.doubted[one.kind] -= 1
+        _append(home, one)
+        if cpu >= 0 and _doubts(home, one.kind):
             cpu = EVERYWHERE
         # Without a worker at rest and without a free place, a worker that comes from its call takes this one.
         called = _choose(home, one, cpu, home.threads < home.limit)
@@ -222,34 +200,82 @@ cdef class Pool:
         # Without the lock, because starting a thread takes long, and its first step is to take the lock.
         if more:
             error = start_thread(work, home)
-            if error:
-                pthread_mutex_lock(&home.lock)
-                home.threads -= 1
-                # Another worker may have come to rest by now.
-                called = _choose(home, one, cpu, False)
-                # With other threads the call waits for one of them. A call that waits for a peer must not,
-                # because theirs may last for ever.
-                failed = called == NULL and (home.threads == 0 or self.device is None)
-                pthread_mutex_unlock(&home.lock)
-                # The lock was free in between. If a worker has taken the job, all is well.
-                if failed and withdraw(request):
-                    _tell_of_no_thread(error)
-                    return False
+        # The lock was free in between. If a worker has taken the job, all is well.
+        if error and _is_stranded(home, one, cpu, self.device is None, &called) and withdraw(request):
+            _tell_of_no_thread(error)
+            return False
         if called != NULL:
-            # Before the call, because the worker must see this when its job is done. `Inbox.look` follows in
-            # the hub.
+            # Before the call, because the worker reads it when its job is done. `Inbox.look` follows.
             inbox._box.looks = cpu >= 0
             call_to_work(called)
         return True
 
 
-cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
-    """Take a worker out of `resting` for the call of *one*, and bind it to *cpu*, or to none if that is
-    EVERYWHERE.
+cdef int _processor_for(pool *home, job *one, int short_out) noexcept:
+    """Return the processor on which the call of *one* runs best, or WHEREVER, or EVERYWHERE. *short_out* is
+    the number of short calls of this hub that are out, with this one."""
+    if one.kind == LONG:
+        return EVERYWHERE
+    # If this is the only short call, its worker may run on the hub's processor. A second one would only wait
+    # for the first there.
+    if short_out != 1:
+        return WHEREVER
+    # A thread that has changed its policy since it bound a worker might leave that no time.
+    if home.bound and not one.by.is_filtered and not is_ordinary():
+        return EVERYWHERE
+    return sched_getcpu()
 
-    Return NULL if there is none. Return NULL also if another *may_start*, and no worker that may run
-    everywhere is asleep: one that is awake may wait for the processor of the hub. With the lock.
-    """
+
+cdef int _prepare(pool *home, job *one, mailbox *box) noexcept:
+    """Make *one* ready for the queue of *home*. Return the processor on which it runs best."""
+    # In this thread, because it is the caller.
+    note_caller(&one.by)
+    one.home, one.wary, one.previous, one.next = home, &home.wary, NULL, NULL
+    # Before the job is in the queue, because a worker may bring it back at once.
+    give_out(one, box)
+    return _processor_for(home, one, box.short_out)
+
+
+cdef bint _doubts(pool *home, int kind) noexcept:
+    """Return whether a call of *kind* may run anywhere, because the last attempt to bind a worker failed or
+    calls of this kind took long. The call counts towards the next attempt. With the lock."""
+    if not home.doubted[kind]:
+        return False
+    home.doubted[kind] -= 1
+    return True
+
+
+cdef void _append(pool *home, job *one) noexcept:
+    """Put *one* at the end of the queue. With the lock."""
+    one.previous = home.last
+    if home.last != NULL:
+        home.last.next = one
+    else:
+        home.first = one
+    home.last = one
+    one.waiting = True
+    home.queued += 1
+
+
+cdef bint _is_stranded(pool *home, job *one, int cpu, bint waits_for_peer, worker **called) noexcept:
+    """Return whether no thread can make the call of *one*, because the one for it could not be started.
+    Otherwise set *called* to a worker that has come to rest since, if there is one."""
+    cdef bint is_stranded
+    pthread_mutex_lock(&home.lock)
+    # The thread that does not exist was counted.
+    home.threads -= 1
+    called[0] = _choose(home, one, cpu, False)
+    # With other threads the call waits for one of them. A call that waits for a peer must not, because theirs
+    # may last for ever.
+    is_stranded = called[0] == NULL and (home.threads == 0 or waits_for_peer)
+    pthread_mutex_unlock(&home.lock)
+    return is_stranded
+
+
+cdef worker *_choose(pool *home, job *one, int cpu, bint may_start) noexcept:
+    """Take a worker out of `resting` for the call of *one*, and bind it to *cpu*, or to none for EVERYWHERE.
+    Return NULL if there is none, or if another *may_start* and no worker that may run everywhere is asleep:
+    one that is awake may wait for the processor of the hub. With the lock."""
     cdef worker **link = &home.resting
     cdef worker **free = NULL
     cdef worker **bound = NULL

@@ -134,6 +134,30 @@ cdef void _release(pool *home, worker *me) noexcept nogil:
     pthread_mutex_unlock(&home.lock)
 
 
+cdef job *_take_job(pool *home, worker *me, bint *rests) noexcept nogil:
+    """Come back from rest, and take the first job. Without a job go to rest, or count this thread out because
+    enough others are idle. *rests* says whether this worker rests. With the lock."""
+    cdef job *one = home.first
+    # The hub has taken this worker out of `resting` already, but left the count to it.
+    if rests[0]:
+        home.idle -= 1
+    # Another worker may have been quicker. Then there is no job, and this worker rests again or ends. More
+    # idle threads than the pool keeps are not needed.
+    rests[0] = one == NULL and home.idle < home.kept
+    if one != NULL:
+        unlink(home, one)
+    elif rests[0]:
+        home.idle += 1
+        # Before the lock is free, because the hub may call this worker as soon as it is.
+        me.word, me.next, home.resting = AT_WORK, home.resting, me
+    else:
+        # After the lock is free this thread does not touch the pool again, so it may be used for other
+        # threads.
+        home.threads -= 1
+        home.bound -= me.at.cpu >= 0
+    return one
+
+
 cdef void *work(void *arg) noexcept nogil:
     """Make the calls of the pool *arg*, until there is nothing to do and enough threads are idle.
 
@@ -151,26 +175,9 @@ cdef void *work(void *arg) noexcept nogil:
     me.at.thread, me.at.cpu = <int>syscall(SYS_gettid), -1
     while True:
         pthread_mutex_lock(&home.lock)
-        # The hub has taken this worker out of `resting` already, but left the count to it.
-        if rests:
-            home.idle -= 1
         if done != NULL:
             _learn(home, kind, took_long)
-        # Another worker may have been quicker. Then there is no job, and this worker rests again or ends.
-        one = home.first
-        # More idle threads than the pool keeps are not needed, so this one ends.
-        rests = one == NULL and home.idle < home.kept
-        if one != NULL:
-            unlink(home, one)
-        elif rests:
-            home.idle += 1
-            # Before the lock is free, because the hub may call this worker as soon as it is.
-            me.word, me.next, home.resting = AT_WORK, home.resting, &me
-        else:
-            # After the lock is free this thread does not touch the pool again, so it may be used for other
-            # threads.
-            home.threads -= 1
-            home.bound -= me.at.cpu >= 0
+        one = _take_job(home, &me, &rests)
         pthread_mutex_unlock(&home.lock)
         # Only now, so that the hub finds this worker at rest. The job is the hub's after this.
         if done != NULL:
