@@ -13,8 +13,8 @@ HOUSE = pathlib.Path(greenaio.__file__).parent
 ORDER = {
     'settings': '_config',
     '_core': 'abi fork bell handle eventfd context memory ends describe uninterrupted counters tally policy '
-             'thread fifo request queues engine caller job mailbox processor worker threads pools dispatch parking '
-             'driver shutdown loop hub',
+             'thread fifo request queues engine caller job mailbox processor worker threads pools '
+             'dispatch parking driver shutdown loop hub',
     '_files': 'arguments unclosed sharing loop pool place portable portable_file sleeper waiter turn facts '
               'mounts device route paths steps walk ranges shield sectors changes transfers opening names '
               'seeks closing calls buffers inline direct buffered underway pread operation file extension '

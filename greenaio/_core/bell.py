@@ -3,15 +3,6 @@
 A child has one thread, copies of its greenlets, and all numbers of its parent. The context of the kernel,
 the native threads and the locks that another thread held stayed with the parent. A module that keeps any of
 these registers a handler by `listen`.
-
-    ==================  ================================  ===================================
-    fork by             Python (os.fork, subprocess)      C
-    ==================  ================================  ===================================
-    rings the bell      Python's hook, before os.fork     the next use of greenaio, which asks
-                        returns                           for the `generation`
-    ==================  ================================  ===================================
-
-The handlers run in the order of the layers: a module is imported, and listens, after those below it.
 """
 
 from __future__ import annotations
@@ -57,6 +48,16 @@ def generation() -> int:
     return _generation
 
 
+# Both kinds of forks ring the bell:
+#
+#     ==================  ================================  ===================================
+#     fork by             Python (os.fork, subprocess)      C
+#     ==================  ================================  ===================================
+#     rings the bell      Python's hook, before os.fork     the next use of greenaio, which asks
+#                         returns                           for the `generation`
+#     ==================  ================================  ===================================
+#
+# The handlers run in the order of the layers: a module is imported, and listens, after those below it.
 def ring() -> None:
     """Run the handlers that have not run in this child. Raise MemoryError at once, and the last other error
     of a handler after all have run."""

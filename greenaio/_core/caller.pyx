@@ -4,36 +4,6 @@
 A call takes some attributes from the thread that makes it: fsuid and fsgid, capabilities, the umask. A worker
 makes the call for another thread, and later. So `note_caller` writes these attributes down in the job, in the
 caller's thread, and `begin_for` puts them on in the worker. A worker keeps them until the next job.
-
-fsuid and fsgid. setfsuid(-1) changes nothing and returns the present one. glibc changes these two in one
-thread only, and the other ids in all threads, workers included, by a signal that sigfillset leaves out.
-Such a change sets the fsuid of every thread again. So a worker does not remember its ids, it asks each time.
-
-capabilities. If the fsuid changes from 0 to another, a thread loses its capabilities on files, in the caller
-and in the worker alike. capset also changes one thread only. The worker lowers its effective set to the
-caller's. It can't have a capability that it was not born with.
-
-A seccomp filter may end the process at setfsuid: systemd's ``SystemCallFilter=~@privileged`` does. Under a
-filter nothing is set that need not be, and the ids are read off a new file. That takes 3 us, so they are
-read only where the capabilities show that this thread is not as the process began.
-
-umask. A worker shares it with the process. `os.umask`, patched, counts its changes before it makes them. A
-job knows the number of changes and the umask at its call. If the number has changed, the file that the worker
-creates gets no bit that the umask of the call forbids. If not, the kernel applies the umask. Below a
-directory with a default ACL the kernel ignores the umask, so this code must not apply it either.
-
-    the caller                         another thread                     the worker
-    notes: 3 changes, umask 022
-                                       counts: 4 changes
-                                       sets the umask to 0
-                                                                          sees 4 changes: applies 022 itself
-                                                                          creates the file
-
-A worker that has looked at the number, and is about to create the file, would create it with the new umask. So
-the worker counts in `creating` before it looks, until the file is there, and `umask` waits after its count
-until no worker creates a file. Each side writes before it reads, and both are sequentially consistent, so
-either the worker sees the new number or `umask` sees the worker. A disk may hang, so `umask` waits for at
-most 1 ms.
 """
 
 # `os` may be patched.
@@ -265,6 +235,18 @@ cdef void note_caller(caller *one) noexcept:
     c_note_caller(one)
 
 
+# fsuid and fsgid. setfsuid(-1) changes nothing and returns the present one. glibc changes these two in one
+# thread only, and the other ids in all threads, workers included, by a signal that sigfillset leaves out.
+# Such a change sets the fsuid of every thread again. So a worker does not remember its ids, it asks each
+# time.
+#
+# capabilities. If the fsuid changes from 0 to another, a thread loses its capabilities on files, in the
+# caller and in the worker alike. capset also changes one thread only. The worker lowers its effective set to
+# the caller's. It can't have a capability that it was not born with.
+#
+# A seccomp filter may end the process at setfsuid: systemd's ``SystemCallFilter=~@privileged`` does. Under a
+# filter nothing is set that need not be, and the ids are read off a new file. That takes 3 us, so they are
+# read only where the capabilities show that this thread is not as the process began.
 cdef int begin_for(caller *one) noexcept nogil:
     """Give this worker the ids and capabilities of the caller. Return 0, or minus the errno. After an error
     the worker must not make the call."""
@@ -322,6 +304,23 @@ def learn_umask():
     _learn_umask(mask)
 
 
+# umask. A worker shares it with the process. `os.umask`, patched, counts its changes before it makes them. A
+# job knows the number of changes and the umask at its call. If the number has changed, the file that the
+# worker creates gets no bit that the umask of the call forbids. If not, the kernel applies the umask. Below a
+# directory with a default ACL the kernel ignores the umask, so this code must not apply it either.
+#
+#     the caller                         another thread                     the worker
+#     notes: 3 changes, umask 022
+#                                        counts: 4 changes
+#                                        sets the umask to 0
+#                                                                           sees 4 changes: applies 022 itself
+#                                                                           creates the file
+#
+# A worker that has looked at the number, and is about to create the file, would create it with the new umask.
+# So the worker counts in `creating` before it looks, until the file is there, and `umask` waits after its
+# count until no worker creates a file. Each side writes before it reads, and both are sequentially
+# consistent, so either the worker sees the new number or `umask` sees the worker. A disk may hang, so `umask`
+# waits for at most 1 ms.
 def umask(mask, /):
     """Set the umask as `os.umask` does, and return the one before. A file whose creation was asked for and
     has not begun gets no bit that the umask until now forbids. Take at most 1 ms."""

@@ -5,31 +5,6 @@ This is the only code above `greenaio._core.abi` that knows an AIO structure of 
 as plain words (`Context.stage`, `Context.submit`) and comes out as a token and a result (`Context.peek`,
 `Context.commit`). The kernel copies an iocb while it accepts it, so one array of them, on the heap, serves
 every batch. Of a request in flight only its data buffer and its token still matter.
-
-The completion ring
--------------------
-
-The ring is one piece of memory that the kernel and this thread share. `tail` belongs to the kernel, `head` to
-us.
-
-    ============================  ==================================  =======================================
-    the kernel, any processor     this thread                         why in this order
-    ============================  ==================================  =======================================
-    writes an event                                                   the event is whole before it can be seen
-    stores `tail`                                                     the event can be seen from here on
-    signals the eventfd                                               a wake-up always finds its event
-                                  clears the eventfd                  a later signal is not lost
-                                  loads `tail` (acquire)              all events before `tail` are whole
-                                  copies the events out               `peek`: the slots are still ours
-                                  stores `head` (release)             `commit`: the copies are made by then
-    may overwrite the slots
-    ============================  ==================================  =======================================
-
-A finished request frees no place in the kernel. Only the store to `head` does, so a full context stays full
-until `commit`.
-
-After a fork the child must not touch the ring. The ring is not mapped there, and a store to `head` would lose
-an event of the parent if it were. The kernel refuses the parent's context to the child.
 """
 
 import os
@@ -92,6 +67,29 @@ cdef long times_waited() noexcept nogil:
 cdef object _fdsync = None
 
 
+# The completion ring.
+#
+# The ring is one piece of memory that the kernel and this thread share. `tail` belongs to the kernel, `head`
+# to us.
+#
+#     ============================  ==================================  =======================================
+#     the kernel, any processor     this thread                         why in this order
+#     ============================  ==================================  =======================================
+#     writes an event                                                   the event is whole before it can be seen
+#     stores `tail`                                                     the event can be seen from here on
+#     signals the eventfd                                               a wake-up always finds its event
+#                                   clears the eventfd                  a later signal is not lost
+#                                   loads `tail` (acquire)              all events before `tail` are whole
+#                                   copies the events out               `peek`: the slots are still ours
+#                                   stores `head` (release)             `commit`: the copies are made by then
+#     may overwrite the slots
+#     ============================  ==================================  =======================================
+#
+# A finished request frees no place in the kernel. Only the store to `head` does, so a full context stays full
+# until `commit`.
+#
+# After a fork the child must not touch the ring. The ring is not mapped there, and a store to `head` would
+# lose an event of the parent if it were. The kernel refuses the parent's context to the child.
 cdef class Context(Eventfd):
     """An eventfd and, once `open` was called, an ``io_context_t`` that signals it.
 

@@ -78,6 +78,11 @@ cdef class Driver(Parking):
 
     # Several requests of one greenlet -------------------------------------------------------
 
+    # The two halves of `perform`, for a greenlet that has several requests under way:
+    #
+    #     `begin`     submits, and takes a request that is done at once out of the queue of a pass
+    #     `end`       waits; after a kill the request goes on, and `end` may be called again
+    #     no `end`    the request goes on to its own end, and a pass releases it
     cdef int begin(self, Request request, bint more) except -1:
         """Submit *request* and wait for nothing: the first half of `perform`. `end` is the other half.
 

@@ -7,14 +7,6 @@ A wait ends in one of two ways. The awaited operation answers, with a result or 
 throws an exception into the waiting one: a kill, a Timeout, a close of the file. The class of the exception
 says nothing: ``Timeout(1, OSError(ENOSPC, ...))`` is a Timeout. So the code that parks marks the exception
 that is thrown into it, and the layers above ask for the mark.
-
-    ==========================================  =======================  ==========================
-    code that parks a greenlet                  an answer                an exception thrown into it
-    ==========================================  =======================  ==========================
-    `Parking.park`                              a number in the request  marked
-    `_files.pool.call`, `Shielded.get`          returned by the job      marked
-    `_files.loop.wait_for`, `Turn.wait`         none                     marked
-    ==========================================  =======================  ==========================
 """
 
 from __future__ import annotations
@@ -33,6 +25,15 @@ from greenaio._core.bell import generation, is_forked
 _THROWN = object()
 
 
+# All code that parks a greenlet tells the two ends apart:
+#
+#     ==========================================  =======================  ==========================
+#     code that parks a greenlet                  an answer                an exception thrown into it
+#     ==========================================  =======================  ==========================
+#     `Parking.park`                              a number in the request  marked
+#     `_files.pool.call`, `Shielded.get`          returned by the job      marked
+#     `_files.loop.wait_for`, `Turn.wait`         none                     marked
+#     ==========================================  =======================  ==========================
 def thrown(error: BaseException) -> BaseException:
     """Mark *error*, which was thrown into a greenlet that waited. Return it."""
     # A class may define its own `__setattr__`, which might refuse or run any code.

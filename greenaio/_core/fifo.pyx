@@ -3,17 +3,6 @@
 
 Nothing else ends such a wait: a signal would have to hit the one thread, and greenaio sends none. The kernel
 wakes every open that waits for a peer when a peer comes, and also an open that is about to begin finds it.
-
-    ==========================  ===================================================================
-    party                       what it sees
-    ==========================  ===================================================================
-    the waiting thread          its open returns an fd, which `Request.release` closes
-    other opens of this FIFO    may return as well: their greenlets compare `meetings` and open again
-    other processes             a peer that comes and goes
-    ==========================  ===================================================================
-
-Both ends stay open until the thread's open has returned. If they were closed before, a writer would get
-SIGPIPE. Where this process may not open both ends, the thread waits until a real peer comes.
 """
 
 from posix.unistd cimport close
@@ -61,6 +50,16 @@ cdef void close_path_fd(int fd) noexcept nogil:
     c_close_path_fd(fd)
 
 
+#     ==========================  ===================================================================
+#     party                       what it sees
+#     ==========================  ===================================================================
+#     the waiting thread          its open returns an fd, which `Request.release` closes
+#     other opens of this FIFO    may return as well: their greenlets compare `meetings` and open again
+#     other processes             a peer that comes and goes
+#     ==========================  ===================================================================
+#
+# Both ends stay open until the thread's open has returned. If they were closed before, a writer would get
+# SIGPIPE. Where this process may not open both ends, the thread waits until a real peer comes.
 cdef int join(int fifo) noexcept:
     """Open both ends of the FIFO that the O_PATH fd *fifo* is of. Return an fd for `leave`, or -1.
 

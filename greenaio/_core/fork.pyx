@@ -3,14 +3,6 @@
 
 The word lies on a page that the kernel wipes in each child (MADV_WIPEONFORK). So it also shows the forks by
 C code, of which Python's hooks hear nothing. `greenaio._core.bell` reacts to it.
-
-    the parent                          the child
-    word is 1: `forked` says no
-    forks                               word is 0: `forked` says yes
-                                        rings the bell, which writes 1: `forked` says no
-
-To look at the word costs one load. To ask for the number of the process would be a system call in each
-operation.
 """
 
 from posix.mman cimport (
@@ -24,6 +16,13 @@ cdef enum:
 cdef unsigned int *_word = NULL
 
 
+#     the parent                          the child
+#     word is 1: `forked` says no
+#     forks                               word is 0: `forked` says yes
+#                                         rings the bell, which writes 1: `forked` says no
+#
+# To look at the word costs one load. To ask for the number of the process would be a system call in each
+# operation.
 cdef bint forked() noexcept nogil:
     """Return whether this process was forked since `acknowledge` was last called."""
     # No atomic operation is needed. The kernel wipes the page before the child runs, and a child begins with

@@ -1,16 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""A hub has at most one driver: it is made on first use, and ends with the hub or with its thread.
-
-    ==========================  ===================================================================
-    event                       what happens to the driver
-    ==========================  ===================================================================
-    the first use in a thread   `current_driver` makes it, and a sentinel in a thread-local owns it
-    the hub is destroyed        `HubDriver.close`, before gevent begins (see `greenaio._core.ends`)
-    its thread ends             the sentinel is dropped, which closes it: gevent tells of no such end
-    the process forks           `HubDriver.after_fork_in_child`, by the bell
-    the interpreter ends        nothing: the end of the process frees what the kernel may still write
-    ==========================  ===================================================================
-"""
+"""A hub has at most one driver: it is made on first use, and ends with the hub or with its thread."""
 
 import sys
 
@@ -58,6 +47,17 @@ cdef class _Sentinel:
                 thread_driver = NULL
 
 
+# The life of a driver:
+#
+#     ==========================  ===================================================================
+#     event                       what happens to the driver
+#     ==========================  ===================================================================
+#     the first use in a thread   `current_driver` makes it, and a sentinel in a thread-local owns it
+#     the hub is destroyed        `HubDriver.close`, before gevent begins (see `greenaio._core.ends`)
+#     its thread ends             the sentinel is dropped, which closes it: gevent tells of no such end
+#     the process forks           `HubDriver.after_fork_in_child`, by the bell
+#     the interpreter ends        nothing: the end of the process frees what the kernel may still write
+#     ==========================  ===================================================================
 cdef HubDriver current_driver():
     """Return the driver of this thread's hub, which is made if there is none.
 

@@ -9,24 +9,6 @@ the eventfd, which may be closed, and the count of jobs that are not back.
     wakes the hub, if the hub does not look
                                                     is woken, or looks
                                                     takes all jobs, and finishes their requests
-
-A hub that is about to look need not be woken. It says so in `looks`. Before it looks for the last time it
-takes that back. The worker pushes, and then asks whether the hub looks. A barrier stands between the two
-steps of each side, so at least one of them sees the step of the other.
-
-    the worker                                      the hub
-    pushes the job                                  looks = 0
-    barrier                                         barrier
-    reads `looks`                                   reads `done`
-
-If the worker reads 1, its push came before the hub's last look, which finds the job. If the hub finds no job,
-the worker reads 0 and signals. If both see the other, the signal causes one empty pass.
-
-Only a push onto an empty stack signals. The jobs that are pushed onto it later are taken together with it.
-
-The memory of a mailbox belongs to its `Inbox`, and after the Inbox is gone to the jobs that are still out. A
-hub can't wait for them, because a disk may be frozen. A forked child leaves the memory alone: see
-`Inbox.forget`.
 """
 
 from libc.stdint cimport uint64_t
@@ -110,6 +92,19 @@ cdef void take_back(job *one) noexcept:
         box.short_out -= 1
 
 
+# A hub that is about to look need not be woken. It says so in `looks`. Before it looks for the last time it
+# takes that back. The worker pushes, and then asks whether the hub looks. A barrier stands between the two
+# steps of each side, so at least one of them sees the step of the other.
+#
+#     the worker                                      the hub
+#     pushes the job                                  looks = 0
+#     barrier                                         barrier
+#     reads `looks`                                   reads `done`
+#
+# If the worker reads 1, its push came before the hub's last look, which finds the job. If the hub finds no
+# job, the worker reads 0 and signals. If both see the other, the signal causes one empty pass.
+#
+# Only a push onto an empty stack signals. The jobs that are pushed onto it later are taken together with it.
 cdef void post(job *one) noexcept nogil:
     """Bring the job back to the hub that asked. From here on the job is the hub's, which may free it at once.
     """
@@ -144,6 +139,9 @@ cdef void _waited(int *wary, uint64_t ns) noexcept:
         wary[0] += 1
 
 
+# The memory of a mailbox belongs to its `Inbox`, and after the Inbox is gone to the jobs that are still out.
+# A hub can't wait for them, because a disk may be frozen. A forked child leaves the memory alone: see
+# `Inbox.forget`.
 cdef class Inbox:
     """The mailbox of one hub. The eventfd of *context* wakes the hub."""
 

@@ -5,36 +5,6 @@ Switching follows one rule: *only a drain pass switches into a greenlet, and onl
 that very request*. So a request that finishes inside its own submission never switches, and nothing recurses,
 however deep submissions complete inline. Completions go to one queue (`Engine.ready`), and one pass in the
 hub (`Parking._drain`) resumes greenlets from it.
-
-Park and next
--------------
-
-A pass runs in the hub. It takes the first ready request and switches into its greenlet A (`_wake`). When A
-parks on its next request, the obvious target is the hub, which would take the next ready request and switch
-into greenlet B. `_next` leaves the hub out: A switches straight to B, and the hub stays suspended in `_wake`
-until a greenlet of the pass finds nothing ready, or the budget is spent. This is one switch for a request
-instead of two.
-
-    ====================  =====================  =====================  ======================
-    hub, in the pass      greenlet A             greenlet B             `Engine.ready`
-    ====================  =====================  =====================  ======================
-    wake A  ----------->  has its result                                B
-    (in `_wake`)          perform: enqueue                              B
-                          park: next is B        has its result         --
-                          (parked)               perform, park          --
-    the pass goes on  <------------------------  (parked)               --
-    ====================  =====================  =====================  ======================
-
-Three things make this right:
-
-1. `Request.waiter` is the token of a switch. The code that switches into a greenlet first takes the token
-   away. So a greenlet that finds its token still there was switched into by other code, and its request is
-   not done.
-2. `park` runs no Python code between the look at the request's list and the switch. A finalizer or a signal
-   handler there could run a pass, and the completion would find no waiter and wake no greenlet. Before that
-   point any code may run, because the list is looked at again after it.
-3. No reference to another greenlet is held across the switch. A parked greenlet has itself in a variable of
-   `perform`; a reference from A would keep B alive, dead, for as long as A waits.
 """
 
 import os
@@ -101,6 +71,34 @@ cdef class Parking(Dispatcher):
 
     # Park -----------------------------------------------------------------------------------
 
+    # Park and next.
+    #
+    # A pass runs in the hub. It takes the first ready request and switches into its greenlet A (`_wake`).
+    # When A parks on its next request, the obvious target is the hub, which would take the next ready request
+    # and switch into greenlet B. `_next` leaves the hub out: A switches straight to B, and the hub stays
+    # suspended in `_wake` until a greenlet of the pass finds nothing ready, or the budget is spent. This is
+    # one switch for a request instead of two.
+    #
+    #     ====================  =====================  =====================  ======================
+    #     hub, in the pass      greenlet A             greenlet B             `Engine.ready`
+    #     ====================  =====================  =====================  ======================
+    #     wake A  ----------->  has its result                                B
+    #     (in `_wake`)          perform: enqueue                              B
+    #                           park: next is B        has its result         --
+    #                           (parked)               perform, park          --
+    #     the pass goes on  <------------------------  (parked)               --
+    #     ====================  =====================  =====================  ======================
+    #
+    # Three things make this right:
+    #
+    # 1. `Request.waiter` is the token of a switch. The code that switches into a greenlet first takes the
+    #    token away. So a greenlet that finds its token still there was switched into by other code, and its
+    #    request is not done.
+    # 2. `park` runs no Python code between the look at the request's list and the switch. A finalizer or a
+    #    signal handler there could run a pass, and the completion would find no waiter and wake no greenlet.
+    #    Before that point any code may run, because the list is looked at again after it.
+    # 3. No reference to another greenlet is held across the switch. A parked greenlet has itself in a
+    #    variable of `perform`; a reference from A would keep B alive, dead, for as long as A waits.
     cdef object park(self, Request request, current):
         """Park the greenlet *current* until *request* is done. See "Park and next".
 

@@ -9,17 +9,6 @@ for a disk, the worker sleeps, and the hub goes on.
 
 Each hub makes one call at a time this way. A call that copies much or is likely to wait goes to a
 worker that may run on all processors, because the hub needs its own.
-
-The hub itself is never bound, because processes and threads that it starts inherit its processors. A
-worker starts none.
-
-A worker that was free to run on all processors of its cpuset gets back all that there may ever be,
-because the set may have grown. A worker that the user restricted gets back the processors it had. If
-the user has changed the processors of the worker or of the whole process since then, they stay as they are.
-
-A seccomp filter may end the process at sched_setaffinity: systemd's ``SystemCallFilter=~@resources``
-does. No call tells. So where the process is under filters when this module is imported, a child
-tries it. Under other filters than those no worker is bound.
 """
 
 from greenaio._core.caller cimport is_filtered
@@ -174,6 +163,12 @@ cdef extern from *:
     bint c_is_ordinary "is_ordinary"() noexcept nogil
 
 
+# The hub itself is never bound, because processes and threads that it starts inherit its processors. A worker
+# starts none.
+#
+# A worker that was free to run on all processors of its cpuset gets back all that there may ever be, because
+# the set may have grown. A worker that the user restricted gets back the processors it had. If the user has
+# changed the processors of the worker or of the whole process since then, they stay as they are.
 cdef int bind_worker(place *at, int cpu) noexcept nogil:
     """Bind a worker that rests to *cpu*, where this thread is. Return 0, or minus an errno: EAGAIN if it is
     not to be bound at present."""
@@ -197,6 +192,9 @@ cdef bint is_ordinary() noexcept nogil:
     return c_is_ordinary()
 
 
+# A seccomp filter may end the process at sched_setaffinity: systemd's ``SystemCallFilter=~@resources`` does.
+# No call tells. So where the process is under filters when this module is imported, a child tries it. Under
+# other filters than those no worker is bound.
 # Once, at import: see the docstring of this module.
 if is_filtered():
     try_filters()

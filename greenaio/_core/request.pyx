@@ -29,26 +29,6 @@ A request is in one place at a time, and these are all its ways:
 
 A request that the kernel declines is moved to its next way by the driver. Its greenlet stays parked, and its
 buffers stay pinned. The result of a DONE request is final.
-
-Ownership is what makes native AIO safe in Python. Three parties use the memory of a request:
-
-    ============  =========================================  ========================================
-    party         uses                                       until
-    ============  =========================================  ========================================
-    the greenlet  the buffers, and the result                it is killed or timed out, at any moment
-    the kernel    the buffers, without asking                its event is in the ring
-    the program   the buffers, if it kept them               it forgets them
-    ============  =========================================  ========================================
-
-The kernel names a request by its address (the iocb's data), and a reference that no Python object holds is
-invisible to all other code. So the `RequestList` of a request holds one reference for it, from
-`Engine.enqueue` until the request is DONE and handed over. The request in turn pins its buffers (buffer
-protocol), so that a bytearray cannot be resized and a memory map cannot be closed below the kernel. A
-greenlet that is killed leaves its request in `in_flight`: the request is *abandoned*, and finishes by itself.
-
-`Request.release` ends all this: it unpins the buffers and lets go of the numbers. Both may run any Python
-code, even code that submits requests. Therefore a request is out of its list before it is released, and each
-field is empty before the object that was in it is let go.
 """
 
 import errno
@@ -236,6 +216,26 @@ cdef class Request:
             PyBuffer_Release(&views[i])
         PyMem_Free(views)
 
+    # Ownership is what makes native AIO safe in Python. Three parties use the memory of a request:
+    #
+    #     ============  =========================================  ========================================
+    #     party         uses                                       until
+    #     ============  =========================================  ========================================
+    #     the greenlet  the buffers, and the result                it is killed or timed out, at any moment
+    #     the kernel    the buffers, without asking                its event is in the ring
+    #     the program   the buffers, if it kept them               it forgets them
+    #     ============  =========================================  ========================================
+    #
+    # The kernel names a request by its address (the iocb's data), and a reference that no Python object holds
+    # is invisible to all other code. So the `RequestList` of a request holds one reference for it, from
+    # `Engine.enqueue` until the request is DONE and handed over. The request in turn pins its buffers (buffer
+    # protocol), so that a bytearray cannot be resized and a memory map cannot be closed below the kernel. A
+    # greenlet that is killed leaves its request in `in_flight`: the request is *abandoned*, and finishes by
+    # itself.
+    #
+    # `Request.release` ends all this: it unpins the buffers and lets go of the numbers. Both may run any
+    # Python code, even code that submits requests. Therefore a request is out of its list before it is
+    # released, and each field is empty before the object that was in it is let go.
     cdef release(self):
         """Let go of the buffers, the numbers and all else that the request refers to.
 

@@ -1,19 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """A hub may end while the kernel and threads still write its memory: a native thread waits for them.
 
-    ==========================  =================================  =========================================
-    the hub, at its end         a native thread                    the kernel, the workers
-    ==========================  =================================  =========================================
-    `give_up`: requests that                                       go on with the requests that they have
-    have not begun are done
-    `leave`: closes the                                            signal no eventfd any more
-    eventfd, starts the thread
-    may be freed                io_destroy waits                   the last event
-                                releases the requests in flight
-                                waits for the mailbox              the last job
-                                releases the lent requests
-    ==========================  =================================  =========================================
-
 The hub itself must not wait: io_destroy lasts for ever on a frozen disk. Until the native thread has released
 them, the lists of the engine keep the requests, and the requests keep their memory.
 """
@@ -82,6 +69,18 @@ cdef int _abandon_all(Engine engine, RequestList requests) except -1:
     return 0
 
 
+#     ==========================  =================================  =========================================
+#     the hub, at its end         a native thread                    the kernel, the workers
+#     ==========================  =================================  =========================================
+#     `give_up`: requests that                                       go on with the requests that they have
+#     have not begun are done
+#     `leave`: closes the                                            signal no eventfd any more
+#     eventfd, starts the thread
+#     may be freed                io_destroy waits                   the last event
+#                                 releases the requests in flight
+#                                 waits for the mailbox              the last job
+#                                 releases the lent requests
+#     ==========================  =================================  =========================================
 def leave(Engine engine, Inbox inbox):
     """Free the context, or have a native thread wait for the disk and free it then.
 

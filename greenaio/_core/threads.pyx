@@ -6,34 +6,6 @@ Request, makes its one system call, and puts the job into the mailbox of the hub
 keeps request, job and buffers until the hub has taken the job out there. A pool starts a thread if there are
 more calls than idle threads, and keeps it for as long as the process lives, because starting and ending
 threads is a latency spike of its own. A frozen disk fills its own pool and no other.
-
-The way of a call
------------------
-
-    ==========================================  ==========================================================
-    the hub, with the GIL                       a worker, without it
-    ==========================================  ==========================================================
-    `note_caller`: ids, capabilities, umask
-    `give_out`: the mailbox expects the job
-    with the lock: queues the job, chooses a
-    worker that rests or counts a new thread
-    calls the worker, or starts the thread
-                                                with the lock: takes the first job of the queue
-                                                makes the call
-                                                with the lock: takes the next job, or goes to rest
-                                                `post`: the job is in the mailbox, the hub is woken
-    `Inbox.reap`: the request is done
-    ==========================================  ==========================================================
-
-A called worker need not get the job that it was called for, because another worker may come from its own call
-and be quicker. Then the called worker finds no job and rests again.
-
-If the greenlet is killed, `withdraw` takes the job out of the queue, unless a worker has it already. A call
-that has begun can't be stopped, and its request is abandoned. After a fork the child has none of these
-threads, and their locks may be held for ever, so it begins with new pools.
-
-A call that waits for a peer, such as the open of a FIFO, waits for no disk, and may do so for ever. It gets a
-thread of its own from `lone_threads`, which ends afterwards.
 """
 
 import logging
@@ -81,6 +53,32 @@ cdef bint _told_of_no_thread = False
 log = logging.getLogger('greenaio')
 
 
+# The way of a call.
+#
+#     ==========================================  ==========================================================
+#     the hub, with the GIL                       a worker, without it
+#     ==========================================  ==========================================================
+#     `note_caller`: ids, capabilities, umask
+#     `give_out`: the mailbox expects the job
+#     with the lock: queues the job, chooses a
+#     worker that rests or counts a new thread
+#     calls the worker, or starts the thread
+#                                                 with the lock: takes the first job of the queue
+#                                                 makes the call
+#                                                 with the lock: takes the next job, or goes to rest
+#                                                 `post`: the job is in the mailbox, the hub is woken
+#     `Inbox.reap`: the request is done
+#     ==========================================  ==========================================================
+#
+# A called worker need not get the job that it was called for, because another worker may come from its own
+# call and be quicker. Then the called worker finds no job and rests again.
+#
+# If the greenlet is killed, `withdraw` takes the job out of the queue, unless a worker has it already. A call
+# that has begun can't be stopped, and its request is abandoned. After a fork the child has none of these
+# threads, and their locks may be held for ever, so it begins with new pools.
+#
+# A call that waits for a peer, such as the open of a FIFO, waits for no disk, and may do so for ever. It gets
+# a thread of its own from `lone_threads`, which ends afterwards.
 cdef class Pool:
     """The threads of one device, ``config.threads`` of them at most. Without *device* there is one for each
     call."""

@@ -14,15 +14,6 @@ So one worker answers a greenlet that makes one short call after another. The wo
 In the other order the hub would find no worker at rest when it queues the next call, and might start another
 thread.
 
-A worker that sees no call in time puts ASLEEP into its `word` and sleeps, until the hub puts CALLED there and
-wakes it. Each side changes the word in one atomic step, so one of two things happens:
-
-    the worker's step comes first: ASLEEP             the hub's step comes first: CALLED
-    the hub reads ASLEEP, and makes the futex call    the worker's exchange fails, and it does not sleep
-
-A worker comes back from rest only after CALLED. Its `word`, on its stack, lives until then. After that the
-memory may be gone, and the hub makes the futex call nevertheless, because the call needs an address only.
-
 A worker is never killed. A process that ends takes it along in the middle of a call. In a forked child it
 does not exist.
 """
@@ -158,6 +149,14 @@ cdef job *_take_job(pool *home, worker *me, bint *rests) noexcept nogil:
     return one
 
 
+# A worker that sees no call in time puts ASLEEP into its `word` and sleeps, until the hub puts CALLED there
+# and wakes it. Each side changes the word in one atomic step, so one of two things happens:
+#
+#     the worker's step comes first: ASLEEP             the hub's step comes first: CALLED
+#     the hub reads ASLEEP, and makes the futex call    the worker's exchange fails, and it does not sleep
+#
+# A worker comes back from rest only after CALLED. Its `word`, on its stack, lives until then. After that the
+# memory may be gone, and the hub makes the futex call nevertheless, because the call needs an address only.
 cdef void *work(void *arg) noexcept nogil:
     """Make the calls of the pool *arg*, until there is nothing to do and enough threads are idle.
 
