@@ -32,5 +32,5 @@ cdef int begin_for(caller *one) noexcept nogil
 cdef void act_for(caller *one) noexcept nogil
 cdef void forget_first_permitted() noexcept
 cdef void forget_creations() noexcept
-cdef long creation_mode(long mode) noexcept nogil
+cdef long creation_mode(long mode, bint may_create) noexcept nogil
 cdef int take_signal(long result) noexcept nogil

@@ -19,6 +19,7 @@ cdef extern from *:
     #include <sys/fsuid.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
+    #include <time.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <errno.h>
@@ -159,12 +160,12 @@ cdef extern from *:
     }
 
     /* Return the mode with which a worker creates a file. See "umask" in the docstring of this module. */
-    static long mode_for_caller(long mode)
+    static long mode_for_caller(long mode, int may_create)
     {
         struct caller *one = acting_for;
         if (one == NULL)
             return mode;
-        if (!is_creating) {
+        if (may_create && !is_creating) {
             is_creating = 1;
             __atomic_add_fetch(&creating, 1, __ATOMIC_SEQ_CST);
         }
@@ -185,11 +186,17 @@ cdef extern from *:
     /* Count a change of the umask. Then wait until no worker creates a file by the old number, or for 1 ms. */
     static void count_umask_change(void)
     {
-        struct timespec pause = { 0, 20000 };   /* ns */
-        int i;
+        struct timespec began, now, pause = { 0, 20000 };   /* ns */
         __atomic_add_fetch(&umask_changes, 1, __ATOMIC_SEQ_CST);
-        for (i = 0; i < 50 && __atomic_load_n(&creating, __ATOMIC_SEQ_CST); i++)
+        if (__atomic_load_n(&creating, __ATOMIC_SEQ_CST) == 0)
+            return;
+        clock_gettime(CLOCK_MONOTONIC, &began);
+        do {
+            /* The kernel adds its timer slack, usually 50 us. */
             nanosleep(&pause, NULL);
+            clock_gettime(CLOCK_MONOTONIC, &now);
+        } while (__atomic_load_n(&creating, __ATOMIC_SEQ_CST)
+                 && (now.tv_sec - began.tv_sec) * 1000000000L + now.tv_nsec - began.tv_nsec < 900000);
     }
 
     /* In a forked child, whose workers stayed with the parent. */
@@ -217,9 +224,9 @@ cdef extern from *:
     int put_on "act_for"(caller *one) noexcept nogil
     caller *acting_for
     bint has_first_permitted
-    long mode_for_caller(long mode) noexcept nogil
+    long mode_for_caller(long mode, bint may_create) noexcept nogil
     void end_creation() noexcept nogil
-    void count_umask_change() noexcept nogil
+    void count_umask_change() noexcept
     void no_creation() noexcept nogil
     unsigned int umask_now
     int c_take_signal "take_signal"(long result) noexcept nogil
@@ -262,10 +269,10 @@ cdef void act_for(caller *one) noexcept nogil:
         end_creation()
 
 
-cdef long creation_mode(long mode) noexcept nogil:
+cdef long creation_mode(long mode, bint may_create) noexcept nogil:
     """Return the *mode* with which a worker creates a file for its caller, whose umask may have been
-    another."""
-    return mode_for_caller(mode)
+    another. `umask` does not wait for a call that probably creates no file."""
+    return mode_for_caller(mode, may_create)
 
 
 cdef int take_signal(long result) noexcept nogil:
@@ -325,9 +332,9 @@ def umask(mask, /):
     """Set the umask as `os.umask` does, and return the one before. A file whose creation was asked for and
     has not begun gets no bit that the umask until now forbids. Take at most 1 ms."""
     # The count changes first. Otherwise a worker could create a file between the two, with the new umask and
-    # without knowing of it.
-    with nogil:
-        count_umask_change()
+    # without knowing of it. All of this keeps the GIL: a job that another thread begins in between would have
+    # the new number and the old umask.
+    count_umask_change()
     old = posix.umask(mask)
     _learn_umask(PyNumber_Index(mask) & 0o777)
     return old

@@ -41,11 +41,13 @@ cdef class _Sentinel:
             # In a forked child Python ends the other threads before any hook runs.
             # Hear of the fork first, which closes the drivers of those threads:
             # their context is the parent's, and must not be destroyed here.
-            notice_fork()
-            self.driver.close()
-            # The driver goes with this object. The thread may have another by now.
-            if thread_driver == <PyObject *>self.driver:
-                thread_driver = NULL
+            try:
+                notice_fork()
+                self.driver.close()
+            finally:
+                # The driver goes with this object. The thread may have another by now.
+                if thread_driver == <PyObject *>self.driver:
+                    thread_driver = NULL
 
 
 # The life of a driver:

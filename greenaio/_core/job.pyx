@@ -179,7 +179,7 @@ cdef long make(job *one) noexcept nogil:
     # Only these flags make the kernel read the mode. O_TMPFILE contains O_DIRECTORY, so this includes opens
     # of directories, whose mode the kernel ignores.
     if one.number == SYS_openat and one.args[2] & (O_CREAT | O_TMPFILE):
-        one.args[3] = creation_mode(one.args[3])
+        one.args[3] = creation_mode(one.args[3], True)
     # All calls get six arguments, because the kernel ignores any that it does not need.
     result = syscall(one.number, one.args[0], one.args[1], one.args[2], one.args[3], one.args[4], one.args[5])
     return -c_errno if result < 0 else result

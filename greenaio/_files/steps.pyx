@@ -227,9 +227,9 @@ cdef long open_there(void *arg) noexcept nogil:
         return GO_ON
     let_go(this)
     mode = this.permissions
-    # An open that waits for its peer creates no file, and `os.umask` must not wait for it.
-    if this.flags & (O_CREAT | O_TMPFILE) and not waits_for_a_peer(this):
-        mode = creation_mode(mode)
+    if this.flags & (O_CREAT | O_TMPFILE):
+        # An open that waits for its peer creates a file only if the FIFO was removed since the walk.
+        mode = creation_mode(mode, not waits_for_a_peer(this))
     if S_ISREG(this.mode) and this.is_local and not this.flags & (O_NONBLOCK | O_PATH) and not this.is_patient:
         fd = open_leased(this.dir_fd, this.path, this.flags, mode)
         return LEASED if fd == -EAGAIN else fd
