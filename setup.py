@@ -21,7 +21,7 @@ NAMES = ['_core.fork', '_core.handle', '_core.eventfd', '_core.context', '_core.
          '_files.walk', '_files.changes', '_files.transfers', '_files.opening', '_files.names',
          '_files.seeks', '_files.closing', '_files.calls', '_files.buffers', '_files.inline',
          '_files.direct', '_files.buffered', '_files.underway', '_files.pread', '_files.operation',
-         '_files.file', '_files.lines']
+         '_files.file']
 
 
 class BuildAndCopy(build_ext):

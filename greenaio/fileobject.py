@@ -46,7 +46,6 @@ from greenaio._files import sharing as _sharing
 from greenaio._files import turn as _turn
 from greenaio._files.arguments import flat
 from greenaio._files.extension import File, Filling, _calls
-from greenaio._files.lines import Cutter, Lines, is_exact
 from greenaio._files.streams import ReadAhead, WriteBehind
 from greenaio._files.turn import Turn
 from greenaio._files.unclosed import warn_unclosed
@@ -675,7 +674,7 @@ class _Shared:
 
     _io_turn: Turn
 
-    def _io_share(self, below: Any, *args: Any, **kwargs: Any) -> None:
+    def _io_share(self, below: Any) -> None:
         turn = getattr(below, '_io_turn', None)
         self._io_turn = turn if isinstance(turn, Turn) else Turn(guards_io=True)
 
@@ -688,7 +687,7 @@ class _Shared:
 
 
 IN_TURN = ('detach', 'flush', 'peek', 'read', 'read1', 'readinto', 'readinto1', 'readline', 'reconfigure',
-           'seek', 'tell', 'truncate', 'write', 'writelines', '_io_cut')
+           'seek', 'tell', 'truncate', 'write', 'writelines')
 
 
 def _shared(kind: type) -> type:
@@ -700,12 +699,11 @@ def _shared(kind: type) -> type:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         plain.__init__(self, *args, **kwargs)
         if isinstance(self, _Shared):       # else it is of an older subclass of io's
-            self._io_share(getattr(self, below), *args[1:], **kwargs)
+            self._io_share(getattr(self, below))
 
     for name in IN_TURN:
-        if hasattr(kind, name):
-            method = getattr(kind, name)
-            setattr(kind, name, _in_turn(method, getattr(plain, name, method)))
+        if hasattr(plain, name):
+            setattr(kind, name, _in_turn(getattr(kind, name), getattr(plain, name)))
     kind.__init__ = functools.wraps(plain.__init__)(__init__)       # type: ignore[misc]
     kind.close = _close_in_turn(plain.close, kind.flush)    # type: ignore[attr-defined]
     kind.__doc__ = plain.__doc__
@@ -723,7 +721,7 @@ class _Writes(_Shared):
     _io_is_below_text = False           # and above a raw file of ours
     _io_kept: tuple[bytes, ...] = ()    # what the text layer has let go of, and this has not got yet
 
-    def _io_share(self, below: Any, *args: Any, **kwargs: Any) -> None:
+    def _io_share(self, below: Any) -> None:
         super()._io_share(below)
         _writers[id(self)] = self
 
@@ -780,114 +778,13 @@ class BufferedRandom(_Writes, io.BufferedRandom):
 
 @_shared
 class TextIOWrapper(_Shared, io.TextIOWrapper):
-    """The class of `io`, except that iteration cuts lines out of blocks where that makes no difference."""
-
-    # The argument of the same name, which `io` does not tell.
-    _io_newline: str | None = None
-    # False: `io` finds the lines. None: it is not known yet whether it must.
-    _io_cutter: Cutter | bool | None = None
-    # Whether the decoder of `io` may have text that no method has returned.
-    _io_has_decoded = False
-
-    def _io_share(self, below: Any, *args: Any, **kwargs: Any) -> None:
+    def _io_share(self, below: Any) -> None:
         super()._io_share(below)
-        newline = args[2] if len(args) > 2 else kwargs.get('newline')
-        if newline is not None:
-            self._io_newline = newline
-        self._io_cutter = None
         self._io_turn.favours_leaver = True     # so the pieces of a line that `print` writes stay together
         if isinstance(below, _Writes) and _raw_of(self) is not None:
             below._io_is_below_text = True
         if self.writable():
             _writers[id(self)] = self
-
-    def _io_find_cutter(self) -> Cutter | None:
-        """Return the `Cutter`, or None if `io` has to find the lines. It has to for a class that overrides
-        methods, for a file that is also written, for a pipe, and for an encoding whose text does not tell
-        the bytes that it was."""
-        if self._io_cutter is None:
-            raw = _raw_of(self)
-            fits = (type(self) is TextIOWrapper and not self.closed
-                    and type(self.buffer) is BufferedReader and raw is not None
-                    and _position.is_stored(raw.file.kind) and self.seekable()
-                    and self._io_newline in (None, '\n') and is_exact(self.encoding, self.errors or ''))
-            self._io_cutter = fits and Cutter(self.encoding, self._io_newline)
-        return self._io_cutter or None      # type: ignore[return-value]
-
-    def _io_is_cut(self) -> bool:
-        return bool(self._io_cutter) and self._io_cutter.is_cutting()   # type: ignore[union-attr]
-
-    def _io_give_back(self) -> None:
-        if self._io_cutter:
-            self._io_cutter.give_back(self)     # type: ignore[union-attr]
-
-    def _io_cut(self) -> Any:
-        return self._io_cutter.cut(self)        # type: ignore[union-attr]
-
-    def __iter__(self) -> Any:
-        super().__iter__()              # raises what `io` raises for a file that is closed
-        cutter = self._io_find_cutter()
-        return self if cutter is None else Lines(self, cutter)
-
-    def __next__(self) -> str:          # type: ignore[override]
-        cutter = self._io_find_cutter()
-        return super().__next__() if cutter is None else cutter.next_line(self)
-
-    def readline(self, size: int = -1, /) -> str:       # type: ignore[override]
-        if self._io_is_cut():
-            line = self._io_cutter.decoded_line() if size == -1 else None       # type: ignore[union-attr]
-            if line is not None:
-                return line             # type: ignore[no-any-return]
-            self._io_give_back()
-        self._io_has_decoded = True
-        return super().readline(size)
-
-    def read(self, size: int | None = -1, /) -> str:
-        self._io_give_back()
-        self._io_has_decoded = True
-        return super().read(size)
-
-    def flush(self) -> None:
-        if self._io_cutter:
-            self._io_give_back()
-            self._io_cutter.is_iterating = False        # type: ignore[union-attr]
-        super().flush()
-
-    def detach(self) -> Any:
-        self._io_give_back()
-        return super().detach()
-
-    def reconfigure(self, **kwargs: Any) -> None:
-        self._io_give_back()
-        super().reconfigure(**kwargs)
-        self._io_cutter = False
-
-    def tell(self) -> int:
-        self._io_refuse_in_iteration()
-        return super().tell()
-
-    def seek(self, cookie: int, whence: int = os.SEEK_SET, /) -> int:
-        if whence == os.SEEK_CUR and cookie == 0:
-            self._io_refuse_in_iteration()
-        self._io_give_back()
-        found = super().seek(cookie, whence)
-        if self._io_cutter and (whence == os.SEEK_END or found == 0):
-            # The decoder of `io` forgets it, too.
-            self._io_cutter.has_cut = False     # type: ignore[union-attr]
-        return found
-
-    def _io_refuse_in_iteration(self) -> None:
-        if self._io_cutter and self._io_cutter.is_iterating:    # type: ignore[union-attr]
-            raise OSError('telling position disabled by next() call')
-
-    @property
-    def newlines(self) -> Any:          # type: ignore[override]
-        """The kinds of newlines that were translated, as in `io`."""
-        found = super().newlines
-        if not self._io_cutter or not self._io_cutter.has_cut:      # type: ignore[union-attr]
-            return found
-        kinds = {'\n', *((found,) if isinstance(found, str) else found or ())}
-        return tuple(kind for kind in ('\r', '\n', '\r\n') if kind in kinds) if len(kinds) > 1 else '\n'
 
 
 class BufferedRWPair(_Shared, io.BufferedRWPair):

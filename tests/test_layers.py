@@ -18,7 +18,7 @@ ORDER = {
     '_files': 'arguments unclosed sharing loop pool place portable portable_file sleeper waiter turn facts '
               'mounts device route paths steps walk ranges shield sectors changes transfers opening names '
               'seeks closing calls buffers inline direct buffered underway pread operation file extension '
-              'pollable position lines streams copies zones semaphore',
+              'pollable position streams copies zones semaphore',
     '_operate': 'stats blocked',
     'face': 'events fileobject block os __init__ wsgi monkey prometheus',
     '_commands': 'show bench doctor',
