@@ -1,5 +1,6 @@
 """Where the extension was built, no operation on a file takes a Python thread: these are few, and shared."""
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -132,3 +133,32 @@ def test_killed_in_an_ioctl_keeps_its_memory(loopback):
         server.send_signal(signal.SIGSTOP)
         assert_killed_call_keeps_its_memory(lambda: _calls.ioctl(file.fileno(), ask, bytes(16)),
                                             lambda: server.send_signal(signal.SIGCONT))
+
+
+def test_killed_reader_leaves_its_buffer_to_others(loopback, tmp_path):
+    """A buffer that owns no memory may be freed with its greenlet, and the thread returns later."""
+    server, mount = loopback
+    (tmp_path / 'folder' / 'file').write_bytes(b'x' * 64)
+    memory = ctypes.create_string_buffer(64)
+    from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+    from_memory.restype = ctypes.py_object
+    view = from_memory(ctypes.c_void_p(ctypes.addressof(memory)), ctypes.c_ssize_t(64), 0x200)
+    begun = []
+
+    def read():
+        begun.append(file.begin_at_position(True, [view]))
+        begun[0].get()
+
+    with greenaio.File(f'{mount}/file') as file:
+        server.send_signal(signal.SIGSTOP)
+        try:
+            reader = gevent.spawn(read)
+            with gevent.Timeout(10):
+                while not begun or any(pool.queued for pool in pools()):
+                    gevent.sleep(0.001)
+            reader.kill()
+            assert not begun[0].withdraw()
+        finally:
+            server.send_signal(signal.SIGCONT)
+        assert begun[0].get() == 64
+        assert memory.raw == bytes(64)

@@ -69,7 +69,13 @@ cdef class Underway:
         if self._shield is not None:
             self._result = self._shield.get()
         elif self._request is not None:
-            self._result = self._driver.end(self._request)
+            try:
+                self._result = self._driver.end(self._request)
+            except BaseException:
+                # The caller was killed, and buffers that own no memory may be gone with it. The greenlet that
+                # waits next must not write there.
+                self._asked = self._memory
+                raise
         if self._result < 0:
             raise failed(self._result, self._name)
         reading = self._request is not None and self._request.direction == 0
