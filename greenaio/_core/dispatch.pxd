@@ -2,6 +2,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint64_t
 
 from greenaio._core.engine cimport Engine
+from greenaio._core.fork cimport forked
 from greenaio._core.mailbox cimport Inbox
 from greenaio._core.policy cimport budget, polling
 from greenaio._core.request cimport Request
@@ -70,4 +71,10 @@ cdef class Dispatcher:
     cpdef bint has_aio(self) except -1
     cdef int retry_soon(self) except -1
 
-cdef int notice_fork() except -1
+# Run the handlers of the bell.
+cdef int react_to_fork() except -1
+
+cdef inline int notice_fork() except -1:
+    """Run the handlers of the bell, if this process was forked by C code and has not heard of it. Each
+    operation asks this, so a call is made only if the answer is yes."""
+    return react_to_fork() if forked() else 0

@@ -16,7 +16,6 @@ from greenaio._core.bell import ring
 
 from greenaio._core.context cimport Context
 from greenaio._core.engine cimport Engine
-from greenaio._core.fork cimport forked
 from greenaio._core.job cimport as_call, make_here
 from greenaio._core.mailbox cimport Inbox
 from greenaio._core.policy cimport BURST, RUN_MAX, adapt
@@ -356,8 +355,6 @@ cdef class Dispatcher:
         adapt(&self._polling, waited, <uint64_t><int>config.poll_max_us * 1000)
 
 
-cdef int notice_fork() except -1:
-    """Run the handlers of the bell, if this process was forked by C code and has not heard of it."""
-    if forked():
-        ring()
+cdef int react_to_fork() except -1:
+    ring()
     return 0

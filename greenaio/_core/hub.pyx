@@ -11,7 +11,6 @@ from greenaio._config import check_environment
 from cpython.ref cimport PyObject
 
 from greenaio._core.dispatch cimport notice_fork
-from greenaio._core.fork cimport forked
 from greenaio._core.loop cimport HubDriver, drivers, past
 from greenaio._core.tally cimport Tally
 
@@ -67,8 +66,7 @@ cdef HubDriver current_driver():
     Raises RuntimeError while the interpreter shuts down, and OSError if no eventfd can be had."""
     cdef HubDriver driver
     # A child must not find the driver of its parent as it was.
-    if forked():
-        notice_fork()
+    notice_fork()
     # Each operation comes here, so this is a C variable of the thread, not a look into a Python thread-local.
     # The hub may have been destroyed since, and its thread may have another hub by now.
     if thread_driver != NULL:
