@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.contest import Bar, Contest
+from greenaio._commands import bench
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODES = {'patched': 'gevent.monkey.patch_all(greenaio=True)', 'gevent': 'gevent.monkey.patch_all()',
@@ -26,7 +27,7 @@ BLOCKS = 5              # of a measurement; a way's figure is their median
 PAUSE = 300e-6          # seconds
 # At most so many times the price with gevent alone.
 WANTED = {'open, read, close': 1.5, 'Path.read_bytes': 1.5, '10,000 lines': 2, 'json.load': 1.2, 'stat': 2,
-          'exists': 2, 'log record': 1.05, 'append a line': 4, 'write anew': 1.5, 'temporary file': 3,
+          'exists': 2, 'log record': 1.05, 'append a line': 4, 'rewrite': 1.5, 'temporary file': 3,
           'spool 1 MiB': 2, 'read 8 MiB': 1.2, 'copy 4 KiB': 1.5, 'unzip 50': 1.1}
 WANTED_ON_OVERLAYFS = {'open, read, close': 4, 'Path.read_bytes': 4, '10,000 lines': 2, 'json.load': 2,
                        'log record': 1.05}
@@ -37,7 +38,6 @@ WANTED_ON_OVERLAYFS = {'open, read, close': 4, 'Path.read_bytes': 4, '10,000 lin
 def operations(home):
     """The operations by name, and how often each is called in a block."""
     import logging
-    import pathlib
     import shutil
     import zipfile
 
@@ -106,7 +106,7 @@ def operations(home):
             'exists': (lambda: os.path.exists(small), 5000),
             'log record': (lambda: log.info('a record of %s', 'a usual length'), 1000),
             'append a line': (append, 500),
-            'write anew': (write, 200),
+            'rewrite': (write, 200),
             'temporary file': (temporary, 300),
             'spool 1 MiB': (spool, 20),
             'read 8 MiB': (read_big, 10),
@@ -180,7 +180,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f'the process has ended with {self._process.wait()}')
+            raise bench.Failure(f'a process that is measured has ended with {self._process.wait()}')
         return line
 
     def measure(self, operation: str, how: str) -> dict[str, float]:
@@ -194,9 +194,10 @@ class Worker:
 
 def contests(folder: str, wanted: dict[str, float], stack: contextlib.ExitStack,
              command: tuple[str, ...] = ()) -> list[Contest]:
-    workers = {mode: Worker(mode, folder, command) for mode in MODES}
-    for worker in workers.values():
-        stack.callback(worker.close)
+    workers = {}
+    for mode in MODES:
+        workers[mode] = Worker(mode, folder, command)
+        stack.callback(workers[mode].close)
     return [Contest(f'{name}, {how}',
                     {mode: partial(worker.measure, name, how) for mode, worker in workers.items()},
                     bars=(Bar(wanted[name], 'us', 'patched', 'gevent', most=True),) if name in wanted else ())
