@@ -88,15 +88,20 @@ def test_file_object_of_a_fifo_asks_no_server(loopback, mode):
 
 # What a thread may still write ---------------------------------------------------------------------
 
+def wait_until_begun(is_asked):
+    """Wait until a call was asked for, as *is_asked* tells, and a thread has begun with each call. A kill
+    withdraws a call that no thread has begun with."""
+    with gevent.Timeout(10):
+        while not is_asked() or any(pool.queued for pool in pools()):
+            gevent.sleep(0.001)
+
+
 def assert_killed_call_keeps_its_memory(call, thaw):
     """The disk of *call* stands still until *thaw* is called."""
     engine = _hub.get_driver().engine
     killed = gevent.spawn(call)
     try:
-        with gevent.Timeout(10):
-            # A call that no thread has begun with is withdrawn by the kill.
-            while not engine.lent.count or any(pool.queued for pool in pools()):
-                gevent.sleep(0.001)
+        wait_until_begun(lambda: engine.lent.count)
         killed.kill(timeout=1)
         assert killed.ready() and engine.lent.count == 1
         del killed
@@ -153,9 +158,7 @@ def test_killed_reader_leaves_its_buffer_to_others(loopback, tmp_path):
         server.send_signal(signal.SIGSTOP)
         try:
             reader = gevent.spawn(read)
-            with gevent.Timeout(10):
-                while not begun or any(pool.queued for pool in pools()):
-                    gevent.sleep(0.001)
+            wait_until_begun(lambda: begun)
             reader.kill()
             assert not begun[0].withdraw()
         finally:
