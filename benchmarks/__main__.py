@@ -131,7 +131,8 @@ def main():
             write_into(PAGE, name, text + (f'\n{bars_table(found)}' if found else ''))
         console.print(Markdown(pages[-1]))
     if not groups:
-        sys.exit(f'{PROG}: no group has any of the ways {", ".join(options.only)}')
+        why = f'no group has any of the ways {", ".join(options.only)}' if options.only else 'nothing is left'
+        sys.exit(f'{PROG}: {why}')
     return 0
 
 
